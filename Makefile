@@ -1,0 +1,42 @@
+# Each target does its own set-up: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PEERS := .venv-peers
+
+.PHONY: quickstart test check bench soak peers clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/installed  ## the whole road on real images, minutes
+	$(BIN)/vitscale quickstart
+
+test: $(VENV)/installed  ## everything that runs on a CPU within minutes
+	$(BIN)/python -m pytest -m "not soak and not peers"
+
+check: $(VENV)/installed  ## format, lint, types, who may import whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(VENV)/installed  ## a training step against peers, synthetic data
+	$(BIN)/python benchmarks/train_step.py
+
+soak: $(VENV)/installed  ## the long proofs, in full
+	$(BIN)/python -m pytest -m soak
+
+peers: $(PEERS)/installed  ## side by side with timm, which needs torchvision and so the CUDA build of torch
+	$(PEERS)/bin/python -m pytest -m peers
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train,quickstart,dev]"
+	touch $@
+
+$(PEERS)/installed: pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[train,peers]" pytest pytest-timeout
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

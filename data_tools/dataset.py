@@ -1,0 +1,323 @@
+"""The dataset directory: its schemas, its errors, and `Dataset`, which reads it.
+
+Where it stands: `pack.py` writes what this module describes; the stream of `vitscale` reads it through `Dataset`.
+Nothing else knows a column's name.
+
+Invariants:
+- a sample is named by its number: 0..num_samples-1, shards in manifest order, samples in the order of the tar;
+- `dataset.json` is written last and holds the hash of every other file (the tars' through `manifest.parquet`) and of
+  itself, so one string, `content_hash`, names the whole directory;
+- no image leaves `read` without its xxh3_64 having been compared;
+- nothing here grows with the number of samples: the index is memory-mapped, keys are read a shard at a time.
+
+Left to others: decoding, the order of samples, what to do about a `SampleError`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+FORMAT = "vitscale-dataset"
+FORMAT_VERSION = 1
+SHARDS_PER_FOLDER = 1000
+OPEN_SHARDS = 256  # file descriptors kept open by one Dataset; well below the usual limit of 1,024
+
+INDEX_SCHEMA = pa.schema(
+    [
+        pa.field("offset", pa.int64(), nullable=False),  # of the image's bytes in its tar
+        pa.field("size", pa.int32(), nullable=False),
+        pa.field("hash", pa.uint64(), nullable=False),  # xxh3_64 of the image's bytes
+        pa.field("labels", pa.list_(pa.int32()), nullable=False),
+        pa.field("scores", pa.list_(pa.float32()), nullable=False),  # as long as labels, or empty: all 1
+    ]
+)
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string(), nullable=False),  # path from the dataset's folder, with slashes
+        pa.field("samples", pa.int64(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("checksum", pa.string(), nullable=False),  # xxh3_128 of the whole tar, hexadecimal
+        pa.field("first_sample", pa.int64(), nullable=False),
+    ]
+)
+SAMPLES_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("hash", pa.uint64(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+REJECTS_SCHEMA = pa.schema(
+    [
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),  # one of a few, for counting
+        pa.field("detail", pa.string(), nullable=False),  # free text, for a person
+    ]
+)
+
+
+class DatasetError(ValueError):
+    """A directory that is not a dataset, or one whose files do not agree with each other."""
+
+
+class SampleError(Exception):
+    """One sample whose image cannot be had. The dataset's other samples are still good."""
+
+    def __init__(self, sample: int, shard: str, key: str, reason: str) -> None:
+        super().__init__(sample, shard, key, reason)
+        self.sample, self.shard, self.key, self.reason = sample, shard, key, reason
+
+    def __str__(self) -> str:
+        return f"sample {self.sample} (key {self.key}, {self.shard}): {self.reason}"
+
+
+def shard_name(split: str, shard: int) -> str:
+    """The tar's path from the dataset's folder."""
+    return f"shards/{shard // SHARDS_PER_FOLDER:03d}/{split}-{shard:06d}.tar"
+
+
+def samples_name(shard: int) -> str:
+    """The file of `samples/` that holds this shard's rows: one row group a shard."""
+    return f"samples/{shard // SHARDS_PER_FOLDER:03d}.parquet"
+
+
+def header_hash(header: dict[str, Any]) -> str:
+    """The content hash: SHA-256 over dataset.json without the field itself, in canonical form."""
+    rest = {name: value for name, value in header.items() if name != "content_hash"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """What dataset.json says of one file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def splits_in(path: Path) -> list[Path]:
+    """The dataset directories right below `path`; what a killed `pack` left has a hidden name."""
+    return sorted(file.parent for file in path.glob("*/dataset.json") if not file.parent.name.startswith("."))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """dataset.json of one split's directory, its own hash checked."""
+    file = path / "dataset.json"
+    if not file.is_file():
+        splits = ", ".join(str(split) for split in splits_in(path))
+        hint = f"open one of its splits: {splits}" if splits else "give a directory that `vitscale pack` wrote"
+        raise DatasetError(f"{path} is not a dataset: it has no dataset.json; {hint}")
+    try:
+        header = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DatasetError(f"{file} is damaged: {error}; restore it or pack again") from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise DatasetError(f'{file} does not say "format": "{FORMAT}"; give a directory that `vitscale pack` wrote')
+    if header.get("format_version") != FORMAT_VERSION:
+        version = header.get("format_version")
+        raise DatasetError(f"{file} has format_version {version}; this program reads {FORMAT_VERSION}")
+    if header.get("content_hash") != header_hash(header):
+        raise DatasetError(f"{file} was changed: its content_hash does not fit it; restore it or pack again")
+    return header
+
+
+class _OpenFile:
+    """A file descriptor that closes when the last one who uses it lets go, so an LRU may drop it during a read."""
+
+    fd = -1
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Dataset:
+    """One split, open for reading. Safe for threads, for `fork`, and for `pickle` (which opens it anew from its path).
+
+    `path, name, split, num_samples, num_classes, class_names, content_hash, max_labels` are dataset.json's;
+    `shard_names` and `shard_sizes` (int64, samples a shard) and `first_samples` (int64) are the manifest's.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        """For `open`, which has checked the files."""
+        self.path = path
+        self.name: str = header["name"]
+        self.split: str = header["split"]
+        self.num_samples: int = header["num_samples"]
+        self.num_classes: int = header["num_classes"]
+        self.max_labels: int = header["max_labels"]
+        self.content_hash: str = header["content_hash"]
+        self.class_names = _read_classes(path / "classes.txt") if "classes.txt" in header["files"] else None
+        manifest = pq.read_table(path / "manifest.parquet")
+        self.shard_names: tuple[str, ...] = tuple(manifest["name"].to_pylist())
+        self.shard_sizes: np.ndarray = manifest["samples"].to_numpy()
+        self.shard_bytes: np.ndarray = manifest["bytes"].to_numpy()
+        self.first_samples: np.ndarray = manifest["first_sample"].to_numpy()
+        # The mapped index as numpy views, a few hundred record batches at most (about a million rows each).
+        reader = pa.ipc.open_file(pa.memory_map(str(path / "index.arrow")))
+        if not reader.schema.equals(INDEX_SCHEMA):
+            raise DatasetError(f"{path / 'index.arrow'} has columns {reader.schema.names}, not {INDEX_SCHEMA.names}")
+        self._batches = [_views(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        rows = [len(batch["offset"]) for batch in self._batches]
+        if sum(rows) != self.num_samples or int(self.shard_sizes.sum()) != self.num_samples:
+            raise DatasetError(
+                f"{path}: dataset.json says {self.num_samples} samples, index.arrow {sum(rows)}, manifest.parquet "
+                f"{self.shard_sizes.sum()}; restore the files or pack again"
+            )
+        self._batch_starts = np.cumsum([0, *rows[:-1]])
+        self._files = functools.lru_cache(OPEN_SHARDS)(_OpenFile)
+        self._keys = functools.lru_cache(16)(_read_keys)
+
+    @classmethod
+    def open(cls, path: str | Path, *, check_index: bool = False, check_shards: bool = True) -> Dataset:
+        """Opens the split's directory `path`, or raises DatasetError.
+
+        Always checked: dataset.json, the hashes of manifest.parquet and classes.txt, and the sizes of all other files.
+        `check_index` also hashes index.arrow and samples/ (over 10 GB at 300 M samples, so not by default; a damaged
+        offset or hash in the index is found by `read` in any case, a damaged label only here). `check_shards=False`
+        spares a `stat` a tar.
+        """
+        path = Path(path)
+        header = read_header(path)
+        for name, entry in header["files"].items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                found = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
+                raise DatasetError(f"{file} {found}, dataset.json says {entry['bytes']}; restore it or pack again")
+            if (check_index or name in ("manifest.parquet", "classes.txt")) and file_entry(file) != entry:
+                raise DatasetError(f"{file} was changed: its SHA-256 is not dataset.json's; restore it or pack again")
+        try:
+            dataset = cls(path, header)
+        except DatasetError:
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:  # all of which pyarrow raises on damaged bytes
+            raise DatasetError(f"{path} cannot be read: {error}; run again with check_index to find the file") from None
+        if check_shards:
+            dataset._check_shards()
+        return dataset
+
+    def read(self, sample: int) -> bytes:
+        """The image's bytes as they were packed, or SampleError."""
+        batch, row = self._locate(sample)
+        offset, size = int(batch["offset"][row]), int(batch["size"][row])
+        try:
+            file = self._files(str(self.path / self.shard_of(sample)))
+            data = os.pread(file.fd, size, offset)
+        except (OSError, ValueError, OverflowError) as error:  # the latter two: a damaged offset or size
+            raise self._sample_error(sample, str(error)) from None
+        if len(data) != size:
+            raise self._sample_error(sample, f"{len(data)} bytes at offset {offset} where the index says {size}")
+        if xxhash.xxh3_64_intdigest(data) != batch["hash"][row]:
+            raise self._sample_error(sample, f"the {size} bytes at offset {offset} do not have the index's xxh3_64")
+        return data
+
+    def labels(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labels and scores of n samples, each (n, max_labels): int32 padded with -1, and float32 padded with 0.
+
+        A label without a score has score 1.
+        """
+        samples = np.asarray(samples, dtype=np.int64)
+        if samples.size and (samples.min() < 0 or samples.max() >= self.num_samples):
+            raise IndexError(f"samples {samples.min()}..{samples.max()} are not all in 0..{self.num_samples - 1}")
+        labels = np.full((len(samples), self.max_labels), -1, dtype=np.int32)
+        scores = np.zeros((len(samples), self.max_labels), dtype=np.float32)
+        places = np.arange(self.max_labels)
+        batch_of = np.searchsorted(self._batch_starts, samples, side="right") - 1
+        for number in np.unique(batch_of):
+            batch, wanted = self._batches[number], np.flatnonzero(batch_of == number)
+            rows = samples[wanted] - self._batch_starts[number]
+            for name, out in (("labels", labels), ("scores", scores)):
+                starts, ends = batch[name + "_starts"][rows], batch[name + "_starts"][rows + 1]
+                filled = places < (ends - starts)[:, None]
+                block = out[wanted]
+                block[filled] = batch[name][(starts[:, None] + places)[filled]]
+                if name == "scores":  # those without a score
+                    block[~filled & (labels[wanted] >= 0)] = 1
+                out[wanted] = block
+        return labels, scores
+
+    def key(self, sample: int) -> str:
+        """The sample's key, from samples/*.parquet."""
+        shard = self._shard_number(sample)
+        keys = self._keys(str(self.path / samples_name(shard)), shard % SHARDS_PER_FOLDER)
+        key: str = keys[sample - int(self.first_samples[shard])].as_py()
+        return key
+
+    def shard_of(self, sample: int) -> str:
+        """The name of the tar that holds the sample, as in `shard_names`."""
+        return self.shard_names[self._shard_number(sample)]
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path, self.content_hash)
+
+    def _shard_number(self, sample: int) -> int:
+        self._check_sample(sample)
+        # "right" passes over empty shards, which begin where the next one begins.
+        return int(np.searchsorted(self.first_samples, sample, side="right")) - 1
+
+    def _locate(self, sample: int) -> tuple[dict[str, np.ndarray], int]:
+        self._check_sample(sample)
+        number = int(np.searchsorted(self._batch_starts, sample, side="right")) - 1
+        return self._batches[number], sample - int(self._batch_starts[number])
+
+    def _check_sample(self, sample: int) -> None:
+        if not 0 <= sample < self.num_samples:
+            raise IndexError(f"sample {sample} is not in 0..{self.num_samples - 1}")
+
+    def _check_shards(self) -> None:
+        for name, size in zip(self.shard_names, self.shard_bytes, strict=True):
+            file = self.path / name
+            if not file.is_file() or file.stat().st_size != size:
+                found = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
+                raise DatasetError(f"{file} {found}, the manifest says {size}; copy this shard again")
+
+    def _sample_error(self, sample: int, reason: str) -> SampleError:
+        try:
+            key = self.key(sample)
+        except (OSError, IndexError, pa.ArrowException):  # a damaged samples file must not hide the first damage
+            key = "?"
+        return SampleError(sample, self.shard_of(sample), key, reason)
+
+
+def _reopen(path: Path, content_hash: str) -> Dataset:
+    dataset = Dataset.open(path, check_shards=False)
+    if dataset.content_hash != content_hash:
+        raise DatasetError(f"{path} is now dataset {dataset.content_hash}, it was {content_hash}; start again")
+    return dataset
+
+
+def _read_classes(path: Path) -> tuple[str, ...]:
+    return tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+
+
+def _read_keys(path: str, row_group: int) -> pa.ChunkedArray:
+    with pq.ParquetFile(path) as file:
+        return file.read_row_group(row_group, columns=["key"])["key"]
+
+
+def _views(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
+    """Numpy views of a mapped batch of the index; nothing is copied."""
+    batch.validate()  # that the views lie inside the file; costs nothing
+    views = {name: batch.column(name).to_numpy() for name in ("offset", "size", "hash")}
+    for name in ("labels", "scores"):
+        column = batch.column(name)
+        views[name], views[name + "_starts"] = column.values.to_numpy(), column.offsets.to_numpy()
+    return views

@@ -1,0 +1,150 @@
+"""Labels: class names, the numbers they become, and every check that needs no image.
+
+Where it stands: `sources.py` brings the labels and scores of all candidates as flat arrays; what leaves here is int32 in
+0..num_classes-1 and finite float32, no label twice on a sample. Errors name the first sample that is at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_tools.config import PackConfig, PackError
+from data_tools.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Lists:
+    """A list of numbers a row: row i has values[starts[i] : starts[i + 1]]."""
+
+    starts: np.ndarray
+    values: np.ndarray
+
+    def __getitem__(self, row: int) -> list[Any]:
+        items: list[Any] = self.values[self.starts[row] : self.starts[row + 1]].tolist()
+        return items
+
+
+def read_class_names(path: str) -> tuple[str, ...]:
+    """Class names from a text file, a line each."""
+    try:
+        names = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PackError(f"class_names={path} cannot be read: {error}; give a UTF-8 text file with a name a line") from None
+    return tuple(names)
+
+
+def number_labels(
+    labels: pa.Array,
+    starts: np.ndarray,
+    class_folders: set[str],
+    config: PackConfig,
+    sibling: Dataset | None,
+    source_of: Callable[[int], str],
+) -> tuple[tuple[str, ...] | None, int, np.ndarray]:
+    """Class names, number of classes, and the flat labels as int32, all checked."""
+    named = pa.types.is_large_string(labels.type)
+    names, where = None, "the labels found"
+    if config.class_names is not None:
+        names, where = read_class_names(config.class_names), config.class_names
+    elif sibling is not None and sibling.class_names is not None:
+        names, where = sibling.class_names, str(sibling.path / "classes.txt")
+    elif named:
+        names = tuple(sorted({*pc.unique(labels).to_pylist(), *class_folders}))
+    if names is not None:
+        _check_class_names(names, where)
+
+    if names is not None:
+        num_classes = len(names)
+    elif config.num_classes is not None:
+        num_classes, where = config.num_classes, "num_classes"
+    elif sibling is not None:
+        num_classes, where = sibling.num_classes, str(sibling.path)
+    else:
+        num_classes = pc.max(labels).as_py() + 1 if len(labels) else 0
+        num_classes = min(max(num_classes, 0), 2**31 - 1)  # labels outside are named below
+    if config.num_classes not in (None, num_classes):
+        raise PackError(f"num_classes={config.num_classes}, but {where} has {num_classes} classes; leave num_classes out")
+    if sibling is not None and (sibling.num_classes != num_classes or (sibling.class_names or names) != names):
+        raise PackError(
+            f"the classes of {where} are not those of {sibling.path}, and splits of one dataset share them; "
+            f"use class_names={sibling.path / 'classes.txt'} or another OUT"
+        )
+    if not len(labels) and not num_classes:
+        raise PackError("no sample has a label, so the number of classes is unknown; give num_classes")
+
+    if named:
+        numbers = pc.index_in(labels, value_set=pa.array(names, pa.large_string()))
+        wrong = numbers.is_null().to_numpy(zero_copy_only=False)
+        rule = f"is not one of the {num_classes} class names of {where}; correct it or add it there"
+    else:
+        numbers = labels
+        wrong = pc.or_(pc.less(labels, 0), pc.greater_equal(labels, num_classes)).to_numpy(zero_copy_only=False)
+        rule = f"is not in 0..{num_classes - 1} ({num_classes} classes, from {where}); correct it or give more classes"
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        row = int(np.searchsorted(starts, first, side="right")) - 1
+        raise PackError(f"label {labels[first].as_py()!r} of {source_of(row)} {rule}")
+    return names, num_classes, numbers.to_numpy(zero_copy_only=False).astype(np.int32)
+
+
+def _check_class_names(names: tuple[str, ...], where: str) -> None:
+    bad = [name for name in names if not name or "\n" in name or "\r" in name]
+    if bad:
+        raise PackError(f"class name {bad[0]!r} from {where} must be one line of text that is not empty")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise PackError(f"class name {twice!r} stands twice in {where}; each name must be there once")
+
+
+def check_scores(label_starts: np.ndarray, score_starts: np.ndarray, scores: np.ndarray, source_of: Callable[[int], str]) -> None:
+    """Raises PackError unless each sample has no scores or a finite one for each label."""
+    lengths, wanted = np.diff(score_starts), np.diff(label_starts)
+    unequal = np.flatnonzero((lengths != wanted) & (lengths > 0))
+    if len(unequal):
+        row = int(unequal[0])
+        raise PackError(f"{source_of(row)} has {lengths[row]} scores for {wanted[row]} labels; give one each, or none")
+    wrong = ~np.isfinite(scores)
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        row = int(np.searchsorted(score_starts, first, side="right")) - 1
+        raise PackError(f"score {scores[first]} of {source_of(row)} is not a finite float32; correct it or leave scores out")
+
+
+def merge_duplicates(labels: Lists, scores: Lists) -> tuple[Lists, Lists]:
+    """A label that stands twice on a sample is kept once, where it first stood, with the largest of its scores."""
+    lengths = np.diff(labels.starts)
+    many = lengths > 1
+    if not many.any():
+        return labels, scores
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    scored = np.diff(scores.starts) > 0
+    full_scores = np.ones(len(labels.values), dtype=np.float32)
+    full_scores[scored[owner]] = scores.values
+    # Sorted by owner, label, then place, a label's copies are neighbours and the first of them is the one to keep.
+    order = np.lexsort((labels.values, owner))
+    first = np.ones(len(order), dtype=bool)
+    first[1:] = (owner[order][1:] != owner[order][:-1]) | (labels.values[order][1:] != labels.values[order][:-1])
+    if first.all():
+        return labels, scores
+    best = np.maximum.reduceat(full_scores[order], np.flatnonzero(first))
+    kept = order[first]
+    best = best[np.argsort(kept)]
+    kept = np.sort(kept)
+    counts = np.bincount(owner[kept], minlength=len(lengths))
+    score_counts = np.where(scored, counts, 0)
+    return (
+        Lists(starts_of([counts]), labels.values[kept]),
+        Lists(starts_of([score_counts]), best[scored[owner[kept]]]),
+    )
+
+
+def starts_of(lengths: list[np.ndarray]) -> np.ndarray:
+    """Where each row's list starts, and where the last one ends, from the lengths of all lists."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.concatenate(lengths), dtype=np.int64)])

@@ -1,0 +1,62 @@
+"""The `vitscale` command: finds the verb, and turns every failure into one line and an exit status.
+
+Exit status: 0 success, 1 a failure (one line; a traceback with --debug), 2 words that make no sense, 130 Ctrl-C.
+"""
+
+import importlib.metadata
+import sys
+import traceback
+
+from launch import verbs
+from launch.flags import UsageError
+
+
+def main() -> None:
+    """The entry point of the `vitscale` command."""
+    debug = "--debug" in sys.argv
+    try:
+        dispatch([word for word in sys.argv[1:] if word != "--debug"])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `vitscale ... | head`
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:
+        expected = isinstance(error, verbs.expected_errors())
+        if debug or not expected:
+            traceback.print_exc()
+        if not debug:
+            text = str(error) if expected else "this is a fault of vitscale, not of what you gave it; please report the lines above"
+            print(text if text.startswith(("error:", "Traceback")) else f"error: {text}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def dispatch(words: list[str]) -> None:
+    """Runs the verb that the words begin with."""
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return
+    if words[0] == "--version":
+        print(importlib.metadata.version("vitscale"))
+        return
+    for length in (2, 1):  # `checkpoint show` is two words
+        verb = verbs.VERBS.get(" ".join(words[:length]))
+        if verb:
+            verb(words[length:])
+            return
+    family = [name for name in verbs.VERBS if name.startswith(f"{words[0]} ")]
+    if family and (len(words) == 1 or words[1] in ("-h", "--help")):
+        print("\n".join(f"vitscale {name:<20} {_summary(name)}" for name in family))
+        return
+    raise UsageError(f"`vitscale {' '.join(words[: 2 if family else 1])}` is not a verb; there are {', '.join(family or verbs.VERBS)}")
+
+
+def overview() -> str:
+    """What `vitscale --help` prints."""
+    head = "usage: vitscale VERB [FLAGS]\n\nPre-trains Vision Transformers at scale: images to tar shards to checkpoints that others load.\n"
+    tail = "\n`vitscale VERB --help` tells a verb's flags. --debug shows the traceback of an error."
+    return "\n".join([head, *(f"  {name:<20} {_summary(name)}" for name in verbs.VERBS), tail])
+
+
+def _summary(verb: str) -> str:
+    return (verbs.VERBS[verb].__doc__ or "").partition("\n")[0]

@@ -1,0 +1,348 @@
+"""The verbs of the `vitscale` command: the flags of each, what it calls, and what it prints.
+
+What a verb needs is imported when it runs, so that `vitscale --help` answers at once and verbs that do not train work without torch.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from data_tools.config import PackConfig, PackError
+from launch.flags import UsageError, parse, take_recipe
+from launch.local import LaunchError, default_processes, run_ranks
+from vitscale.config import ConfigError, InitConfig, TrainConfig, fixed_by_checkpoint
+from vitscale.recipes import FINETUNE, PRETRAIN, recipe
+
+CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder or an exported folder."
+Checkpoint = Annotated[Positional[str], tyro.conf.arg(help=CHECKPOINT)]
+Json = Annotated[bool, tyro.conf.arg(help="Print the result as JSON.")]
+Weights = Annotated[Literal["average", "weight"], tyro.conf.arg(help="The average of the weights where there is one, or the raw weights.")]
+Processes = Annotated[int, tyro.conf.arg(help="Processes; 0 starts one a GPU, or one on a machine without.")]
+
+
+def expected_errors() -> tuple[type[Exception], ...]:
+    """What can go wrong through a user's input or machine, told in one line without a traceback."""
+    from data_tools.dataset import DatasetError
+    from vitscale.checkpoint import CheckpointError
+    from vitscale.run import RunError
+
+    return UsageError, ConfigError, PackError, DatasetError, CheckpointError, RunError, LaunchError, VerbError, OSError
+
+
+class VerbError(RuntimeError):
+    """A verb that cannot run on this machine, or whose result is bad; the message is one line for the user."""
+
+
+# -- pack -------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PackFlags:
+    """Flags of `vitscale pack`."""
+
+    paths: Annotated[
+        Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE... OUT", help="What to pack, and the folder for the splits.")
+    ]
+    config: Annotated[PackConfig, tyro.conf.arg(name="")] = PackConfig(sources=(), out="")  # noqa: RUF009 - frozen
+    json: Json = False
+
+
+def pack(words: list[str]) -> None:
+    """Images and labels into WebDataset tar shards with an index."""
+    flags = parse(PackFlags, words, "pack", description=PackConfig.__doc__)
+    if len(flags.paths) < 2:
+        raise UsageError(
+            f"`vitscale pack` needs SOURCE... and OUT, and was given {len(flags.paths)} path; `vitscale pack images/ dataset/` is one use"
+        )
+    from data_tools.pack import pack as pack_sources
+
+    config = dataclasses.replace(flags.config, sources=flags.paths[:-1], out=flags.paths[-1])
+    with progress_bar("packing", quiet=flags.json) as update:
+        results = pack_sources(config, lambda done, total, _: update(done, total))
+    if flags.json:
+        print_json([dataclasses.asdict(result) for result in results])
+        return
+    for result in results:
+        print(
+            f"{result.path}: {result.samples:,} samples in {result.shards} shards, {result.classes} classes, {result.bytes / 1e6:,.1f} MB"
+        )
+        if result.rejects:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
+            print(f"{result.path}: {result.rejects:,} images left out ({reasons}); rejects.parquet names them")
+
+
+# -- pretrain, finetune -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PretrainFlags:
+    """Flags of `vitscale pretrain`."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    nproc: Processes = 0
+    json: Json = False
+
+
+def pretrain(words: list[str]) -> None:
+    """Train a ViT from the start, by a recipe; the same command on a run that exists resumes it."""
+    name, rest = take_recipe(words, "pretrain", PRETRAIN)
+    default = recipe(name, PRETRAIN)
+    flags = parse(PretrainFlags, rest, f"pretrain {name}", PretrainFlags(default), f"Recipe {name}. {recipe_doc(name, PRETRAIN)}")
+    train(flags.config, flags.nproc, flags.json)
+
+
+@dataclass(frozen=True)
+class FinetuneFlags:
+    """Flags of `vitscale finetune`."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    init: Annotated[str, tyro.conf.arg(help=f"The checkpoint to start from. {CHECKPOINT}")]
+    init_weights: Weights = "average"
+    interpolation: Literal["timm", "deit", "timm_npz", "paper"] = "timm"
+    """How position embeddings go to the new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
+    nproc: Processes = 0
+    json: Json = False
+
+
+def finetune(words: list[str]) -> None:
+    """Train on from a checkpoint, with a new head, at another resolution."""
+    name, rest = take_recipe(words, "finetune", FINETUNE)
+    default = recipe(name, FINETUNE)
+    description = f"Recipe {name}. {recipe_doc(name, FINETUNE)}"
+    flags = parse(FinetuneFlags, rest, f"finetune {name}", FinetuneFlags(default, tyro.MISSING), description)
+    if changed := fixed_by_checkpoint(flags.config.model, default.model):
+        raise UsageError(f"--model.{changed} cannot be set in fine-tuning, where the checkpoint sets it; leave the flag out")
+    init = InitConfig(flags.init, flags.init_weights, flags.interpolation)
+    train(dataclasses.replace(flags.config, init=init), flags.nproc, flags.json)
+
+
+def train(config: TrainConfig, nproc: int, as_json: bool) -> Path:
+    """Starts or resumes a run on this machine and waits for its end; the run directory."""
+    from vitscale.run import locked, open_run, resolve, status
+
+    if nproc < 0:
+        raise UsageError(f"nproc={nproc} must be at least 1, or 0 for one process a GPU")
+    need("torch", "deepspeed", "safetensors")
+    nproc = nproc or default_processes()
+    config = resolve(config, nproc)
+    run = Path(config.out)
+    with locked(run):
+        if open_run(config, nproc):
+            print(f"{run} is finished; another --out starts anew", file=sys.stderr)
+        else:
+            try:
+                run_ranks(run, nproc, terminal=sys.stderr if as_json else sys.stdout)
+            except KeyboardInterrupt:
+                print(f"\nstopped; the same command goes on from the newest checkpoint in {run}", file=sys.stderr)
+                raise
+    if as_json:
+        print_json(status(run))
+    return run
+
+
+# -- evaluate ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """Evaluates on one device, in fp32, every sample once."""
+
+    checkpoint: Checkpoint
+    data: str
+    """Dataset directory of the split to evaluate on."""
+    weights: Weights = "average"
+    batch_size: int = 64
+    workers: int = 0
+    """Threads that read and decode; 0 takes the cores there are, at most 8."""
+    json: Json = False
+
+
+def evaluate(words: list[str]) -> None:
+    """Accuracy of a checkpoint's head on a dataset."""
+    flags = parse(EvaluateFlags, words, "evaluate")
+    if flags.batch_size < 1 or flags.workers < 0:
+        raise UsageError(f"batch-size={flags.batch_size} must be at least 1 and workers={flags.workers} at least 0")
+    from data_tools.dataset import Dataset
+    from vitscale.checkpoint import describe, find_checkpoint
+
+    description = describe(find_checkpoint(flags.checkpoint))
+    dataset = Dataset.open(flags.data)
+    need("torch", "safetensors")
+    from vitscale.evaluate import evaluate_checkpoint
+
+    with progress_bar("evaluating", quiet=flags.json) as update:
+        result = evaluate_checkpoint(
+            description, flags.weights, dataset, batch_size=flags.batch_size, workers=flags.workers, progress=update
+        )  # fmt: skip
+    if flags.json:
+        print_json({"checkpoint": str(description.path), "data": flags.data} | dataclasses.asdict(result))
+        return
+    skipped = f" ({result.skipped:,} more could not be read)" if result.skipped else ""
+    print(f"{description.path} on {result.samples:,} samples of {flags.data}{skipped}:")
+    print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}")
+
+
+# -- checkpoint -------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ShowFlags:
+    """Prints what a checkpoint holds, after checking that it is whole."""
+
+    checkpoint: Checkpoint
+    tensors: bool = False
+    """List every tensor."""
+    json: Json = False
+
+
+def checkpoint_show(words: list[str]) -> None:
+    """What a checkpoint holds."""
+    flags = parse(ShowFlags, words, "checkpoint show")
+    from vitscale.checkpoint import describe, find_checkpoint
+
+    description = describe(find_checkpoint(flags.checkpoint))
+    if flags.json:
+        print_json(dataclasses.asdict(description) | {"path": str(description.path)})
+        return
+    weights = [t for t in description.tensors if t.kind == "weight"]
+    print(f"{description.path}: step {description.step}, {description.samples_seen:,} samples seen; checksums hold")
+    print(f"{len(weights)} tensors, {sum(math.prod(t.shape) for t in weights):,} parameters; kinds: {', '.join(description.kinds)}")
+    for part in (description.model, description.preprocess):
+        print(f"{type(part).__name__}: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(part).items()))
+    if flags.tensors:
+        for tensor in description.tensors:
+            print(f"{tensor.kind:<16} {tensor.name:<40} {' x '.join(map(str, tensor.shape))}")
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """Writes a folder that timm loads, or plain safetensors with a JSON description."""
+
+    checkpoint: Checkpoint
+    out: Positional[str]
+    """The folder to write; it must not exist."""
+    to: Literal["timm", "safetensors"] = "timm"
+    headless: bool = False
+    """Leave out the head."""
+    weights: Weights = "average"
+    json: Json = False
+
+
+def checkpoint_export(words: list[str]) -> None:
+    """Weights for timm, or as plain safetensors."""
+    flags = parse(ExportFlags, words, "checkpoint export")
+    from vitscale.checkpoint import describe, find_checkpoint
+
+    description = describe(find_checkpoint(flags.checkpoint))
+    need("torch", "safetensors")
+    from vitscale.export import export
+
+    out = export(description, flags.weights, Path(flags.out), to=flags.to, headless=flags.headless)
+    used = description.preferred(flags.weights)
+    if flags.json:
+        print_json({"out": str(out), "to": flags.to, "headless": flags.headless, "weights": used, "from": str(description.path)})
+    else:
+        print(f"{out}: the {used} tensors of {description.path} for {flags.to}{', without head' if flags.headless else ''}")
+
+
+# -- run --------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StatusFlags:
+    """Shows how far a run is, and what it last measured."""
+
+    run: Positional[str]
+    """Run directory."""
+    json: Json = False
+
+
+def run_status(words: list[str]) -> None:
+    """How far a run is."""
+    flags = parse(StatusFlags, words, "run status")
+    from vitscale.metrics import duration
+    from vitscale.run import status
+
+    found = status(Path(flags.run))
+    if flags.json:
+        print_json(found)
+        return
+    print(
+        f"{found['run']}: {found['recipe']}, {found['state']} at step {found['step']} of {found['total_steps']}, {found['starts']} starts"
+    )
+    if last := found["last"]:
+        left = f", {duration(last['seconds_left'])} left" if found["state"] == "running" else ""
+        print(f"loss {last['loss']:.4f}, epoch {last['epoch']:.2f}, {last['images_per_second']:,.0f} img/s{left}")
+    if evaluation := found["evaluation"]:
+        print(f"held out at step {evaluation['step']}: top-1 {evaluation['eval_top1']:.2%}, loss {evaluation['eval_loss']:.4f}")
+    print(f"checkpoints: {', '.join(found['checkpoints']) or 'none yet'}")
+
+
+# -- quickstart -------------------------------------------------------------------------------------------------------------------------
+
+
+def quickstart(words: list[str]) -> None:
+    """The whole road on this machine in minutes, on real images."""
+    from launch.quickstart import QuickstartFlags
+    from launch.quickstart import quickstart as run_quickstart
+
+    flags = parse(QuickstartFlags, words, "quickstart")
+    need("torch", "deepspeed", "safetensors", "sklearn")
+    run_quickstart(flags)
+
+
+VERBS: dict[str, Callable[[list[str]], None]] = {
+    "pack": pack,
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "checkpoint show": checkpoint_show,
+    "checkpoint export": checkpoint_export,
+    "run status": run_status,
+    "quickstart": quickstart,
+}
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def need(*packages: str) -> None:
+    """Raises VerbError where a package is not installed, with the extra that brings it."""
+    extras = {"torch": "train", "deepspeed": "train", "safetensors": "train", "sklearn": "quickstart"}
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise VerbError(f"{package} is not installed; `pip install 'vitscale[{extras[package]}]'` brings it")
+
+
+def recipe_doc(name: str, recipes: tuple[Callable[[], TrainConfig], ...]) -> str:
+    """The docstring of a recipe."""
+    return next(" ".join((r.__doc__ or "").split()) for r in recipes if r.__name__.replace("_", "-") == name)
+
+
+def print_json(value: Any) -> None:
+    """For another program to read; a path or another odd value as text."""
+    print(json.dumps(value, indent=1, default=str))
+
+
+@contextmanager
+def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal's error stream, so that standard output holds results alone; nothing where that is no terminal."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,1 @@
+"""The model, the stream of batches, the training step, fine-tuning, evaluation and export."""

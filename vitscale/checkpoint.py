@@ -1,0 +1,366 @@
+"""Checkpoints: written at once or not at all, read at any world size and ZeRO stage. The format is docs/design.md's "Run directory".
+
+    RUN/checkpoints/step-00012000/
+        node-0000.safetensors   flat fp32 pieces of tensors, named KIND/PARAMETER/OFFSET
+        checkpoint.json         format version, model, preprocessing, class names, clock, and for every tensor its shape and pieces
+        COMMIT.json             sizes and checksums of the others; written last
+
+A folder is durable once COMMIT.json is there and its checksums hold. It is written under a hidden name, synced, and renamed. Finding,
+describing and checking checkpoints works without torch; only reading and writing tensors imports it.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from vitscale.config import ConfigError, PreprocessConfig, ViTConfig, from_dict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vitscale.engine import Engine
+
+FORMAT_VERSION = 1
+EXPORT_DESCRIPTION = "vitscale.json"  # what an exported folder holds in place of checkpoint.json
+WEIGHT, AVERAGE = "weight", "average"  # kinds of tensors, beside the optimizer's moments
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there, not whole or not the right one; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a flattened tensor."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor of a checkpoint: a parameter's weight, one of its moments, or its average."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a folder of weights says of itself."""
+
+    path: Path
+    model: ViTConfig
+    preprocess: PreprocessConfig
+    objective: str
+    class_names: tuple[str, ...] | None
+    samples_seen: int
+    step: int
+    tensors: tuple[TensorEntry, ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of tensors there are, weights first."""
+        return tuple(dict.fromkeys(t.kind for t in sorted(self.tensors, key=lambda t: t.kind != WEIGHT)))
+
+    def preferred(self, kind: str) -> str:
+        """`average` where it is asked for and there is one, else `weight`."""
+        return kind if kind in self.kinds else WEIGHT
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Finding
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def committed(run: Path) -> list[Path]:
+    """A run's committed checkpoints, oldest first; their checksums have not been looked at."""
+    return sorted(folder.parent for folder in (run / "checkpoints").glob("step-*/COMMIT.json"))
+
+
+def newest_durable(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose checksums hold, and what is wrong with each newer one."""
+    faults: list[str] = []
+    for folder in reversed(committed(run)):
+        problem = verify(folder)
+        if problem is None:
+            return folder, faults
+        faults.append(problem)
+    return None, faults
+
+
+def verify(folder: Path) -> str | None:
+    """None if a checkpoint is whole, otherwise what is wrong with it in one line."""
+    try:
+        commit = json.loads((folder / "COMMIT.json").read_text())
+        for name, entry in commit["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{folder}: {name} is missing"
+            if path.stat().st_size != entry["size"]:
+                return f"{folder}: {name} has {path.stat().st_size} bytes, COMMIT.json says {entry['size']}"
+            if file_checksum(path) != entry["xxh3_128"]:
+                return f"{folder}: {name} does not have the checksum in COMMIT.json; the file is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder}: COMMIT.json cannot be read ({error})"
+    return None
+
+
+def find_checkpoint(spec: str) -> Path:
+    """The folder that a CHECKPOINT names: a run (its newest durable one), RUN@STEP, a step's folder or an exported folder.
+
+    Checks that it is whole. Raises CheckpointError.
+    """
+    path = Path(spec)
+    run, at, step = spec.rpartition("@")
+    if not path.exists() and at and step.isdigit():
+        path = step_folder(Path(run), int(step))
+        if not path.exists():
+            steps = [folder.name.removeprefix("step-").lstrip("0") or "0" for folder in committed(Path(run))]
+            raise CheckpointError(f"{run} has no checkpoint of step {int(step)}; {_there_are(steps)}")
+    if not path.exists():
+        raise CheckpointError(f"{spec} does not exist; a checkpoint is a run, RUN@STEP, a step's folder or an exported folder")
+    if any((path / name).is_file() for name in (EXPORT_DESCRIPTION, "checkpoint.json", "COMMIT.json")):
+        if problem := verify(path):
+            raise CheckpointError(problem)
+        return path
+    newest, faults = newest_durable(path)
+    if newest is None:
+        found = f"{len(faults)} damaged ones: {faults[0]}" if faults else "none"
+        raise CheckpointError(f"{spec} holds no durable checkpoint ({found}); give a run that has written one, or an exported folder")
+    return newest
+
+
+def describe(folder: Path) -> Description:
+    """Reads checkpoint.json, or an export's description. Raises CheckpointError."""
+    file = folder / (EXPORT_DESCRIPTION if (folder / EXPORT_DESCRIPTION).is_file() else "checkpoint.json")
+    try:
+        values = json.loads(file.read_text())
+        if values["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(f"{file} has format version {values['format_version']}; this vitscale reads {FORMAT_VERSION}")
+        return Description(
+            path=folder,
+            model=from_dict(ViTConfig, values["model"], "model"),
+            preprocess=from_dict(PreprocessConfig, values["preprocess"], "preprocess"),
+            objective=values["objective"],
+            class_names=tuple(values["class_names"]) if values["class_names"] else None,
+            samples_seen=values["samples_seen"],
+            step=values["step"],
+            tensors=tuple(
+                TensorEntry(t["name"], t["kind"], tuple(t["shape"]), tuple(Piece(**piece) for piece in t["pieces"]))
+                for t in values["tensors"]
+            ),
+        )
+    except (OSError, KeyError, TypeError, ConfigError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read as a checkpoint ({type(error).__name__}: {error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+class TensorReader:
+    """Reads stretches of a checkpoint's tensors, mapping files and holding nothing in memory. Safe for one thread."""
+
+    def __init__(self, description: Description) -> None:
+        self._folder = description.path
+        self._entries = {(t.name, t.kind): t for t in description.tensors}
+        self._exported = (description.path / EXPORT_DESCRIPTION).is_file()  # whole tensors under their own names
+        self._files: dict[str, Any] = {}
+
+    def stretch(self, name: str, kind: str, start: int, length: int) -> "Tensor":
+        """Elements [start, start + length) of the flattened tensor, fp32."""
+        import torch
+
+        out = torch.empty(length, dtype=torch.float32)
+        filled = 0
+        for piece in self._entries[name, kind].pieces:
+            low, high = max(start, piece.offset), min(start + length, piece.offset + piece.length)
+            if low < high:
+                file = self._open(piece.file)
+                stored = file.get_tensor(name).flatten() if self._exported else file.get_slice(piece_key(name, kind, piece.offset))
+                out[low - start : high - start] = stored[low - piece.offset : high - piece.offset]
+                filled += high - low
+        if filled != length:
+            raise CheckpointError(f"{self._folder}: the pieces of {kind} {name} do not cover elements {start} to {start + length}")
+        return out
+
+    def whole(self, name: str, kind: str) -> "Tensor":
+        """A tensor in its shape."""
+        entry = self._entries[name, kind]
+        return self.stretch(name, kind, 0, math.prod(entry.shape)).view(entry.shape)
+
+    def _open(self, file: str) -> Any:
+        from safetensors import safe_open
+
+        if file not in self._files:
+            self._files[file] = safe_open(self._folder / file, framework="pt")
+        return self._files[file]
+
+
+def piece_key(name: str, kind: str, offset: int) -> str:
+    """The name of a piece in its safetensors file."""
+    return f"{kind}/{name}/{offset}"
+
+
+def check_tensors(description: Description, expected: dict[str, tuple[int, ...]], kinds: Iterable[str]) -> None:
+    """Every expected tensor there with its shape, and none besides. Raises CheckpointError that names the first that differ."""
+    for kind in kinds:
+        found = {t.name: t.shape for t in description.tensors if t.kind == kind}
+        missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        if missing or extra:
+            raise CheckpointError(
+                f"{description.path} does not fit the model: of kind {kind} {len(missing)} tensors are missing ({_first(missing)}) "
+                f"and {len(extra)} are not the model's ({_first(extra)})"
+            )
+        for name, shape in found.items():
+            if shape != tuple(expected[name]):
+                raise CheckpointError(f"{description.path}: {name} has shape {shape}, the model's has {tuple(expected[name])}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def write_description(
+    path: Path, *, model: ViTConfig, preprocess: PreprocessConfig, objective: str, class_names: tuple[str, ...] | None, samples_seen: int,
+    step: int, tensors: Iterable[TensorEntry],
+) -> None:  # fmt: skip
+    """Writes checkpoint.json or an export's description."""
+    values = {
+        "format_version": FORMAT_VERSION,
+        "model": asdict(model),
+        "preprocess": asdict(preprocess),
+        "objective": objective,
+        "class_names": list(class_names) if class_names else None,
+        "samples_seen": samples_seen,
+        "step": step,
+        "tensors": [asdict(t) for t in tensors],
+    }
+    path.write_text(json.dumps(values, indent=1))
+
+
+def save(
+    run: Path, engine: "Engine", *, model: ViTConfig, preprocess: PreprocessConfig, objective: str, class_names: tuple[str, ...] | None,
+    samples_seen: int, step: int,
+) -> Path:  # fmt: skip
+    """Writes the checkpoint of a step. A collective; the leader of each node writes its share of the tensors, whole ones."""
+    import torch.distributed as dist
+    from safetensors.torch import save_file
+
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    node, local_rank = divmod(dist.get_rank(), ranks_per_node)
+    num_nodes = dist.get_world_size() // ranks_per_node
+    hidden = partial_folder(run, step)
+    if dist.get_rank() == 0:
+        for leftover in hidden.parent.glob(".step-*.partial"):
+            shutil.rmtree(leftover)
+        hidden.mkdir(parents=True)
+    dist.barrier()
+
+    mine: dict[str, Tensor] = {}
+    entries = []
+    for index, (kind, name) in enumerate((kind, name) for kind in engine.kinds for name in engine.shapes):
+        whole = engine.gather(name, kind)
+        owner = index % num_nodes
+        if local_rank == 0 and owner == node:
+            mine[piece_key(name, kind, 0)] = whole.flatten().cpu()
+        piece = Piece(f"node-{owner:04d}.safetensors", 0, whole.numel())
+        entries.append(TensorEntry(name, kind, tuple(whole.shape), (piece,)))
+    checksums: dict[str, str] = {}
+    if local_rank == 0 and mine:
+        file = hidden / f"node-{node:04d}.safetensors"
+        save_file(mine, file)
+        _sync(file)
+        checksums[file.name] = file_checksum(file)
+    gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(gathered, checksums)
+    if dist.get_rank() == 0:
+        file = hidden / "checkpoint.json"
+        write_description(
+            file, model=model, preprocess=preprocess, objective=objective, class_names=class_names, samples_seen=samples_seen, step=step,
+            tensors=entries,
+        )  # fmt: skip
+        commit(hidden, {name: value for part in gathered for name, value in part.items()} | {file.name: file_checksum(file)})
+    dist.barrier()
+    return step_folder(run, step)
+
+
+def partial_folder(run: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    folder = step_folder(run, step)
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def commit(hidden: Path, checksums: dict[str, str]) -> None:
+    """Makes a written checkpoint durable and points `latest` at it."""
+    folder = hidden.with_name(hidden.name.removeprefix(".").removesuffix(".partial"))
+    publish(hidden, folder, checksums)
+    pointer = folder.parent / ".latest.partial"
+    pointer.write_text(folder.name + "\n")
+    pointer.rename(folder.parent / "latest")
+
+
+def publish(hidden: Path, folder: Path, checksums: dict[str, str]) -> None:
+    """Gives a written folder its COMMIT.json, syncs it and renames it into place."""
+    files = {name: {"size": (hidden / name).stat().st_size, "xxh3_128": checksum} for name, checksum in sorted(checksums.items())}
+    (hidden / "COMMIT.json").write_text(json.dumps({"files": files}, indent=1))
+    for file in hidden.iterdir():
+        _sync(file)
+    _sync(hidden)
+    if folder.exists():  # one that did not verify, or that a run was taken back to before
+        shutil.rmtree(folder)
+    hidden.rename(folder)
+    _sync(folder.parent)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Removes all but the newest `keep` committed checkpoints; 0 keeps all."""
+    for folder in committed(run)[:-keep] if keep else []:
+        doomed = folder.with_name(f".{folder.name}.doomed")
+        folder.rename(doomed)  # so that a kill in mid-removal leaves nothing that looks like a checkpoint
+        shutil.rmtree(doomed)
+    for leftover in (run / "checkpoints").glob(".*.doomed"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3_128 of a file's bytes, in hex."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
+
+
+def _there_are(steps: list[str]) -> str:
+    return f"there are those of steps {', '.join(steps)}" if steps else "there are none"

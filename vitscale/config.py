@@ -1,0 +1,411 @@
+"""The configuration of a run: one frozen dataclass a part, made into command-line flags by tyro.
+
+Imports no torch, numpy or pyarrow, so that `--help` and every check of a config answer at once. A part of the program receives its
+own config and never the whole; `TrainConfig` is what a recipe returns, what RUN/config.json holds, and enough to repeat the run.
+
+`check_config` is the one place where a config is judged, before any process starts: each message gives the value, the rule and a value
+that would work.
+"""
+
+import dataclasses
+import json
+import math
+import types
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message is one line for the user."""
+
+
+def _parse_mapping(words: list[str]) -> dict[str, Any]:
+    value = json.loads(words[0])
+    if not isinstance(value, dict):
+        raise ValueError(f"{words[0]} is not a JSON object")
+    return value
+
+
+_JSON = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="JSON",
+    instance_from_str=_parse_mapping,
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [json.dumps(value)],
+)
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A Vision Transformer (arXiv 2010.11929, section 3.1)."""
+
+    depth: int = 12
+    """Transformer blocks."""
+    width: int = 768
+    """Features of a token (D)."""
+    mlp_dim: int = 3072
+    """Hidden features of the MLP."""
+    num_heads: int = 12
+    patch_size: int = 16
+    """Pixels a side."""
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width in pixels; both multiples of the patch size."""
+    num_classes: int = 0
+    """Outputs of the head; 0 takes the dataset's number."""
+    pool: Literal["cls", "mean", "map"] = "cls"
+    """What the head sees: a class token, the mean of the patch tokens, or attention pooling; the last two have no class token."""
+    position: Literal["learned_1d", "learned_2d", "relative", "sincos", "none"] = "learned_1d"
+    """Position embeddings (the paper's appendix D.4 compares them)."""
+    representation_size: int = 0
+    """Width of the tanh layer before the head in pre-training; 0 leaves it out."""
+    dropout: float = 0.0
+    """After the position embeddings, both MLP layers and the attention output."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last block, rising linearly from 0 at the first."""
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """erf GELU, or the tanh form that Flax uses."""
+    layer_norm_eps: float = 1e-6
+    head_bias: float = 0.0
+    """What the head's biases start from: -10 for summed sigmoid over many classes."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in a sequence, the class token among them."""
+        return self.grid[0] * self.grid[1] + (self.pool == "cls")
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """What turns image bytes into the model's input; an export carries it."""
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Of each channel of pixels in [0, 1]; 0.5 with a deviation of 0.5 is the paper's range [-1, 1]."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Antialiased, as Pillow does it."""
+    crop_scale: tuple[float, float] = (0.05, 1.0)
+    """Share of the image's area in a random training crop; (1, 1) turns random crops off: the whole image, resized."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of a random training crop."""
+    flip: float = 0.5
+    """Chance of a mirrored training image."""
+    eval_crop: float = 0.875
+    """Side of the central evaluation crop over the side the image is resized to; 1 resizes the image to the model's size, squashed."""
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How batches are drawn; the order of samples is docs/design.md's, "The clock and the order of samples"."""
+
+    lanes: int = 0
+    """Lanes of the order, fixed when a run starts; 0 chooses by the size of the dataset."""
+    window: int = 0
+    """Samples shuffled together in a lane, fixed when a run starts; 0 chooses by the size of the dataset."""
+    workers: int = 0
+    """Threads a rank that read and decode; 0 takes the cores there are, at most 8."""
+    prefetch: int = 4
+    """Micro-batches a rank that are prepared ahead."""
+    max_unusable: int = 1000
+    """Samples that one rank may find unusable and replace before the run stops."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss."""
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    """Softmax cross-entropy, or sigmoid cross-entropy summed over the classes (several labels an image)."""
+    label_smoothing: float = 0.0
+    soft_targets: bool = False
+    """Let the labels' scores weigh the targets; otherwise each label counts as 1."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer; weight decay acts on kernels only, never on biases, norms, the class token or position embeddings."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    peak_lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    eps: float = 1e-8
+    """Of AdamW."""
+    momentum: float = 0.9
+    """Of SGD."""
+    weight_decay: float = 0.0
+    """Times the learning rate of the step; decoupled under AdamW."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; 0 does not clip."""
+    average_decay: float = 0.0
+    """Decay a step of an average of the weights (EMA, Polyak), which evaluation and export then use; 0 keeps none."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over the run."""
+
+    kind: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
+    warmup_steps: int = 0
+    """Linear rise from 0."""
+    cooldown_steps: int = 0
+    """Linear fall to 0 over the last steps, on top of the schedule."""
+    end_lr: float = 0.0
+    """What linear and cosine end at."""
+    timescale: int = 10_000
+    """Of rsqrt, in steps."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the work is laid over devices; changes nothing that is learned beyond rounding."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 1 partitions the optimizer, 2 gradients too, 3 weights too. 1 is enough up to 2 B parameters."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: weights and activations in bf16, fp32 masters and gradient accumulation."""
+    checkpoint_every_n_blocks: int = 0
+    """Activation checkpointing: 0 none, 1 every block, n every n-th block."""
+    deepspeed: Annotated[dict[str, Any], _JSON] = field(default_factory=dict)
+    """Anything else that DeepSpeed's config takes, as JSON; merged over ours."""
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Where weights come from when they are not random (fine-tuning)."""
+
+    checkpoint: str
+    """A run, RUN@STEP, a step's folder or an exported folder."""
+    weights: Literal["average", "weight"] = "average"
+    """The average of the weights where the checkpoint holds one, or the raw weights."""
+    interpolation: Literal["timm", "deit", "timm_npz", "paper"] = "timm"
+    """How position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run: what a recipe returns and what RUN/config.json holds."""
+
+    recipe: Annotated[str, tyro.conf.Suppress]
+    data: str = ""
+    """Dataset directory of the training split."""
+    eval_data: str = ""
+    """Dataset directory of the held-out split; empty takes the sibling `val` of the training split, if any; `none` evaluates nothing."""
+    out: str = ""
+    """Run directory; empty takes runs/RECIPE."""
+    seed: int = 0
+    epochs: float = 0.0
+    """Length of the run in passes over the data; give this or steps."""
+    steps: int = 0
+    """Length of the run in optimizer steps; give this or epochs."""
+    global_batch_size: int = 4096
+    """Images an optimizer step."""
+    micro_batch_size: int = 64
+    """Images a rank handles at once; gradient accumulation follows from it and the number of ranks."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 5000
+    """Steps between evaluations on the held-out split; 0 evaluates at the end only."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; one is written at the end in any case."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept; 0 keeps all."""
+    model: ViTConfig = field(default_factory=ViTConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    init: Annotated[InitConfig | None, tyro.conf.Suppress] = None
+    """Weights to start from; set by finetune."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Decisions that follow from a config
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def total_steps(config: TrainConfig, num_samples: int) -> int:
+    """Optimizer steps of a run over a dataset of `num_samples`."""
+    return config.steps or math.ceil(config.epochs * num_samples / config.global_batch_size)
+
+
+def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches a rank an optimizer step. Raises ConfigError where the numbers do not divide."""
+    unit = micro_batch_size * world_size
+    if global_batch_size % unit:
+        nearest = max(1, round(global_batch_size / unit)) * unit
+        fitting = max((m for m in range(1, micro_batch_size + 1) if global_batch_size % (m * world_size) == 0), default=0)
+        other = f", and so does micro_batch_size={fitting}" if fitting else ""
+        raise ConfigError(
+            f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size x world_size = "
+            f"{micro_batch_size} x {world_size} = {unit}; global_batch_size={nearest} works{other}"
+        )
+    return global_batch_size // unit
+
+
+def choose_order(stream: StreamConfig, num_samples: int, global_batch_size: int) -> StreamConfig:
+    """Fills in lanes and window where they are 0 (docs/design.md, "The clock and the order of samples")."""
+    if num_samples < 4_000_000:  # one lane of one window: a full shuffle
+        lanes, window = stream.lanes or 1, stream.window or (num_samples if stream.lanes in (0, 1) else 256)
+    else:
+        power = math.gcd(global_batch_size, 1024)
+        lanes, window = stream.lanes or power, stream.window or 256
+    return dataclasses.replace(stream, lanes=lanes, window=window)
+
+
+TAKEN_IN_FINE_TUNING = ("image_size", "dropout", "drop_path_rate", "head_bias")  # of the wanted model; the rest is the checkpoint's
+
+
+def fixed_by_checkpoint(wanted: ViTConfig, default: ViTConfig) -> str | None:
+    """The first setting of a model that a user changed though fine-tuning takes it from the checkpoint, with dashes."""
+    for f in dataclasses.fields(ViTConfig):
+        if f.name not in TAKEN_IN_FINE_TUNING and getattr(wanted, f.name) != getattr(default, f.name):
+            return f.name.replace("_", "-")
+    return None
+
+
+def fine_tuned_model(base: ViTConfig, wanted: ViTConfig, num_classes: int) -> ViTConfig:
+    """The model that fine-tuning makes of a checkpoint's: its body at a new image size, a new head, no representation layer."""
+    taken = {name: getattr(wanted, name) for name in TAKEN_IN_FINE_TUNING}
+    return dataclasses.replace(base, num_classes=num_classes, representation_size=0, **taken)
+
+
+def check_config(config: TrainConfig, world_size: int) -> None:
+    """Everything that can be said of a config without data or devices. Raises ConfigError."""
+    check_model(config.model)
+    _check_ranges(config)
+    if (config.epochs > 0) == (config.steps > 0):
+        raise ConfigError(f"epochs={config.epochs:g} and steps={config.steps}: set exactly one above 0, for example --epochs 90 --steps 0")
+    grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size)
+    if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
+        raise ConfigError("precision=bf16 with zero_stage=0 has no fp32 gradient accumulation in DeepSpeed; --engine.zero-stage 1 has")
+    if config.objective.kind == "softmax" and config.model.head_bias:
+        raise ConfigError(f"head_bias={config.model.head_bias:g} does nothing under softmax; set it to 0 or use --objective.kind sigmoid")
+
+
+def check_model(model: ViTConfig) -> None:
+    """What a ViT needs to exist at all. Raises ConfigError."""
+    for name in ("depth", "width", "mlp_dim", "num_heads", "patch_size"):
+        if getattr(model, name) < 1:
+            raise ConfigError(f"model.{name}={getattr(model, name)} must be at least 1")
+    if model.width % model.num_heads:
+        fitting = [h for h in range(1, model.width + 1) if model.width % h == 0]
+        nearest = min(fitting, key=lambda h: (abs(h - model.num_heads), h))
+        raise ConfigError(f"model.width={model.width} is not a multiple of num_heads={model.num_heads}; num_heads={nearest} works")
+    for side in model.image_size:
+        if side < model.patch_size or side % model.patch_size:
+            nearest = max(1, round(side / model.patch_size)) * model.patch_size
+            raise ConfigError(
+                f"model.image_size={model.image_size[0]}x{model.image_size[1]}: {side} is not a multiple of "
+                f"patch_size={model.patch_size}; {nearest} is"
+            )
+    if model.position in ("learned_2d", "sincos") and model.width % 4:
+        raise ConfigError(f"model.width={model.width} must be a multiple of 4 for position={model.position}; {-(-model.width // 4) * 4} is")
+    for name in ("dropout", "drop_path_rate"):
+        if not 0 <= getattr(model, name) < 1:
+            raise ConfigError(f"model.{name}={getattr(model, name):g} must lie in [0, 1)")
+    for name in ("num_classes", "representation_size"):
+        if getattr(model, name) < 0:
+            raise ConfigError(f"model.{name}={getattr(model, name)} must be at least 0")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    least = {
+        "global_batch_size": 1, "micro_batch_size": 1, "log_every": 1, "eval_every": 0, "checkpoint_every": 1, "keep_checkpoints": 0,
+        "epochs": 0, "steps": 0, "seed": 0, "stream.lanes": 0, "stream.window": 0, "stream.workers": 0, "stream.prefetch": 1,
+        "stream.max_unusable": 0, "optimizer.peak_lr": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip": 0, "schedule.warmup_steps": 0,
+        "schedule.cooldown_steps": 0, "schedule.end_lr": 0, "schedule.timescale": 1, "engine.checkpoint_every_n_blocks": 0,
+    }  # fmt: skip
+    for name, low in least.items():
+        value = _lookup(config, name)
+        if not (math.isfinite(value) and value >= low):
+            raise ConfigError(f"{name}={value:g} must be a number of at least {low}")
+    for name in ("preprocess.flip", "objective.label_smoothing", "optimizer.average_decay", "optimizer.momentum"):
+        if not 0 <= _lookup(config, name) <= 1:
+            raise ConfigError(f"{name}={_lookup(config, name):g} must lie in [0, 1]")
+    for name, most in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+        low_end, high_end = getattr(config.preprocess, name)
+        if not 0 < low_end <= high_end <= most:
+            rule = "0 < low <= high <= 1, as 0.05 1.0 does" if name == "crop_scale" else "0 < low <= high, as 0.75 1.3333 does"
+            raise ConfigError(f"preprocess.{name}=({low_end:g}, {high_end:g}) must satisfy {rule}")
+    if not 0 < config.preprocess.eval_crop <= 1:
+        raise ConfigError(f"preprocess.eval_crop={config.preprocess.eval_crop:g} must lie in (0, 1]")
+    if min(config.preprocess.std) <= 0:
+        raise ConfigError(f"preprocess.std={config.preprocess.std} must be above 0")
+
+
+# What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
+MAY_CHANGE = (
+    "data", "eval_data", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "stream.workers",
+    "stream.prefetch", "stream.max_unusable", "engine", "init.checkpoint",
+)  # fmt: skip
+
+
+def refused_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """The settings that differ and may not, a line each: `name: old -> new`."""
+    before, after = _flatten(to_dict(old)), _flatten(to_dict(new))
+    allowed = tuple(f"{name}." for name in MAY_CHANGE)
+    return [
+        f"{name}: {before.get(name)} -> {after.get(name)}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name) and not f"{name}.".startswith(allowed)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# To and from JSON
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as what its JSON holds (tuples as lists)."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
+    """The dataclass `cls` from what `to_dict` gave. Raises ConfigError on unknown or missing fields."""
+    hints = get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(values.keys() - known):
+        raise ConfigError(f"{where} has unknown fields {', '.join(unknown)}; {cls.__name__} knows {', '.join(sorted(known))}")
+    try:
+        return cls(**{name: _from_plain(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _from_plain(hint: Any, value: Any, where: str) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    if get_origin(hint) is tuple:
+        return tuple(value)
+    return value
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _lookup(config: Any, dotted: str) -> Any:
+    for name in dotted.split("."):
+        config = getattr(config, name)
+    return config

@@ -1,0 +1,232 @@
+"""The seam to DeepSpeed: the only module that imports it.
+
+An `Engine` runs forward, backward and the optimizer step of a plain model under ZeRO 0 to 3, and gives access to what a checkpoint holds:
+for each parameter its fp32 weight, the optimizer's moments and the running average, whatever the stage and world size.
+
+Where those live. DeepSpeed keeps fp32 weights in flat tensors, of which a rank has its partition (stage 0: the parameters themselves); the
+optimizer's moments, and our average, are tensors of the same shape. `_fragment` says which stretch of a parameter lies where in a flat
+tensor of this rank; everything that reads or writes state goes through it, so that no stage is a special case further up. Loading is local
+to a rank; reading a whole tensor is a collective.
+
+Gradients are averaged over ranks and micro-batches and clipped by DeepSpeed. In bf16 they accumulate in fp32.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for a dozen kinds of device, and warns of each
+
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
+
+from vitscale.checkpoint import AVERAGE, WEIGHT
+from vitscale.config import EngineConfig, OptimizerConfig
+from vitscale.optim import MOMENTS, build_optimizer
+
+# (name, kind, start, length) -> that stretch of the flattened tensor, fp32
+Read = Callable[[str, str, int, int], Tensor]
+
+
+class Fragment(NamedTuple):
+    """A stretch of a parameter, as this rank holds it."""
+
+    flat: Tensor  # the flat fp32 tensor it lies in
+    flat_start: int
+    length: int
+    start: int  # first element of the flattened parameter
+
+
+def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Joins the process group that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; NCCL on GPUs, gloo elsewhere."""
+    deepspeed_logger.setLevel("ERROR")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False)
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def deepspeed_config(config: EngineConfig, grad_clip: float, micro_batch_size: int, grad_accum_steps: int) -> dict[str, Any]:
+    """DeepSpeed's config from ours; `config.deepspeed` is merged over it, mapping by mapping."""
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": grad_accum_steps,
+        "gradient_clipping": grad_clip,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list; tests hold it to plain torch
+        "steps_per_print": 2**31,
+    }
+    if config.precision == "bf16":
+        ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return _merge(ours, config.deepspeed)
+
+
+class Engine:
+    """A model in training.
+
+    Args:
+        model: in fp32 on the CPU, its weights as they should be at the start.
+        optimizer: which optimizer, its clipping and the decay of the average.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, *, micro_batch_size: int, grad_accum_steps: int
+    ) -> None:
+        self.stage, self.average_decay = config.zero_stage, optimizer.average_decay
+        self.moments = MOMENTS[optimizer.name]
+        self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self.parameters = dict(model.named_parameters())
+        self.shapes = {name: p.shape for name, p in self.parameters.items()}
+        settings = deepspeed_config(config, optimizer.grad_clip, micro_batch_size, grad_accum_steps)
+        self.deepspeed, *_ = deepspeed.initialize(model=model.to(device()), optimizer=build_optimizer(model, optimizer), config=settings)
+        self._zero = self.deepspeed.optimizer  # ZeRO's wrapper; under stage 0 torch's optimizer itself
+        self._optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
+        self._averages = [flat.detach().clone() for flat in self._flat_weights()] if self.average_decay else []
+        self._average_of = {id(flat): average for flat, average in zip(self._flat_weights(), self._averages, strict=False)}
+
+    # -- training ---------------------------------------------------------------------------------------------------------------------
+
+    def forward(self, images_BCHW: Tensor, sample_keys_B: Tensor | None = None) -> Tensor:
+        """Logits of normalised fp32 images."""
+        return self.deepspeed(images_BCHW.to(self.dtype), sample_keys_B)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds a micro-batch's gradient; divides the loss by the number of micro-batches."""
+        self.deepspeed.backward(loss)
+
+    def step(self, learning_rate: float) -> None:
+        """Call after each micro-batch's backward: after the last of a step it updates the weights and the average."""
+        for group in self._zero.param_groups:  # under stage 3 these are the wrapper's own, and it copies them
+            group["lr"] = learning_rate
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        updates = self.deepspeed.is_gradient_accumulation_boundary()
+        self.deepspeed.step()
+        if updates and not self.deepspeed.was_step_applied():
+            raise FloatingPointError("DeepSpeed left out an optimizer step: the gradient was not finite")
+        if updates and self._averages:
+            torch._foreach_lerp_(self._averages, self._flat_weights(), 1 - self.average_decay)
+
+    def grad_norm(self) -> float:
+        """Global norm of the last step's gradient, before clipping."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def close(self) -> None:
+        """Frees what DeepSpeed holds (hooks, buffers)."""
+        self.deepspeed.destroy()
+
+    # -- state ------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of tensors that a checkpoint of this engine holds for each parameter."""
+        return (WEIGHT, *self.moments, *((AVERAGE,) if self._averages else ()))
+
+    def gather(self, name: str, kind: str) -> Tensor:
+        """A whole tensor in fp32 on this rank's device. A collective: every rank must ask for the same ones in the same order."""
+        shape = self.shapes[name]
+        whole = torch.zeros(shape.numel(), dtype=torch.float32, device=device())
+        fragment = self._fragment(self.parameters[name])
+        if fragment is not None:
+            whole[fragment.start : fragment.start + fragment.length] = self._view(fragment, kind)
+        if self.stage > 0:
+            dist.all_reduce(whole)  # each element is on one rank, and zero on the others
+        return whole.view(shape)
+
+    def load(self, read: Read, step: int) -> None:
+        """Sets fp32 weights, moments and averages to a checkpoint's of `step`; a rank reads only what it holds, and nothing is sent.
+
+        The model's own copies of the weights must have been loaded before the engine was made.
+        """
+        for flat in self._flat_weights():
+            state: dict[str, Tensor] = {moment: torch.zeros_like(flat) for moment in self.moments}
+            if isinstance(self._optimizer, torch.optim.AdamW):  # its bias correction counts steps
+                state["step"] = torch.tensor(float(step))
+            self._optimizer.state[flat] = state
+        for kind in self.kinds:
+            self._fill(kind, read)
+
+    def load_weights(self, flat_weights: dict[str, Tensor]) -> None:
+        """Sets fp32 weights, and averages to the same, at the start of a run: DeepSpeed made them from the model's bf16 copies."""
+        self._fill(WEIGHT, lambda name, _, start, length: flat_weights[name][start : start + length])
+        for average, flat in zip(self._averages, self._flat_weights(), strict=False):
+            average.copy_(flat.detach())
+
+    def _fill(self, kind: str, read: Read) -> None:
+        for name, parameter in self.parameters.items():
+            fragment = self._fragment(parameter)
+            if fragment is not None:
+                self._view(fragment, kind).copy_(read(name, kind, fragment.start, fragment.length))
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Within it the model is in evaluation mode, and computes with the average of its weights where one is kept. A collective."""
+        self.deepspeed.eval()
+        if self._averages:
+            self._set_model(AVERAGE)
+        yield
+        if self._averages:
+            self._set_model(WEIGHT)
+        self.deepspeed.train()
+
+    def _set_model(self, kind: str) -> None:
+        for name, parameter in self.parameters.items():
+            whole = self.gather(name, kind)
+            if self.stage < 3:
+                parameter.data.copy_(whole)
+            else:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.data.copy_(whole)
+
+    def _flat_weights(self) -> list[Tensor]:
+        """The tensors that hold this rank's fp32 weights, which are also the keys of the optimizer's state."""
+        if self.stage == 0:
+            return list(self.parameters.values())
+        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(self._zero, attribute):  # of stage 3, of stages 1 and 2, of stage 1 in bf16
+                return list(getattr(self._zero, attribute))
+        raise RuntimeError(
+            f"deepspeed {deepspeed.__version__} keeps fp32 weights where this version of vitscale does not look; 0.19.8 is known"
+        )
+
+    def _fragment(self, parameter: nn.Parameter) -> Fragment | None:
+        """The stretch of a parameter that this rank holds, or None where it holds nothing of it."""
+        if self.stage == 0:
+            return Fragment(parameter, 0, parameter.numel(), 0)
+        if self.stage == 3:  # each parameter is cut evenly over the ranks, the last piece padded
+            group, flat_start, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
+            start = dist.get_rank() * padded
+            length = min(padded, parameter.ds_numel - start)  # type: ignore[attr-defined]
+            return Fragment(self._flat_weights()[group], flat_start, length, start) if length > 0 else None
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        flat, model = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return Fragment(self._flat_weights()[mapping.param_group_index], flat.start, flat.numel, model.start)
+
+    def _view(self, fragment: Fragment, kind: str) -> Tensor:
+        flat = fragment.flat
+        if kind != WEIGHT:
+            flat = self._average_of[id(flat)] if kind == AVERAGE else self._optimizer.state[flat][kind]
+        return flat.detach().view(-1)[fragment.flat_start : fragment.flat_start + fragment.length]
+
+
+def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(ours)
+    for name, value in theirs.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged

@@ -1,0 +1,109 @@
+"""Evaluation: every sample of a dataset exactly once, over any number of ranks.
+
+`evaluate` is what the training loop calls on its live model and what `vitscale evaluate` calls on a loaded one; sums are exact counts (and
+fp64 losses) over all ranks, so the result does not depend on how the samples were dealt out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_tools.dataset import Dataset
+from vitscale.checkpoint import CheckpointError, Description, TensorReader, check_tensors
+from vitscale.config import ObjectiveConfig, PreprocessConfig
+from vitscale.model import ViT, normalize
+from vitscale.objective import correct_at, per_sample_loss
+from vitscale.stream import evaluation_batches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results on one dataset."""
+
+    top1: float
+    """Share of samples whose highest logit is one of their labels."""
+    top5: float
+    loss: float
+    samples: int
+    """That were evaluated."""
+    skipped: int
+    """That could not be read."""
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[Tensor], Tensor], dataset: Dataset, image_size: tuple[int, int], preprocess: PreprocessConfig,
+    objective: ObjectiveConfig, *, device: torch.device, batch_size: int, workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:  # fmt: skip
+    """Evaluates over all ranks of the process group, or alone where there is none.
+
+    Args:
+        forward: normalised fp32 images (B, C, H, W) to logits (B, K), in evaluation mode; called equally often on every rank.
+        progress: called with this rank's (samples done, samples in all).
+    """
+    grouped = dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    batches = evaluation_batches(dataset, image_size, preprocess, batch_size=batch_size, rank=rank, world_size=world_size, workers=workers)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # samples, top-1, top-5, loss
+    done = 0
+    for batch in batches:
+        images_BHWC, labels_BL, scores_BL, valid_B = (
+            torch.from_numpy(a).to(device) for a in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.valid_B)
+        )
+        logits_BK = forward(normalize(images_BHWC, preprocess)).float()
+        of_each = (
+            torch.ones_like(valid_B),
+            correct_at(logits_BK, labels_BL, 1),
+            correct_at(logits_BK, labels_BL, 5),
+            per_sample_loss(logits_BK, labels_BL, scores_BL, objective),
+        )
+        sums += torch.stack([torch.where(valid_B, values_B.double(), 0.0).sum() for values_B in of_each])
+        done += len(valid_B)
+        if progress:
+            progress(min(done, -(-dataset.num_samples // world_size)), -(-dataset.num_samples // world_size))
+    if grouped:
+        dist.all_reduce(sums)
+    samples, top1, top5, loss = sums.tolist()
+    if samples == 0:
+        raise ValueError(f"none of the {dataset.num_samples} samples of {dataset.path} can be read; `vitscale pack` lists unreadable ones")
+    return Evaluation(top1 / samples, top5 / samples, loss / samples, int(samples), dataset.num_samples - int(samples))
+
+
+def load_model(description: Description, kind: str) -> ViT:
+    """The model of a checkpoint or an export, in evaluation mode on the CPU. Raises CheckpointError where a tensor is missing or extra.
+
+    Args:
+        kind: `average` (where there is one) or `weight`.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in ViT(description.model).named_parameters()}
+    kind = description.preferred(kind)
+    check_tensors(description, shapes, [kind])
+    reader = TensorReader(description)
+    model = ViT(description.model)
+    model.load_state_dict({name: reader.whole(name, kind) for name in shapes})
+    return model.eval()
+
+
+def evaluate_checkpoint(
+    description: Description, kind: str, dataset: Dataset, *, batch_size: int, workers: int, progress: Callable[[int, int], None]
+) -> Evaluation:
+    """A checkpoint's own head on a dataset, in fp32 on one device. Raises CheckpointError where there is no head or it is another's."""
+    if description.model.num_classes != dataset.num_classes:
+        raise CheckpointError(
+            f"{description.path} has a head of {description.model.num_classes} classes, {dataset.path} has {dataset.num_classes}; "
+            "fine-tune the checkpoint on these classes first"
+        )
+    if None not in (description.class_names, dataset.class_names) and description.class_names != dataset.class_names:
+        raise CheckpointError(f"{description.path} was trained on other class names than {dataset.path} has; pack with its --class-names")
+    objective = ObjectiveConfig("softmax" if description.objective == "softmax" else "sigmoid")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(description, kind).to(device)
+    return evaluate(
+        model, dataset, description.model.image_size, description.preprocess, objective, device=device,
+        batch_size=batch_size, workers=workers, progress=progress,
+    )  # fmt: skip

@@ -1,0 +1,71 @@
+"""Randomness without state: numbers that are a pure function of a key, the same on every machine and under every split of the work.
+
+Everything random in a run (the order of samples, crops, flips, stochastic depth) draws from here, so that a resume needs no saved generator
+and no library's stream of random numbers is part of a run's identity. Keys are 64-bit; all functions work on whole arrays.
+
+The mixer is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+UInt64 = npt.NDArray[np.uint64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+_ROUNDS = 8  # half-rounds of the Feistel network; tests/vitscale/test_keyed.py holds the distribution to account
+
+
+def mix(values: npt.ArrayLike) -> UInt64:
+    """A well-mixed 64-bit number for each of `values` (a bijection on 64-bit numbers)."""
+    x = np.asarray(values, dtype=np.uint64)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        x = x + _GOLDEN
+        x = (x ^ (x >> np.uint64(30))) * _MIX_1
+        x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def key(*parts: npt.ArrayLike) -> UInt64:
+    """One key from several non-negative integers, arrays broadcast; the order of the parts matters."""
+    result = np.zeros((), dtype=np.uint64)
+    for part in parts:
+        result = mix(result ^ mix(part))
+    return result
+
+
+def uniform(keys: npt.ArrayLike, draw: int) -> npt.NDArray[np.float64]:
+    """The draw-th number in [0, 1) of each key's own sequence."""
+    bits: npt.NDArray[np.float64] = (key(keys, draw) >> np.uint64(11)).astype(np.float64)
+    return bits * 2.0**-53
+
+
+def permute(index: npt.ArrayLike, length: npt.ArrayLike, keys: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Where each index in [0, length) goes under its key's permutation of [0, length).
+
+    A Feistel network over a x b cells with a = ceil(sqrt(length)), b = ceil(length / a), whose halves are mixed by addition modulo a and b;
+    the fewer than a cells past the end are walked out of (Black and Rogaway, CT-RSA 2002). Constant memory, no table.
+    """
+    x, length, keys = np.broadcast_arrays(
+        np.asarray(index, dtype=np.uint64), np.asarray(length, dtype=np.uint64), np.asarray(keys, dtype=np.uint64)
+    )
+    shape = x.shape
+    x, length, keys = x.ravel().copy(), length.ravel(), keys.ravel()
+    a = np.ceil(np.sqrt(length.astype(np.float64))).astype(np.uint64)
+    b = (length + a - np.uint64(1)) // a
+    todo = np.arange(x.size)
+    while todo.size:
+        x[todo] = _feistel(x[todo], a[todo], b[todo], keys[todo])
+        todo = todo[x[todo] >= length[todo]]
+    return x.astype(np.int64).reshape(shape)
+
+
+def _feistel(x: UInt64, a: UInt64, b: UInt64, keys: UInt64) -> UInt64:
+    left, right = x // b, x % b
+    for half_round in range(_ROUNDS):
+        if half_round % 2 == 0:
+            left = (left + mix(keys ^ mix(right + np.uint64(half_round << 40))) % a) % a
+        else:
+            right = (right + mix(keys ^ mix(left + np.uint64(half_round << 40))) % b) % b
+    return left * b + right

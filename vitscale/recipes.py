@@ -1,0 +1,327 @@
+"""Recipes: functions that return a `TrainConfig`, found by name through `recipe(name)`.
+
+Numbers come from "An Image is Worth 16x16 Words" (arXiv 2010.11929: table 3 for pre-training, table 4 and appendix B.1 for fine-tuning)
+and, where the paper is silent, from google-research/vision_transformer and google-research/big_vision, as each docstring says. Results
+named here are the paper's, not ours. The `tiny` ones train on a CPU.
+
+A recipe's name is its function's with dashes. Imports no torch.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from vitscale.config import (
+    ConfigError,
+    EngineConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PreprocessConfig,
+    ScheduleConfig,
+    TrainConfig,
+    ViTConfig,
+)
+
+JFT_300M_CLASSES = 18_291
+IMAGENET_21K_CLASSES = 21_843
+IMAGENET_1K_CLASSES = 1_000
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Sizes (paper, table 1; Ti and S: arXiv 2012.12877 and 2106.10270)
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def vit(variant: str, **overrides: object) -> ViTConfig:
+    """The model of a name like `b16` or `h14`: size Ti, S, B, L or H and patch size."""
+    sizes = {
+        "ti": ViTConfig(depth=12, width=192, mlp_dim=768, num_heads=3),
+        "s": ViTConfig(depth=12, width=384, mlp_dim=1536, num_heads=6),
+        "b": ViTConfig(depth=12, width=768, mlp_dim=3072, num_heads=12),
+        "l": ViTConfig(depth=24, width=1024, mlp_dim=4096, num_heads=16),
+        "h": ViTConfig(depth=32, width=1280, mlp_dim=5120, num_heads=16),
+    }
+    size, patch = variant.rstrip("0123456789"), variant.lstrip("tisblh")
+    if size not in sizes or not patch:
+        raise ConfigError(f"no ViT is called {variant!r}; a size of {', '.join(sizes)} and a patch size make one, as in b16")
+    return replace(sizes[size], patch_size=int(patch), **overrides)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Pre-training (paper, table 3): batch 4096, Adam, warm-up of 10 k steps, 224 px
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _pretrain(name: str, model: ViTConfig, *, micro_batch_size: int = 128, **parts: object) -> TrainConfig:
+    return TrainConfig(
+        recipe=name, model=model, global_batch_size=4096, micro_batch_size=micro_batch_size, **parts  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def _jft300m(name: str, variant: str, epochs: float, peak_lr: float, micro_batch_size: int = 128) -> TrainConfig:
+    """Paper, table 3: linear decay to 0, weight decay 0.1, no dropout; head and loss as in big_vision (sigmoid, bias -10)."""
+    return _pretrain(
+        name,
+        vit(variant, num_classes=JFT_300M_CLASSES, head_bias=-10.0),
+        micro_batch_size=micro_batch_size,
+        epochs=epochs,
+        objective=ObjectiveConfig("sigmoid"),
+        optimizer=OptimizerConfig(peak_lr=peak_lr, weight_decay=0.1),
+        schedule=ScheduleConfig("linear", warmup_steps=10_000),
+    )
+
+
+def vit_b32_jft300m() -> TrainConfig:
+    """ViT-B/32 on a JFT-300M-like set, 7 epochs, lr 8e-4 (paper, table 3; fine-tuned it reached 80.73 on ImageNet, table 5)."""
+    return _jft300m("vit-b32-jft300m", "b32", epochs=7, peak_lr=8e-4, micro_batch_size=256)
+
+
+def vit_b16_jft300m() -> TrainConfig:
+    """ViT-B/16 on a JFT-300M-like set, 7 epochs, lr 8e-4 (paper, table 3)."""
+    return _jft300m("vit-b16-jft300m", "b16", epochs=7, peak_lr=8e-4)
+
+
+def vit_l32_jft300m() -> TrainConfig:
+    """ViT-L/32 on a JFT-300M-like set, 7 epochs, lr 6e-4 (paper, table 3)."""
+    return _jft300m("vit-l32-jft300m", "l32", epochs=7, peak_lr=6e-4)
+
+
+def vit_l16_jft300m() -> TrainConfig:
+    """ViT-L/16 on a JFT-300M-like set, 14 epochs, lr 4e-4 (paper, table 3; fine-tuned: ImageNet 87.76, 680 TPUv3-core-days)."""
+    return _jft300m("vit-l16-jft300m", "l16", epochs=14, peak_lr=4e-4, micro_batch_size=64)
+
+
+def vit_l16_jft300m_7ep() -> TrainConfig:
+    """ViT-L/16 on a JFT-300M-like set, 7 epochs, lr 4e-4 (paper, table 3)."""
+    return _jft300m("vit-l16-jft300m-7ep", "l16", epochs=7, peak_lr=4e-4, micro_batch_size=64)
+
+
+def vit_h14_jft300m() -> TrainConfig:
+    """ViT-H/14 on a JFT-300M-like set, 14 epochs of 303 M images, lr 3e-4: about 1.04 M steps and 4.3e21 FLOP.
+
+    Paper, table 3. Fine-tuned at 518 px it reached 88.55 on ImageNet, 94.55 on CIFAR-100, 77.63 on VTAB for 2,500 TPUv3-core-days
+    (table 2).
+    """
+    return _jft300m("vit-h14-jft300m", "h14", epochs=14, peak_lr=3e-4, micro_batch_size=32)
+
+
+def _imagenet21k(name: str, variant: str, epochs: float, micro_batch_size: int = 128) -> TrainConfig:
+    """Paper, table 3: lr 1e-3 falling linearly (to 1e-5: vision_transformer), weight decay 0.03, dropout 0.1; sigmoid, bias -10."""
+    return _pretrain(
+        name,
+        vit(variant, num_classes=IMAGENET_21K_CLASSES, dropout=0.1, head_bias=-10.0),
+        micro_batch_size=micro_batch_size,
+        epochs=epochs,
+        objective=ObjectiveConfig("sigmoid"),
+        optimizer=OptimizerConfig(peak_lr=1e-3, weight_decay=0.03),
+        schedule=ScheduleConfig("linear", warmup_steps=10_000, end_lr=1e-5),
+    )
+
+
+def vit_b32_imagenet21k() -> TrainConfig:
+    """ViT-B/32 on ImageNet-21k, 90 epochs (paper, table 3)."""
+    return _imagenet21k("vit-b32-imagenet21k", "b32", epochs=90, micro_batch_size=256)
+
+
+def vit_b16_imagenet21k() -> TrainConfig:
+    """ViT-B/16 on ImageNet-21k, 90 epochs (paper, table 3)."""
+    return _imagenet21k("vit-b16-imagenet21k", "b16", epochs=90)
+
+
+def vit_l32_imagenet21k() -> TrainConfig:
+    """ViT-L/32 on ImageNet-21k, 90 epochs (paper, table 3)."""
+    return _imagenet21k("vit-l32-imagenet21k", "l32", epochs=90)
+
+
+def vit_l32_imagenet21k_30ep() -> TrainConfig:
+    """ViT-L/32 on ImageNet-21k, 30 epochs (paper, table 3)."""
+    return _imagenet21k("vit-l32-imagenet21k-30ep", "l32", epochs=30)
+
+
+def vit_l16_imagenet21k() -> TrainConfig:
+    """ViT-L/16 on ImageNet-21k, 90 epochs (paper, table 3; fine-tuned: ImageNet 85.30, table 2)."""
+    return _imagenet21k("vit-l16-imagenet21k", "l16", epochs=90, micro_batch_size=64)
+
+
+def vit_l16_imagenet21k_30ep() -> TrainConfig:
+    """ViT-L/16 on ImageNet-21k, 30 epochs (paper, table 3)."""
+    return _imagenet21k("vit-l16-imagenet21k-30ep", "l16", epochs=30, micro_batch_size=64)
+
+
+def _imagenet1k(name: str, variant: str, micro_batch_size: int = 128) -> TrainConfig:
+    """Paper, table 3: 300 epochs, lr 3e-3 with cosine decay, weight decay 0.3, dropout 0.1; softmax over the single label."""
+    return _pretrain(
+        name,
+        vit(variant, num_classes=IMAGENET_1K_CLASSES, dropout=0.1),
+        micro_batch_size=micro_batch_size,
+        epochs=300,
+        objective=ObjectiveConfig("softmax"),
+        optimizer=OptimizerConfig(peak_lr=3e-3, weight_decay=0.3),
+        schedule=ScheduleConfig("cosine", warmup_steps=10_000),
+    )
+
+
+def vit_b32_imagenet1k() -> TrainConfig:
+    """ViT-B/32 on ImageNet-1k, 300 epochs (paper, table 3)."""
+    return _imagenet1k("vit-b32-imagenet1k", "b32", micro_batch_size=256)
+
+
+def vit_b16_imagenet1k() -> TrainConfig:
+    """ViT-B/16 on ImageNet-1k, 300 epochs (paper, table 3)."""
+    return _imagenet1k("vit-b16-imagenet1k", "b16")
+
+
+def vit_l32_imagenet1k() -> TrainConfig:
+    """ViT-L/32 on ImageNet-1k, 300 epochs (paper, table 3)."""
+    return _imagenet1k("vit-l32-imagenet1k", "l32")
+
+
+def vit_l16_imagenet1k() -> TrainConfig:
+    """ViT-L/16 on ImageNet-1k, 300 epochs (paper, table 3)."""
+    return _imagenet1k("vit-l16-imagenet1k", "l16", micro_batch_size=64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Fine-tuning (paper, table 4 and appendix B.1): SGD with momentum 0.9, batch 512, clip 1, cosine to 0, no weight decay.
+# The model comes from the checkpoint; of `model` here only the image size and dropouts are used.
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _finetune(
+    name: str, *, steps: int, peak_lr: float, warmup_steps: int, image_size: int = 384, average_decay: float = 0.0
+) -> TrainConfig:
+    """Warm-up lengths and evaluation at the full, squashed image: vision_transformer, vit_jax/configs/common.py and input_pipeline.py."""
+    return TrainConfig(
+        recipe=name,
+        steps=steps,
+        global_batch_size=512,
+        micro_batch_size=16,
+        log_every=min(50, steps // 10),
+        eval_every=max(100, steps // 10),
+        checkpoint_every=max(100, steps // 10),
+        model=ViTConfig(image_size=(image_size, image_size)),
+        preprocess=PreprocessConfig(eval_crop=1.0),
+        objective=ObjectiveConfig("softmax"),
+        optimizer=OptimizerConfig("sgd", peak_lr=peak_lr, average_decay=average_decay),
+        schedule=ScheduleConfig("cosine", warmup_steps=warmup_steps),
+    )
+
+
+def finetune_imagenet_384() -> TrainConfig:
+    """ImageNet-1k at 384 px, 20 k steps; the paper's grid of peak lr is 0.003, 0.01, 0.03, 0.06 (table 4)."""
+    return _finetune("finetune-imagenet-384", steps=20_000, peak_lr=0.03, warmup_steps=500)
+
+
+def finetune_imagenet_512() -> TrainConfig:
+    """ImageNet-1k at 512 px with Polyak averaging 0.9999: the paper's best for ViT-L/16 (87.76; appendix B.1.1)."""
+    return _finetune("finetune-imagenet-512", steps=20_000, peak_lr=0.03, warmup_steps=500, image_size=512, average_decay=0.9999)
+
+
+def finetune_imagenet_518() -> TrainConfig:
+    """ImageNet-1k at 518 px with Polyak averaging 0.9999: the paper's best for ViT-H/14 (88.55; appendix B.1.1)."""
+    return _finetune("finetune-imagenet-518", steps=20_000, peak_lr=0.03, warmup_steps=500, image_size=518, average_decay=0.9999)
+
+
+def finetune_cifar10() -> TrainConfig:
+    """CIFAR-10 at 384 px, 10 k steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4)."""
+    return _finetune("finetune-cifar10", steps=10_000, peak_lr=0.01, warmup_steps=500)
+
+
+def finetune_cifar100() -> TrainConfig:
+    """CIFAR-100 at 384 px, 10 k steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4; H/14 JFT: 94.55)."""
+    return _finetune("finetune-cifar100", steps=10_000, peak_lr=0.01, warmup_steps=500)
+
+
+def finetune_pets() -> TrainConfig:
+    """Oxford-IIIT Pets at 384 px, 500 steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4)."""
+    return _finetune("finetune-pets", steps=500, peak_lr=0.01, warmup_steps=100)
+
+
+def finetune_flowers() -> TrainConfig:
+    """Oxford Flowers-102 at 384 px, 500 steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4)."""
+    return _finetune("finetune-flowers", steps=500, peak_lr=0.01, warmup_steps=100)
+
+
+def finetune_vtab() -> TrainConfig:
+    """A VTAB task of 1,000 examples at 384 px, 2,500 steps, lr 0.01 for every task (table 4 and appendix B.1.1)."""
+    return _finetune("finetune-vtab", steps=2_500, peak_lr=0.01, warmup_steps=100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Small ones, for a CPU
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def tiny_digits() -> TrainConfig:
+    """A ViT of 0.1 M parameters on 6-pixel images in patches of 2, for 8-pixel handwritten digits."""
+    return TrainConfig(
+        recipe="tiny-digits",
+        epochs=60,
+        global_batch_size=64,
+        micro_batch_size=32,
+        log_every=10,
+        eval_every=200,
+        checkpoint_every=200,
+        model=ViTConfig(depth=4, width=64, mlp_dim=128, num_heads=4, patch_size=2, image_size=(6, 6)),
+        preprocess=PreprocessConfig(crop_scale=(0.6, 1.0), flip=0.0, eval_crop=1.0),
+        optimizer=OptimizerConfig(peak_lr=2e-3, weight_decay=0.05),
+        schedule=ScheduleConfig("cosine", warmup_steps=50),
+        engine=EngineConfig(precision="fp32"),
+    )
+
+
+def tiny_fashion() -> TrainConfig:
+    """A ViT of 0.6 M parameters on 20-pixel images in patches of 4, for the 28-pixel images of Fashion-MNIST."""
+    return TrainConfig(
+        recipe="tiny-fashion",
+        epochs=4,
+        global_batch_size=128,
+        micro_batch_size=64,
+        log_every=20,
+        eval_every=0,
+        checkpoint_every=500,
+        model=ViTConfig(depth=5, width=96, mlp_dim=288, num_heads=4, patch_size=4, image_size=(20, 20)),
+        preprocess=PreprocessConfig(crop_scale=(0.6, 1.0), eval_crop=1.0),
+        optimizer=OptimizerConfig(peak_lr=1.5e-3, weight_decay=0.05),
+        schedule=ScheduleConfig("cosine", warmup_steps=100),
+        engine=EngineConfig(precision="fp32"),
+    )
+
+
+def tiny_finetune() -> TrainConfig:
+    """The paper's fine-tuning recipe at the scale of the two above: SGD, batch 64, the images' native resolution by --model.image-size."""
+    return TrainConfig(
+        recipe="tiny-finetune",
+        steps=200,
+        global_batch_size=64,
+        micro_batch_size=32,
+        log_every=10,
+        eval_every=50,
+        checkpoint_every=100,
+        model=ViTConfig(image_size=(28, 28)),
+        preprocess=PreprocessConfig(crop_scale=(0.6, 1.0), flip=0.0, eval_crop=1.0),
+        optimizer=OptimizerConfig("sgd", peak_lr=0.03),
+        schedule=ScheduleConfig("cosine", warmup_steps=20),
+        engine=EngineConfig(precision="fp32"),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+PRETRAIN: tuple[Callable[[], TrainConfig], ...] = (
+    vit_b32_jft300m, vit_b16_jft300m, vit_l32_jft300m, vit_l16_jft300m, vit_l16_jft300m_7ep, vit_h14_jft300m,
+    vit_b32_imagenet21k, vit_b16_imagenet21k, vit_l32_imagenet21k, vit_l32_imagenet21k_30ep, vit_l16_imagenet21k, vit_l16_imagenet21k_30ep,
+    vit_b32_imagenet1k, vit_b16_imagenet1k, vit_l32_imagenet1k, vit_l16_imagenet1k,
+    tiny_digits, tiny_fashion,
+)  # fmt: skip
+FINETUNE: tuple[Callable[[], TrainConfig], ...] = (
+    finetune_imagenet_384, finetune_imagenet_512, finetune_imagenet_518, finetune_cifar10, finetune_cifar100, finetune_pets,
+    finetune_flowers, finetune_vtab, tiny_finetune,
+)  # fmt: skip
+
+
+def recipe(name: str, among: tuple[Callable[[], TrainConfig], ...]) -> TrainConfig:
+    """The recipe of that name. Raises ConfigError that lists the names there are."""
+    by_name = {function.__name__.replace("_", "-"): function for function in among}
+    if name not in by_name:
+        raise ConfigError(f"no recipe is called {name!r}; there are {', '.join(by_name)}")
+    return by_name[name]()

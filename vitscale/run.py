@@ -1,0 +1,244 @@
+"""The run directory: what is settled and checked before any process starts, and what can be told of a run from outside.
+
+    RUN/config.json      the resolved config, enough to repeat the run
+    RUN/run.json         versions, commit, dataset hashes, one entry for each start
+    RUN/metrics.jsonl    a line a logged step, and a line an evaluation
+
+Imports no torch: it works on login nodes.
+"""
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from data_tools.dataset import Dataset, DatasetError
+from vitscale import checkpoint
+from vitscale.config import (
+    ConfigError,
+    TrainConfig,
+    check_config,
+    choose_order,
+    fine_tuned_model,
+    from_dict,
+    refused_changes,
+    to_dict,
+    total_steps,
+)
+
+FORMAT_VERSION = 1
+
+
+class RunError(ValueError):
+    """A run directory that cannot be used as asked; the message is one line for the user."""
+
+
+def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Fills in what a config leaves to the dataset and the checkpoint, and checks everything that can be known before a start.
+
+    Writes nothing. Raises ConfigError, DatasetError or CheckpointError.
+    """
+    config = dataclasses.replace(config, out=config.out or f"runs/{config.recipe}")
+    if not config.data:
+        raise ConfigError("no dataset is given; --data DATASET names the directory of a training split, as `vitscale pack` writes it")
+    if config.init is None:
+        check_config(config, world_size)
+    dataset = Dataset.open(config.data)
+    if config.init is not None:
+        config = _resolve_init(config, dataset.num_classes)
+        check_config(config, world_size)
+    classes = config.model.num_classes or dataset.num_classes
+    if classes != dataset.num_classes:
+        raise ConfigError(
+            f"model.num_classes={classes} but {config.data} has {dataset.num_classes} classes; "
+            f"--model.num-classes {dataset.num_classes} fits it"
+        )
+    if dataset.num_samples == 0:
+        raise DatasetError(f"{config.data} holds no samples; a run needs at least one")
+    steps = total_steps(config, dataset.num_samples)
+    if config.schedule.warmup_steps >= steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of the run's {steps} steps; "
+            f"--schedule.warmup-steps {steps // 10} works"
+        )
+    eval_data = _eval_data(config, dataset)
+    return dataclasses.replace(
+        config,
+        eval_data=eval_data,
+        model=dataclasses.replace(config.model, num_classes=classes),
+        stream=choose_order(config.stream, dataset.num_samples, config.global_batch_size),
+    )
+
+
+def _resolve_init(config: TrainConfig, num_classes: int) -> TrainConfig:
+    assert config.init is not None
+    base = checkpoint.describe(checkpoint.find_checkpoint(config.init.checkpoint))
+    return dataclasses.replace(
+        config,
+        model=fine_tuned_model(base.model, config.model, num_classes),
+        preprocess=dataclasses.replace(config.preprocess, mean=base.preprocess.mean, std=base.preprocess.std),
+    )
+
+
+def _eval_data(config: TrainConfig, dataset: Dataset) -> str:
+    if config.eval_data == "none":
+        return "none"
+    path = Path(config.eval_data) if config.eval_data else Path(config.data).parent / "val"
+    if not config.eval_data and (not (path / "dataset.json").is_file() or path.resolve() == Path(config.data).resolve()):
+        return "none"
+    held_out = Dataset.open(path)
+    if held_out.num_classes != dataset.num_classes or held_out.class_names != dataset.class_names:
+        raise DatasetError(
+            f"{path} has {held_out.num_classes} classes and {config.data} has {dataset.num_classes}, or their names differ; "
+            "pack both with the same --class-names, or pass --eval-data none"
+        )
+    return str(path)
+
+
+def open_run(config: TrainConfig, world_size: int) -> bool:
+    """Fills the run directory of a resolved config, or takes up the run that is there; call it within `locked`. True if it has finished.
+
+    Raises RunError where the directory holds something else; it is left as it was.
+    """
+    run = Path(config.out)
+    dataset = Dataset.open(config.data)
+    if (run / "run.json").is_file():
+        if changes := refused_changes(read_config(run), config):
+            more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
+            raise RunError(
+                f"{run} holds a run with another setting: {changes[0]}{more}; give its own settings to resume it, or another --out"
+            )
+        record = json.loads((run / "run.json").read_text())
+        if record["dataset"]["hash"] != dataset.content_hash:
+            raise RunError(
+                f"{run} was trained on a dataset with hash {record['dataset']['hash']}, {config.data} has {dataset.content_hash}; "
+                "--data must name the same dataset"
+            )
+    else:
+        record = {
+            "format_version": FORMAT_VERSION,
+            "dataset": {"path": config.data, "name": dataset.name, "hash": dataset.content_hash, "samples": dataset.num_samples},
+            "total_steps": total_steps(config, dataset.num_samples),
+            "starts": [],
+        }
+    if is_finished(run):
+        return True
+    record["starts"].append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "host": platform.node(),
+            "world_size": world_size,
+            "commit": _git_commit(),
+            "versions": _versions(),
+        }
+    )
+    write_json(run / "config.json", to_dict(config))
+    write_json(run / "run.json", record)  # last: its presence is what makes a directory a run
+    return False
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The config that a run was started with. Raises RunError."""
+    try:
+        config: TrainConfig = from_dict(TrainConfig, json.loads((run / "config.json").read_text()))
+        return config
+    except FileNotFoundError:
+        raise RunError(f"{run} is not a run: it has no config.json; a run is what `vitscale pretrain --out RUN` makes") from None
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise RunError(f"{run}/config.json cannot be read ({error})") from None
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Makes a run's directory and holds it against a second start. Raises RunError if another process or something else has it."""
+    foreign = run.exists() and not (run / "run.json").is_file()
+    if foreign and (not run.is_dir() or any(entry.name not in ("run.lock", "config.json") for entry in run.iterdir())):
+        raise RunError(f"{run} exists and is not a run; give another --out")
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "run.lock", "a") as file:
+        if not _lock(file):
+            raise RunError(f"{run} is being trained by another process; `vitscale run status {run}` shows how far it is")
+        yield
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has committed the checkpoint of its last step."""
+    if not (run / "run.json").is_file():
+        return False
+    last_step = json.loads((run / "run.json").read_text())["total_steps"]
+    return (checkpoint.step_folder(run, last_step) / "COMMIT.json").is_file()
+
+
+def status(run: Path) -> dict[str, Any]:
+    """How far a run is: what `vitscale run status` prints. Raises RunError."""
+    config = read_config(run)
+    if not (run / "run.json").is_file():
+        raise RunError(f"{run} is not a run: it has no run.json; a run is what `vitscale pretrain --out RUN` makes")
+    record = json.loads((run / "run.json").read_text())
+    lines = read_metrics(run)
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    with open(run / "run.lock", "a") as file:
+        running = not _lock(file)
+    return {
+        "run": str(run),
+        "recipe": config.recipe,
+        "state": "running" if running else "finished" if is_finished(run) else "stopped",
+        "step": steps[-1]["step"] if steps else 0,
+        "total_steps": record["total_steps"],
+        "last": steps[-1] if steps else None,
+        "evaluation": evaluations[-1] if evaluations else None,
+        "checkpoints": [folder.name for folder in checkpoint.committed(run)],
+        "starts": len(record["starts"]),
+        "dataset": record["dataset"],
+    }
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Replaces a file at once."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(json.dumps(values, indent=1) + "\n")
+    beside.replace(path)
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, with a mark where it was edited; None outside a checkout."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in ("vitscale", "torch", "deepspeed", "numpy", "pyarrow", "pillow", "safetensors"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,209 @@
+"""The stream of batches: positions of the run -> samples of the tar shards -> decoded, augmented micro-batches.
+
+`order.py` says which sample a position holds, `images.py` what is done to it; here they are read, ahead of time and in parallel, by threads
+(reading, decoding and resizing release the GIL). A batch is a pure function of the config and `samples_seen`: not of ranks, workers or how
+often the run was stopped. A sample that cannot be used is replaced by the substitute that the order names, and written to quarantine.jsonl;
+evaluation leaves it out instead and counts it.
+
+Axes: B batch, H height, W width, C channels, L labels of a sample.
+"""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.dataset import Dataset, SampleError
+from vitscale import images, keyed
+from vitscale.config import PreprocessConfig, StreamConfig
+from vitscale.order import EpochOrder, Int64, positions_of_rank
+
+_AUGMENT = 4  # what a sample's key is for; order.py has 1 to 3
+_ATTEMPTS = 64  # samples tried for one position
+
+# What reading and decoding a damaged image raises; anything else is a fault of the program and ends the run.
+UNUSABLE = (SampleError, OSError, ValueError, SyntaxError)
+
+
+class StreamError(RuntimeError):
+    """The data cannot carry the run any further; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, on the CPU."""
+
+    images_BHWC: npt.NDArray[np.uint8]
+    labels_BL: npt.NDArray[np.int32]
+    """Padded with -1."""
+    scores_BL: npt.NDArray[np.float32]
+    keys_B: npt.NDArray[np.int64]
+    """A key a sample, from which everything random about it is drawn."""
+    valid_B: npt.NDArray[np.bool_]
+    """False where evaluation has no sample, so that all ranks see equally many batches."""
+    samples_B: npt.NDArray[np.int64]
+    """Numbers of the samples."""
+
+
+class _Job(NamedTuple):
+    """A batch to be made. `view` gives the i-th sample, or its substitute, and its pixels, or None where it cannot be had."""
+
+    samples: Int64
+    keys: keyed.UInt64
+    view: Callable[[int], tuple[int, images.Pixels | None]]
+
+
+class TrainStream:
+    """A rank's share of the training batches.
+
+    Args:
+        dataset: the training split.
+        image_size: height and width in pixels.
+        config: lanes and window must be chosen (above 0).
+        seed: of the run.
+        global_batch_size, micro_batch_size, rank, world_size: how the work is split.
+        quarantine: the file that unusable samples are appended to, a line of JSON each.
+    """
+
+    def __init__(
+        self, dataset: Dataset, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, *, seed: int,
+        global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, quarantine: Path,
+    ) -> None:  # fmt: skip
+        self.dataset, self.image_size, self.preprocess, self.config, self.seed = dataset, image_size, preprocess, config, seed
+        self.global_batch_size, self.micro_batch_size, self.rank, self.world_size = global_batch_size, micro_batch_size, rank, world_size
+        self.quarantine = quarantine
+        self.unusable = 0
+        self._order = lru_cache(maxsize=2)(self._epoch_order)  # a step may cross from one epoch into the next
+
+    def micro_batches(self, samples_seen: int) -> Iterator[Batch]:
+        """Endless micro-batches of this rank from `samples_seen` on, in order."""
+        return _prepare_ahead(self._jobs(samples_seen), self.dataset, self.image_size, self.config.workers, self.config.prefetch)
+
+    def samples_at(self, positions: Int64) -> Int64:
+        """Numbers of the samples at positions counted through all epochs."""
+        epochs, places = np.divmod(positions, self.dataset.num_samples)
+        samples = np.empty_like(positions)
+        for epoch in np.unique(epochs).tolist():
+            samples[epochs == epoch] = self._order(epoch).samples_at(places[epochs == epoch])
+        return samples
+
+    def _jobs(self, samples_seen: int) -> Iterator[_Job]:
+        while True:
+            share = positions_of_rank(
+                samples_seen, self.global_batch_size, self.rank, self.world_size, self.dataset.num_samples, self.config.lanes
+            )
+            for positions in share.reshape(-1, self.micro_batch_size):
+                samples = self.samples_at(positions)
+                keys = keyed.key(self.seed, _AUGMENT, positions)
+                yield _Job(samples, keys, partial(self._view, positions, samples, keys))
+            samples_seen += self.global_batch_size
+
+    def _view(self, positions: Int64, samples: Int64, keys: keyed.UInt64, i: int) -> tuple[int, images.Pixels]:
+        """The sample that is used at a position, and its pixels."""
+        sample = int(samples[i])
+        epoch, place = divmod(int(positions[i]), self.dataset.num_samples)
+        for attempt in range(_ATTEMPTS):
+            try:
+                image = images.decode(self.dataset.read(sample))
+                return sample, images.training_view(image, self.image_size, int(keys[i]), self.preprocess)
+            except UNUSABLE as error:
+                self._report_unusable(int(positions[i]), sample, error)
+                _, sample = self._order(epoch).substitute(place, attempt)
+        raise StreamError(f"{_ATTEMPTS} samples tried for position {positions[i]} were all unusable; {self.quarantine} names them")
+
+    def _report_unusable(self, position: int, sample: int, error: Exception) -> None:
+        self.unusable += 1
+        line = {"position": position, "sample": sample, "shard": self.dataset.shard_of(sample), "reason": str(error), "rank": self.rank}
+        with open(self.quarantine, "ab", buffering=0) as file:  # one write a line: ranks append to the same file
+            file.write(json.dumps(line).encode() + b"\n")
+        if self.unusable > self.config.max_unusable:
+            raise StreamError(
+                f"rank {self.rank} found {self.unusable} unusable samples, over stream.max_unusable={self.config.max_unusable}; "
+                f"{self.quarantine} names them"
+            )
+
+    def _epoch_order(self, epoch: int) -> EpochOrder:
+        return EpochOrder(self.dataset.shard_sizes, self.seed, epoch, self.config.lanes, self.config.window)
+
+
+def evaluation_batches(
+    dataset: Dataset,
+    image_size: tuple[int, int],
+    preprocess: PreprocessConfig,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """A rank's share of the whole dataset, each sample exactly once over all ranks.
+
+    All ranks see equally many batches; where a rank has no sample, or one that cannot be read, `valid_B` is False.
+    """
+    per_rank = -(-dataset.num_samples // world_size)
+    first, end = rank * per_rank, min((rank + 1) * per_rank, dataset.num_samples)
+
+    def view(samples: Int64, i: int) -> tuple[int, images.Pixels | None]:
+        sample = int(samples[i])
+        if sample >= end:
+            return 0, None
+        try:
+            return sample, images.evaluation_view(images.decode(dataset.read(sample)), image_size, preprocess)
+        except UNUSABLE:
+            return sample, None
+
+    def jobs() -> Iterator[_Job]:
+        for start in range(first, first + per_rank, batch_size):
+            samples = np.arange(start, start + batch_size, dtype=np.int64)
+            yield _Job(samples, np.zeros(batch_size, dtype=np.uint64), partial(view, samples))
+
+    return _prepare_ahead(jobs(), dataset, image_size, workers, prefetch=4)
+
+
+def _prepare_ahead(jobs: Iterator[_Job], dataset: Dataset, image_size: tuple[int, int], workers: int, prefetch: int) -> Iterator[Batch]:
+    """Batches in the order of the jobs, `prefetch` of them in the making while one is used; a thread's error is raised in its turn."""
+    pool = ThreadPoolExecutor(threads(workers), thread_name_prefix="stream")
+    started: deque[tuple[_Job, images.Pixels, npt.NDArray[np.bool_], list[Future[None]]]] = deque()
+
+    def start(job: _Job) -> None:
+        size = len(job.samples)
+        images_BHWC, valid_B = np.zeros((size, *image_size, 3), dtype=np.uint8), np.zeros(size, dtype=np.bool_)
+
+        def fill(piece: Int64) -> None:
+            for i in piece.tolist():
+                job.samples[i], pixels = job.view(i)
+                if pixels is not None:
+                    images_BHWC[i], valid_B[i] = pixels, True
+
+        pieces = np.array_split(np.arange(size), min(threads(workers), size))
+        started.append((job, images_BHWC, valid_B, [pool.submit(fill, piece) for piece in pieces]))
+
+    def finish() -> Batch:
+        job, images_BHWC, valid_B, futures = started.popleft()
+        for future in futures:
+            future.result()
+        labels_BL, scores_BL = dataset.labels(job.samples)
+        return Batch(images_BHWC, labels_BL, scores_BL, job.keys.view(np.int64), valid_B, job.samples)
+
+    try:
+        for job in jobs:
+            start(job)
+            if len(started) > prefetch:
+                yield finish()
+        while started:
+            yield finish()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def threads(workers: int) -> int:
+    """Threads to decode with: as many as asked for, or the cores this process may use, at most 8."""
+    return workers or min(8, len(os.sched_getaffinity(0)))

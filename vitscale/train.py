@@ -1,0 +1,220 @@
+"""A run, from its config to its last checkpoint: the loop of pre-training and of fine-tuning, one process a rank.
+
+    python -m vitscale.train RUN        one rank of the run in RUN, which `run.open_run` has prepared; the launcher starts all of them
+
+Follow one batch from here: `stream.py` (which samples, and their pixels) -> `model.py` -> `objective.py` -> `engine.py`.
+`samples_seen` is the only clock: with it, the seed and the checkpoint's tensors a run continues exactly where it was.
+"""
+
+import ctypes
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_tools.dataset import Dataset, DatasetError
+from vitscale import checkpoint, keyed
+from vitscale.config import ConfigError, TrainConfig, grad_accum_steps, total_steps
+from vitscale.engine import Engine, device, init_distributed
+from vitscale.evaluate import Evaluation, evaluate
+from vitscale.finetune import fine_tuned_weights
+from vitscale.flops import peak_flops, train_flops
+from vitscale.metrics import Metrics, progress_line
+from vitscale.model import ViT, initialize, normalize
+from vitscale.objective import compute_loss
+from vitscale.optim import learning_rate
+from vitscale.run import RunError, read_config
+from vitscale.stream import StreamError, TrainStream
+
+_DROPOUT = 5  # what a key is for; order.py and stream.py have 1 to 4
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line for the user."""
+
+
+def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
+    """Trains from the newest durable checkpoint, or from the start, to the end. Needs a process group (`engine.init_distributed`).
+
+    Args:
+        config: resolved (`run.resolve`), of a run directory that exists.
+        stop_at: the step to stop after, with a checkpoint, as if the run had been interrupted there; None runs to the end.
+    """
+    rank, world_size, run = dist.get_rank(), dist.get_world_size(), Path(config.out)
+
+    # -- Data -------------------------------------------------------------------------------------------------------------------------
+    dataset = Dataset.open(config.data)
+    held_out = None if config.eval_data == "none" else Dataset.open(config.eval_data)
+    stream = TrainStream(
+        dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
+    )  # fmt: skip
+    accumulate = grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size)
+    last_step = total_steps(config, dataset.num_samples)
+
+    # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------
+    folder, faults = _newest_durable(run)
+    model = ViT(config.model, config.engine.checkpoint_every_n_blocks)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    resumed = checkpoint.describe(folder) if folder else None
+    if resumed:
+        reader = checkpoint.TensorReader(resumed)
+        checkpoint.check_tensors(resumed, shapes, resumed.kinds)
+        model.load_state_dict({name: reader.whole(name, checkpoint.WEIGHT) for name in shapes})
+    elif config.init:
+        source = checkpoint.describe(checkpoint.find_checkpoint(config.init.checkpoint))
+        model.load_state_dict(fine_tuned_weights(source, config.init.weights, config.model, config.init.interpolation, config.seed))
+    else:
+        initialize(model, config.seed)
+    initial = {} if resumed else {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
+
+    # -- Engine -----------------------------------------------------------------------------------------------------------------------
+    engine = Engine(model, config.engine, config.optimizer, micro_batch_size=config.micro_batch_size, grad_accum_steps=accumulate)
+    if resumed:
+        engine.load(reader.stretch, resumed.step)
+    else:
+        engine.load_weights(initial)
+    del initial
+
+    # -- The loop ---------------------------------------------------------------------------------------------------------------------
+    step = resumed.step if resumed else 0
+    metrics = Metrics(run, step) if rank == 0 else None
+    if metrics:
+        for fault in faults:
+            metrics.say(f"warning: {fault}; an older checkpoint is used")
+        metrics.say(_headline(config, step, last_step, world_size, accumulate, sum(math.prod(s) for s in shapes.values())))
+    batches = stream.micro_batches(step * config.global_batch_size)
+    since_time, since_step = time.perf_counter(), step
+    while step < last_step and step != stop_at:
+        lr = learning_rate(step, last_step, config.optimizer.peak_lr, config.schedule)
+        loss = torch.zeros((), device=device())
+        for micro in range(accumulate):
+            batch = next(batches)
+            images_BHWC, labels_BL, scores_BL, keys_B = (
+                torch.from_numpy(a).to(device(), non_blocking=True)
+                for a in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.keys_B)
+            )
+            if config.model.dropout:  # element dropout repeats at equal world size and micro-batch
+                torch.manual_seed(int(keyed.key(config.seed, _DROPOUT, step, micro, rank) >> 1))
+            logits_BK = engine.forward(normalize(images_BHWC, config.preprocess), keys_B)
+            micro_loss = compute_loss(logits_BK, labels_BL, scores_BL, config.objective)
+            engine.backward(micro_loss)
+            engine.step(lr)
+            loss += micro_loss.detach() / accumulate
+        step += 1
+        samples_seen = step * config.global_batch_size
+
+        ends = step in (last_step, stop_at)
+        saves = ends or step % config.checkpoint_every == 0
+        evaluates = held_out is not None and (ends or (config.eval_every > 0 and step % config.eval_every == 0))
+        if saves or step % config.log_every == 0:
+            dist.all_reduce(loss)
+            mean_loss = loss.item() / world_size
+            if not math.isfinite(mean_loss):
+                raise TrainingError(
+                    f"the loss is {mean_loss} at step {step}; the newest checkpoint is from before it; a lower --optimizer.peak-lr may help"
+                )
+            if metrics:
+                rate = (step - since_step) * config.global_batch_size / (time.perf_counter() - since_time)
+                line = {
+                    "step": step, "samples_seen": samples_seen, "epoch": samples_seen / dataset.num_samples, "loss": mean_loss, "lr": lr,
+                    "grad_norm": engine.grad_norm(), "images_per_second": rate,
+                    "seconds_left": (last_step - step) * config.global_batch_size / rate,
+                }  # fmt: skip
+                if peak := peak_flops(_device_name(), config.engine.precision):
+                    line["mfu"] = train_flops(config.model) * rate / world_size / peak
+                metrics.log(line, progress_line(line, last_step))
+            since_time, since_step = time.perf_counter(), step
+        if evaluates and held_out:
+            with engine.evaluation():
+                result = evaluate(
+                    engine.forward, held_out, config.model.image_size, config.preprocess, config.objective, device=device(),
+                    batch_size=config.micro_batch_size, workers=config.stream.workers,
+                )  # fmt: skip
+            if metrics:
+                metrics.log({"step": step, "samples_seen": samples_seen} | _eval_fields(result), _eval_line(step, result))
+        if saves:
+            saved = checkpoint.save(
+                run, engine, model=config.model, preprocess=config.preprocess, objective=config.objective.kind,
+                class_names=dataset.class_names, samples_seen=samples_seen, step=step,
+            )  # fmt: skip
+            if metrics:
+                checkpoint.prune(run, config.keep_checkpoints)
+                metrics.say(f"saved {saved}")
+        if evaluates or saves:
+            since_time, since_step = time.perf_counter(), step
+    if metrics:
+        metrics.close()
+    engine.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _newest_durable(run: Path) -> tuple[Path | None, list[str]]:
+    """Rank 0 reads and checks; all ranks take what it found."""
+    found = [checkpoint.newest_durable(run)] if dist.get_rank() == 0 else [(None, [])]
+    dist.broadcast_object_list(found, src=0, device=device())
+    return found[0]
+
+
+def _headline(config: TrainConfig, step: int, last_step: int, world_size: int, accumulate: int, parameters: int) -> str:
+    begins = f"resumes at step {step}" if step else "starts"
+    return (
+        f"{config.recipe} {begins}: {parameters:,} parameters, {last_step} steps of {config.global_batch_size} images = "
+        f"{world_size} ranks x {config.micro_batch_size} x {accumulate}, ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
+        f"run directory {config.out}"
+    )
+
+
+def _eval_fields(result: Evaluation) -> dict[str, float]:
+    return {f"eval_{name}": value for name, value in asdict(result).items()}
+
+
+def _eval_line(step: int, result: Evaluation) -> str:
+    skipped = f", {result.skipped} unreadable" if result.skipped else ""
+    scores = f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  loss {result.loss:.4f}"
+    return f"step {step} held out: {scores}  ({result.samples} samples{skipped})"
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# One rank
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+USER_ERRORS = (ConfigError, DatasetError, RunError, StreamError, TrainingError, checkpoint.CheckpointError, FloatingPointError)
+
+
+def main() -> None:
+    """The entry of a rank; what ends it early goes to VITSCALE_ERROR_FILE, where the launcher finds it."""
+    _die_with_parent()
+    try:
+        config = read_config(Path(sys.argv[1]))
+        init_distributed()
+        train(config)
+        dist.destroy_process_group()
+    except BaseException as error:
+        text = f"error: {error}" if isinstance(error, USER_ERRORS) else traceback.format_exc()
+        print(text, file=sys.stderr, flush=True)
+        if file := os.environ.get("VITSCALE_ERROR_FILE"):
+            Path(file).write_text(text)
+        os._exit(1)  # without waiting for peers that hang in a collective
+
+
+def _die_with_parent() -> None:
+    """A launcher that is killed takes its ranks along, so that none goes on writing into a run that is started again."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    main()
