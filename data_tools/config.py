@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Suppress  # the command line takes these as positional words
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: 256 MiB as RGB
 MAX_PIXELS_LIMIT = 2 * MAX_PIXELS  # Pillow itself refuses more, here and in training
@@ -20,10 +23,10 @@ class PackError(ValueError):
 class PackConfig:
     """Packs images and labels into a dataset directory: OUT/train and OUT/val, or one split of them."""
 
-    sources: tuple[str, ...]
+    sources: Annotated[tuple[str, ...], Suppress]
     """A folder of class folders, Parquet or Arrow (Feather, IPC file or stream) tables, or folders of such tables."""
 
-    out: str
+    out: Annotated[str, Suppress]
     """Folder that gets a subfolder for each split. Existing splits are never touched."""
 
     split: str = "train"

@@ -22,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -198,14 +198,50 @@ class _Tally:
             self._progress(self._done, self._total, self._rejects)
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """A written tar and the rows that the directory's tables get for it."""
+
+    index: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    rejects: list[dict[str, Any]]
+    bytes: int
+    checksum: str
+
+
+def _write_shard(
+    path: Path, rows: list[int], images: Iterator[bytes | Reject], listing: Listing, config: PackConfig, tally: _Tally
+) -> _Shard:
+    """Writes the tar of these rows of the listing, whose images come next from `images`."""
+    index, samples, rejects = [], [], []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        tar = TarWriter(file)
+        for row in rows:
+            image = next(images)
+            key, source = listing.key[row].as_py(), listing.source(row)
+            judged = image if isinstance(image, Reject) else inspect_image(image, config.max_pixels)
+            if isinstance(judged, Reject):
+                rejects.append({"source": source, "key": key, **asdict(judged)})
+                tally.add(rejected=True)
+                continue
+            assert isinstance(image, bytes)  # as it was judged
+            extension, width, height = judged
+            labels, scores = listing.labels[row], listing.scores[row]
+            offset = tar.add(f"{key}.{extension}", image)
+            tar.add(f"{key}.json", json.dumps({"labels": labels, "scores": scores}).encode())
+            if config.write_cls and labels:
+                tar.add(f"{key}.cls", str(labels[0]).encode())
+            digest = xxhash.xxh3_64_intdigest(image)
+            index.append({"offset": offset, "size": len(image), "hash": digest, "labels": labels, "scores": scores})
+            samples.append({"key": key, "hash": digest, "width": width, "height": height, "source": source})
+            tally.add(rejected=False)
+        tar.finish()
+    return _Shard(index, samples, rejects, tar.bytes, tar.checksum)
+
+
 def _write_split(
-    folder: Path,
-    split: str,
-    rows: np.ndarray,
-    listing: Listing,
-    images: Images,
-    config: PackConfig,
-    tally: _Tally,
+    folder: Path, split: str, rows: np.ndarray, listing: Listing, images: Images, config: PackConfig, tally: _Tally
 ) -> PackResult:
     """Writes all files of a split into `folder`, dataset.json last."""
     started = time.monotonic()
@@ -214,44 +250,22 @@ def _write_split(
     max_labels, num_samples = 1, 0
     wanted = images.read(rows.tolist())
     with _IndexWriter(folder) as index, _SamplesWriter(folder) as samples:
-        for shard, start in enumerate(range(0, len(rows), config.samples_per_shard)):
-            name = fmt.shard_name(split, shard)
-            shard_rows = rows[start : start + config.samples_per_shard].tolist()
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with (folder / name).open("wb") as file:
-                tar = TarWriter(file)
-                index_rows, sample_rows = [], []
-                for row, image in zip(shard_rows, wanted, strict=False):
-                    key, source = listing.key[row].as_py(), listing.source(row)
-                    labels, scores = listing.labels[row], listing.scores[row]
-                    judged = image if isinstance(image, Reject) else inspect_image(image, config.max_pixels)
-                    if isinstance(judged, Reject):
-                        rejects.append({"source": source, "key": key, **asdict(judged)})
-                        tally.add(rejected=True)
-                        continue
-                    assert isinstance(image, bytes)  # judged
-                    extension, width, height = judged
-                    offset = tar.add(f"{key}.{extension}", image)
-                    tar.add(f"{key}.json", json.dumps({"labels": labels, "scores": scores}).encode())
-                    if config.write_cls and labels:
-                        tar.add(f"{key}.cls", str(labels[0]).encode())
-                    digest = xxhash.xxh3_64_intdigest(image)
-                    index_rows.append({"offset": offset, "size": len(image), "hash": digest, "labels": labels, "scores": scores})
-                    sample_rows.append({"key": key, "hash": digest, "width": width, "height": height, "source": source})
-                    max_labels = max(max_labels, len(labels))
-                    tally.add(rejected=False)
-                tar.finish()
-            index.write(index_rows)
-            samples.write(shard, sample_rows)
-            manifest.append(
-                {"name": name, "samples": len(index_rows), "bytes": tar.bytes, "checksum": tar.checksum} | {"first_sample": num_samples}
-            )
-            num_samples += len(index_rows)
+        for number, start in enumerate(range(0, len(rows), config.samples_per_shard)):
+            name = fmt.shard_name(split, number)
+            planned = rows[start : start + config.samples_per_shard].tolist()
+            shard = _write_shard(folder / name, planned, wanted, listing, config, tally)
+            index.write(shard.index)
+            samples.write(number, shard.samples)
+            rejects += shard.rejects
+            counts = {"samples": len(shard.index), "bytes": shard.bytes, "first_sample": num_samples}
+            manifest.append({"name": name, "checksum": shard.checksum, **counts})
+            num_samples += len(shard.index)
+            max_labels = max([max_labels, *(len(row["labels"]) for row in shard.index)])
     reasons = dict(Counter(reject["reason"] for reject in rejects).most_common())
     if not num_samples:
-        counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
         example = f"{rejects[0]['source']}: {rejects[0]['reason']}, {rejects[0]['detail']}"
-        raise PackError(f"no usable image is left for {split}: {counts} (first: {example}); {ACCEPTED}")
+        raise PackError(f"no usable image is left for {split}: {found} (first: {example}); {ACCEPTED}")
 
     _write_parquet(folder / "manifest.parquet", manifest, fmt.MANIFEST_SCHEMA)
     if rejects:

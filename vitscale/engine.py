@@ -12,6 +12,7 @@ Gradients are averaged over ranks and micro-batches and clipped by DeepSpeed. In
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -47,6 +48,8 @@ class Fragment(NamedTuple):
 def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
     """Joins the process group that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; NCCL on GPUs, gloo elsewhere."""
     deepspeed_logger.setLevel("ERROR")
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, and torch warns anew at every call
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():

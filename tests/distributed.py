@@ -1,0 +1,66 @@
+"""Runs a function of a test module on several ranks, real processes over gloo, and returns what rank 0 returned.
+
+    results = run_on_ranks("tests.vitscale.test_zero:walk", world_size=2, payload={...}, folder=tmp_path)
+
+One launch may walk many cases: starting processes costs more than most cases do. As a program it is one rank.
+"""
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_on_ranks(target: str, world_size: int, payload: dict[str, Any], folder: Path) -> Any:
+    """Calls `module:function`(payload) on every rank; raises with the output of the first rank that failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (folder / "payload.json").write_text(json.dumps(payload))
+    ranks = []
+    for rank in range(world_size):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
+        output = open(folder / f"rank-{rank}.log", "wb")
+        command = [sys.executable, "-m", "tests.distributed", target, str(folder)]
+        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT))
+        output.close()
+    failed = [rank for rank, process in enumerate(ranks) if process.wait()]
+    if failed:
+        logs = "\n".join(f"-- rank {rank}\n{(folder / f'rank-{rank}.log').read_text()[-6000:]}" for rank in failed)
+        raise AssertionError(f"ranks {failed} of {target} failed\n{logs}")
+    return json.loads((folder / "result.json").read_text())
+
+
+def main() -> None:
+    module, _, function = sys.argv[1].partition(":")
+    folder = Path(sys.argv[2])
+    import torch.distributed as dist
+
+    from vitscale.engine import init_distributed
+
+    init_distributed()
+    try:
+        result = getattr(importlib.import_module(module), function)(json.loads((folder / "payload.json").read_text()))
+        if os.environ["RANK"] == "0":
+            (folder / "result.json").write_text(json.dumps(result))
+        dist.destroy_process_group()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # a peer may hang in a collective; do not wait for it
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Whole runs agree: between plain torch and every ZeRO stage, world size and split of a batch; and between a run and its continuation.
+
+A process group a world size walks all cases through `train.train`; each case is a run directory of its own, and losses are read from its
+metrics.jsonl. A spy on the engine sums a hash of every image that goes into a step, so that equal sums mean equal sets of images.
+"""
+
+import dataclasses
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import nn
+
+from data_tools.dataset import Dataset
+from tests.conftest import with_engine
+from tests.distributed import run_on_ranks
+from vitscale.config import OptimizerConfig, TrainConfig, from_dict, to_dict
+from vitscale.engine import Engine
+from vitscale.model import ViT, initialize, normalize
+from vitscale.objective import compute_loss
+from vitscale.optim import build_optimizer, learning_rate
+from vitscale.run import open_run, read_metrics, resolve
+from vitscale.stream import TrainStream
+from vitscale.train import train
+
+STEPS = 20
+STOP = 7  # where interrupted runs stop; they go on for STEPS more
+STAGES = (0, 1, 2, 3)
+TOLERANCE = 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# On the ranks
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def walk(payload: dict[str, Any]) -> dict[str, Any]:
+    """Runs each case: {name: {"config", "stop_at", "copy_of"}} to {name: {"losses", "images"}}, by step."""
+    results = {}
+    for name, case in payload["cases"].items():
+        config: TrainConfig = from_dict(TrainConfig, case["config"])
+        if dist.get_rank() == 0:
+            if case["copy_of"]:
+                shutil.copytree(case["copy_of"], config.out)
+            Path(config.out).mkdir(exist_ok=True)
+            open_run(config, dist.get_world_size())
+        dist.barrier()
+        with _spy_on_images() as images:
+            train(config, stop_at=case["stop_at"])
+        sums = [torch.zeros(2, dtype=torch.int64) for _ in range(dist.get_world_size())]
+        counts = torch.tensor([_fold(images), len(images)])
+        dist.all_gather(sums, counts)
+        losses = {line["step"]: line["loss"] for line in read_metrics(Path(config.out))}
+        results[name] = {"losses": losses, "images": [sum(int(s[0]) for s in sums) % 2**63, sum(int(s[1]) for s in sums)]}
+    return results
+
+
+class _spy_on_images:  # noqa: N801 - used as a function
+    """Collects a hash of every image that the engine's forward is given in training."""
+
+    def __enter__(self) -> list[int]:
+        seen: list[int] = []
+        self.forward = Engine.forward
+
+        def forward(engine: Engine, images_BCHW: torch.Tensor, sample_keys_B: torch.Tensor | None = None) -> torch.Tensor:
+            seen.extend(xxhash.xxh3_64_intdigest(np.ascontiguousarray(image.numpy())) for image in images_BCHW)
+            return self.forward(engine, images_BCHW, sample_keys_B)
+
+        Engine.forward = forward  # type: ignore[method-assign]
+        return seen
+
+    def __exit__(self, *_: object) -> None:
+        Engine.forward = self.forward  # type: ignore[method-assign]
+
+
+def _fold(hashes: list[int]) -> int:
+    return sum(hashes) % 2**62  # a sum, so that it does not depend on who saw an image
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Plain torch
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def plain_torch(config: TrainConfig, steps: int) -> list[float]:
+    """The losses of the same training without DeepSpeed, ranks, accumulation or checkpointing."""
+    dataset = Dataset.open(config.data)
+    stream = TrainStream(
+        dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
+        micro_batch_size=config.global_batch_size, rank=0, world_size=1, quarantine=Path(config.out) / "quarantine.jsonl",
+    )  # fmt: skip
+    model = ViT(config.model)
+    initialize(model, config.seed)
+    optimizer = build_optimizer(model, config.optimizer)
+    losses = []
+    for step, batch in zip(range(steps), stream.micro_batches(0), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.steps, config.optimizer.peak_lr, config.schedule)
+        images, labels, scores, keys = map(torch.from_numpy, (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.keys_B))
+        optimizer.zero_grad()
+        loss = compute_loss(model(normalize(images, config.preprocess), keys), labels, scores, config.objective)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Tests
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def variant(config: TrainConfig, folder: Path, name: str, *, optimizer: str = "adamw", accumulate: int = 1, world_size: int = 1, **engine: Any):
+    """A resolved config of its own run directory."""
+    config = with_engine(config, **engine)
+    if optimizer == "sgd":
+        config = dataclasses.replace(config, optimizer=OptimizerConfig("sgd", peak_lr=0.05, average_decay=0.9))
+    micro = config.global_batch_size // (world_size * accumulate)
+    return resolve(dataclasses.replace(config, out=str(folder / name), micro_batch_size=micro), world_size)
+
+
+def case(config: TrainConfig, *, stop_at: int | None = None, copy_of: str | None = None) -> dict[str, Any]:
+    return {"config": to_dict(config), "stop_at": stop_at, "copy_of": copy_of}
+
+
+def losses_of(result: dict[str, Any], first: int, last: int) -> np.ndarray:
+    return np.array([result["losses"][str(step)] for step in range(first + 1, last + 1)])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_stage_is_plain_torch(config: TrainConfig, tmp_path: Path, world_size: int) -> None:
+    combinations = [("adamw", *rest) for rest in itertools.product(STAGES, (0, 1), (1, 4))]
+    combinations += [("sgd", stage, checkpointing, accumulate) for stage in STAGES for checkpointing, accumulate in ((0, 1), (1, 4))]
+    configs = {
+        f"{optimizer}-stage{stage}-checkpoint{checkpointing}-accumulate{accumulate}": variant(
+            config, tmp_path, f"{optimizer}{stage}{checkpointing}{accumulate}", optimizer=optimizer, accumulate=accumulate,
+            world_size=world_size, zero_stage=stage, checkpoint_every_n_blocks=checkpointing,
+        )
+        for optimizer, stage, checkpointing, accumulate in combinations
+    }  # fmt: skip
+    results = run_on_ranks(
+        "tests.vitscale.test_zero:walk", world_size, {"cases": {n: case(c, stop_at=STEPS) for n, c in configs.items()}}, tmp_path
+    )
+    reference = {name: np.array(plain_torch(configs[f"{name}-stage0-checkpoint0-accumulate1"], STEPS)) for name in ("adamw", "sgd")}
+    assert reference["adamw"][-1] < 0.9 * reference["adamw"][0], "the runs must learn, or equal losses would say little"
+    for name, result in results.items():
+        expected = reference[name.partition("-")[0]]
+        np.testing.assert_allclose(losses_of(result, 0, STEPS), expected, rtol=TOLERANCE, err_msg=f"{name} at world size {world_size}")
+    assert len({tuple(r["images"]) for r in results.values()}) == 1, "every case must have seen the same images"
+
+
+def test_a_run_goes_on_at_any_stage_and_world_size(config: TrainConfig, tmp_path: Path) -> None:
+    """Stopped at stage a and world size b, resumed at stage c and world size d: all pairs over {0,1,2,3} x {1,2}, and world size 3 once."""
+    last = STOP + STEPS
+    layouts = [*itertools.product(STAGES, (1, 2)), (2, 3)]
+
+    def of(layout: tuple[int, int], name: str) -> TrainConfig:
+        return variant(config, tmp_path, name, optimizer=optimizer, world_size=layout[1], zero_stage=layout[0])
+
+    for optimizer in ("adamw", "sgd"):
+        whole: dict[tuple[int, int], Any] = {}
+        for world_size in (1, 2, 3):
+            here = [layout for layout in layouts if layout[1] == world_size]
+            cases = {f"whole{a}{b}": case(of((a, b), f"{optimizer}-whole{a}{b}")) for a, b in here}
+            cases |= {f"part{a}{b}": case(of((a, b), f"{optimizer}-part{a}{b}"), stop_at=STOP) for a, b in here}
+            results = run_on_ranks("tests.vitscale.test_zero:walk", world_size, {"cases": cases}, tmp_path)
+            whole |= {(a, b): results[f"whole{a}{b}"] for a, b in here}
+        for world_size in (1, 2, 3):
+            cases = {}
+            for (a, b), (c, d) in itertools.product(layouts, layouts):
+                if d != world_size or (3 in (b, d) and (a, b) == (c, d)):
+                    continue
+                name = f"{a}{b}-{c}{d}"
+                cases[name] = case(of((c, d), f"{optimizer}-{name}"), copy_of=str(tmp_path / f"{optimizer}-part{a}{b}"))
+            results = run_on_ranks("tests.vitscale.test_zero:walk", world_size, {"cases": cases}, tmp_path)
+            for name, result in results.items():
+                (a, b), (c, d) = ((int(digit) for digit in layout) for layout in name.split("-"))
+                losses, expected = losses_of(result, STOP, last), losses_of(whole[a, b], STOP, last)
+                np.testing.assert_allclose(losses, expected, rtol=TOLERANCE, err_msg=f"{optimizer} {name}")
+                if (a, b) == (c, d):
+                    assert losses.tolist() == expected.tolist(), f"{optimizer} {name} must be bitwise the uninterrupted run"
+                assert result["losses"].keys() == whole[a, b]["losses"].keys()
+            assert len({tuple(r["images"]) for r in results.values()}) == 1, "every continuation must have seen the same images"
