@@ -35,7 +35,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(PEERS)/installed: pyproject.toml
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[train,peers]" pytest pytest-timeout
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[train,dev,peers]"
 	touch $@
 
 clean:

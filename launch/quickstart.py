@@ -4,7 +4,7 @@
     OUT/images/             PNG class folders: classes to pre-train on, and downstream classes that pre-training never sees
     OUT/data/               both as datasets, each with a training and a held-out split
     OUT/runs/               pretrain, finetune (from it, at a higher resolution), scratch (the same steps and data from random weights)
-    OUT/evaluation/         held-out accuracy of the three, what `vitscale evaluate --json` prints
+    OUT/evaluation-*.json   held-out accuracy of the three, what `vitscale evaluate --json` prints
     OUT/export/             the fine-tuned model for timm
     OUT/report.html         the page (vitscale/report.py)
 
@@ -21,13 +21,12 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import tyro
 from PIL import Image
 
 from launch.main import dispatch
@@ -39,6 +38,10 @@ FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package
 FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
 
 Array = npt.NDArray[Any]
+RUNS = {"pretrain": "pre-trained, on its own classes", "finetune": "fine-tuned", "scratch": "from scratch"}
+# Of SGD (0.03, 0.1) and AdamW (3e-4, 1e-3, 3e-3), AdamW at 3e-3 was best for the model from scratch.
+SCRATCH_FLAGS = "--epochs 0 --steps 100 --preprocess.crop-scale 0.6 1 --log-every 5 --eval-every 25 --schedule.warmup-steps 10 --optimizer.peak-lr 3e-3"
+
 Labelled = tuple[Array, Array]  # uint8 images (n, height, width) and their labels (n,)
 
 
@@ -48,8 +51,8 @@ class QuickstartFlags:
 
     out: str = "quickstart"
     """Folder for everything; a quickstart that is there goes on, or shows its table."""
-    images: Annotated[Literal["auto", "digits", "fashion-mnist"], tyro.conf.arg(help_behavior_hint="(auto)")] = "auto"
-    """8 px digits of scikit-learn, or 28 px Fashion-MNIST from Debian's package dataset-fashion-mnist; auto takes the latter if it is there."""
+    images: Literal["auto", "digits", "fashion-mnist"] = "auto"
+    """scikit-learn's digits (8 px), or Fashion-MNIST (28 px) of Debian's package dataset-fashion-mnist, which auto takes if it is there."""
     nproc: int = 2
     """Training processes, over which ZeRO partitions the optimizer."""
     seed: int = 0
@@ -60,7 +63,7 @@ class QuickstartFlags:
 
 @dataclass(frozen=True)
 class Road:
-    """What differs between the two sets of images. Margins: tests/launch/test_quickstart.py tells the measured ones."""
+    """What differs between the two sets of images."""
 
     title: str
     recipe: str
@@ -68,92 +71,63 @@ class Road:
     downstream: tuple[str, ...]
     """Classes to fine-tune on; pre-training has the others."""
     train_images: int
-    """A class, for pre-training."""
+    """A class, at most, for pre-training."""
     labelled_images: int
     """A class, downstream."""
     held_out_images: int
     """A class, at most."""
     size: int
-    """Native pixels a side, of fine-tuning and training from scratch."""
-    pretrain_flags: tuple[str, ...]
-    finetune_flags: tuple[str, ...]
-    scratch_flags: tuple[str, ...]
+    """Native pixels a side, of fine-tuning and of training from scratch."""
+    pretrain_flags: str
     margin: float
-    """By which the fine-tuned model's top-1 must be above that of the one from scratch."""
+    """By which the fine-tuned model's top-1 must exceed that of the one from scratch; tests/launch/test_quickstart.py has measured ones."""
 
 
-FINETUNE_STEPS = 200
-# AdamW at 1e-3 was the best of SGD (0.03, 0.1) and AdamW (3e-4, 1e-3, 3e-3) for the model from scratch.
-SCRATCH = ("--epochs", "0", "--steps", str(FINETUNE_STEPS), "--eval-every", "50", "--schedule.warmup-steps", "20")
 ROADS = {
     "digits": Road(
-        title="handwritten digits",
-        recipe="tiny-digits",
-        classes=tuple("0123456789"),
-        downstream=("4", "6", "8", "9"),
-        train_images=1_000,
-        labelled_images=5,
-        held_out_images=1_000,
-        size=8,
-        pretrain_flags=(),
-        finetune_flags=(),
-        scratch_flags=("--optimizer.peak-lr", "1e-3"),
-        margin=0.03,
+        "handwritten digits", "tiny-digits", tuple("0123456789"), ("4", "6", "8", "9"), train_images=1_000, labelled_images=5,
+        held_out_images=1_000, size=8, pretrain_flags="--epochs 40", margin=0.03,
     ),
     "fashion-mnist": Road(
-        title="Fashion-MNIST",
-        recipe="tiny-fashion",
-        classes=FASHION_CLASSES,
-        downstream=("dress", "coat", "shirt", "ankle-boot"),
-        train_images=3_000,
-        labelled_images=10,
-        held_out_images=500,
-        size=28,
-        pretrain_flags=("--epochs", "4"),
-        finetune_flags=(),
-        scratch_flags=("--optimizer.peak-lr", "1e-3"),
-        margin=0.03,
+        "Fashion-MNIST", "tiny-fashion", FASHION_CLASSES, ("pullover", "dress", "sandal", "sneaker"), train_images=3_000, labelled_images=5,
+        held_out_images=500, size=28, pretrain_flags="--epochs 4", margin=0.03,
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the road."""
+    """One command of the road, as a user types it."""
 
     name: str
-    words: tuple[str, ...]
-    """After `vitscale`."""
+    command: str
     makes: Path
-    """A dataset, a run, an export, or the file that takes what the command prints."""
-
-    @property
-    def prints(self) -> bool:
-        """Whether `makes` is the command's standard output."""
-        return self.makes.suffix == ".json"
-
-    @property
-    def command(self) -> str:
-        """What a user would type."""
-        return shlex.join(["vitscale", *self.words]) + (f" > {shlex.quote(str(self.makes))}" if self.prints else "")
+    """A dataset, a run, an export, or the file that the command's output goes to."""
 
     def finished(self) -> bool:
-        """Whether what it makes is there, whole."""
-        if self.words[0] in ("pretrain", "finetune"):
-            return is_finished(self.makes)
-        return self.makes.exists()  # packed, exported and written beside, then renamed into place
+        """Whether what it makes is there, whole: all but a run is written beside and renamed into place."""
+        return is_finished(self.makes) if self.makes.parent.name == "runs" else self.makes.exists()
+
+    def run(self) -> None:
+        """Does what the command would do in a shell."""
+        words, _, printed_to = self.command.partition(" > ")
+        with contextlib.redirect_stdout(io.StringIO()) if printed_to else contextlib.nullcontext() as printed:
+            dispatch(shlex.split(words)[1:])
+        if printed:
+            result = json.loads(printed.getvalue())
+            write_json(self.makes, result)
+            print(f"top-1 {result['top1']:.2%} of {result['samples']:,} held-out images")
 
 
 def quickstart(flags: QuickstartFlags) -> None:
     """Goes the road from wherever it was left. Raises VerbError where OUT is something else, or the result is not what it should be."""
     out = Path(flags.out)
     state = open_folder(out, flags)
-    road = ROADS[state["images"]]
+    road, todo = ROADS[state["images"]], stages(out, state["images"], flags.nproc, flags.seed)
     with contextlib.redirect_stdout(sys.stderr) if flags.json else contextlib.nullcontext():
         if not (out / "images").exists():
-            print(f"writing {road.title} as PNG class folders to {out / 'images'}")
-            write_images(out / "images", state["images"], state["seed"])
-        todo = stages(out, road, flags.nproc, state["seed"])
+            print(f"writing {road.title} as PNG class folders to {out}/images", flush=True)
+            write_images(out / "images", state["images"], flags.seed)
         for number, stage in enumerate(todo, start=1):
             print(f"\n[{number}/{len(todo)}] {stage.name}\n$ {stage.command}", flush=True)
             if stage.finished():
@@ -161,16 +135,16 @@ def quickstart(flags: QuickstartFlags) -> None:
                 continue
             started = time.monotonic()
             try:
-                run_stage(stage)
+                stage.run()
             finally:  # an interrupted stage goes on later, and its time adds up
                 state["seconds"][stage.name] = state["seconds"].get(stage.name, 0) + time.monotonic() - started
                 write_json(out / "quickstart.json", state)
-        rows = table(out, road, state["seconds"])
+        rows, seconds = table(out, road, state["seconds"]), sum(state["seconds"].values())
         from vitscale.report import write_report
 
-        seconds = sum(state["seconds"].values())
-        write_report(out / "report.html", road.title, rows, seconds, [stage.command for stage in todo], runs(out), dataset(out, "downstream", "val"))
-        print(f"\n{format_table(rows)}\n\n{duration(seconds)} in all; {out / 'report.html'} shows curves, predictions and embeddings")
+        runs = {name: out / "runs" / name for name in RUNS}
+        write_report(out / "report.html", road.title, rows, seconds, [stage.command for stage in todo], runs, out / "data/downstream/val")
+        print(f"\n{format_table(rows)}\n\n{duration(seconds)} in all; {out}/report.html shows curves, predictions and embeddings")
     if flags.json:
         print_json({"out": str(out), "images": state["images"], "seed": state["seed"], "seconds": seconds, "rows": rows})
     finetuned, scratch = rows[1]["top1"], rows[2]["top1"]
@@ -201,68 +175,37 @@ def open_folder(out: Path, flags: QuickstartFlags) -> dict[str, Any]:
     return state
 
 
-# -- Stages -----------------------------------------------------------------------------------------------------------------------------
-
-
-def runs(out: Path) -> dict[str, Path]:
-    """The run directories."""
-    return {name: out / "runs" / name for name in ("pretrain", "finetune", "scratch")}
-
-
-def dataset(out: Path, task: str, split: str) -> Path:
-    """A packed split of a task, `pretrain` or `downstream`."""
-    return out / "data" / task / split
-
-
-def stages(out: Path, road: Road, nproc: int, seed: int) -> list[Stage]:
-    """The commands, in order."""
-    run, size = runs(out), ("--model.image-size", str(road.size), str(road.size))
-    both = ("--nproc", str(nproc), "--seed", str(seed))
-    downstream = ("--data", str(dataset(out, "downstream", "train")))
-    packed = [
-        Stage(f"pack {task} {split}", ("pack", f"{out}/images/{task}/{split}", f"{out}/data/{task}", "--split", split), dataset(out, task, split))
-        for task in ("pretrain", "downstream")
-        for split in ("train", "val")
-    ]  # fmt: skip
-    trained = [
-        Stage(
-            "pretrain",
-            ("pretrain", road.recipe, "--data", str(dataset(out, "pretrain", "train")), "--out", str(run["pretrain"]), *road.pretrain_flags, *both),
-            run["pretrain"],
+def stages(out: Path, images: str, nproc: int, seed: int) -> list[Stage]:
+    """The commands, in order. The model from scratch gets the steps, images, augmentation and resolution of the fine-tuned one."""
+    road, at = ROADS[images], shlex.quote(str(out))
+    both, size = f"--nproc {nproc}", f"--model.image-size {road.size} {road.size}"
+    downstream = f"--data {at}/data/downstream/train"
+    trained = {
+        "pretrain": f"pretrain {road.recipe} --data {at}/data/pretrain/train --out {at}/runs/pretrain {road.pretrain_flags} {both}",
+        "finetune": f"finetune tiny-finetune --init {at}/runs/pretrain {downstream} --out {at}/runs/finetune {size} {both}",
+        "scratch": f"pretrain {road.recipe} {downstream} --out {at}/runs/scratch {size} {SCRATCH_FLAGS} {both}",
+    }
+    return [
+        *(
+            Stage(
+                f"pack {task} {split}",
+                f"vitscale pack {at}/images/{task}/{split} {at}/data/{task} --split {split}",
+                out / "data" / task / split,
+            )
+            for task in ("pretrain", "downstream")
+            for split in ("train", "val")
         ),
-        Stage(
-            "finetune",
-            ("finetune", "tiny-finetune", "--init", str(run["pretrain"]), *downstream, "--out", str(run["finetune"]), *size, *road.finetune_flags, *both),
-            run["finetune"],
+        *(Stage(name, f"vitscale {command}", out / "runs" / name) for name, command in trained.items()),
+        *(
+            Stage(
+                f"evaluate {name}",
+                f"vitscale evaluate {at}/runs/{name} --data {at}/data/{task}/val --json > {at}/evaluation-{name}.json",
+                out / f"evaluation-{name}.json",
+            )
+            for name, task in zip(RUNS, ("pretrain", "downstream", "downstream"), strict=True)
         ),
-        Stage(
-            "scratch",
-            ("pretrain", road.recipe, *downstream, "--out", str(run["scratch"]), *size, *SCRATCH, *road.scratch_flags, *both),
-            run["scratch"],
-        ),
-    ]  # fmt: skip
-    evaluated = [
-        Stage(
-            f"evaluate {name}",
-            ("evaluate", str(path), "--data", str(dataset(out, "pretrain" if name == "pretrain" else "downstream", "val")), "--json"),
-            out / "evaluation" / f"{name}.json",
-        )
-        for name, path in run.items()
+        Stage("export", f"vitscale checkpoint export {at}/runs/finetune {at}/export", out / "export"),
     ]
-    return [*packed, *trained, *evaluated, Stage("export", ("checkpoint", "export", str(run["finetune"]), f"{out}/export"), out / "export")]
-
-
-def run_stage(stage: Stage) -> None:
-    """Runs a stage's command as the `vitscale` command would."""
-    if not stage.prints:
-        dispatch(list(stage.words))
-        return
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        dispatch(list(stage.words))
-    result = json.loads(printed.getvalue())
-    stage.makes.parent.mkdir(exist_ok=True)
-    write_json(stage.makes, result)
-    print(f"top-1 {result['top1']:.2%} of {result['samples']:,} held-out images")
 
 
 # -- The result -------------------------------------------------------------------------------------------------------------------------
@@ -270,11 +213,10 @@ def run_stage(stage: Stage) -> None:
 
 def table(out: Path, road: Road, seconds: dict[str, float]) -> list[dict[str, Any]]:
     """A row a model: pre-trained (on its own classes), fine-tuned, from scratch, and guessing."""
-    names = {"pretrain": "pre-training, its own classes", "finetune": "fine-tuned", "scratch": "from scratch"}
     rows: list[dict[str, Any]] = []
-    for run, name in names.items():
-        result = json.loads((out / "evaluation" / f"{run}.json").read_text())
-        steps = json.loads((runs(out)[run] / "run.json").read_text())["total_steps"]
+    for run, name in RUNS.items():
+        result = json.loads((out / f"evaluation-{run}.json").read_text())
+        steps = json.loads((out / "runs" / run / "run.json").read_text())["total_steps"]
         rows.append({"model": name, "top1": result["top1"], "images": result["samples"], "steps": steps, "seconds": seconds[run]})
     return [*rows, {"model": "guessing", "top1": 1 / len(road.downstream), "images": rows[1]["images"], "steps": 0, "seconds": 0.0}]
 

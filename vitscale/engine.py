@@ -110,7 +110,10 @@ class Engine:
         self.deepspeed.backward(loss)
 
     def step(self, learning_rate: float) -> None:
-        """Call after each micro-batch's backward: after the last of a step it updates the weights and the average."""
+        """Call after each micro-batch's backward: after the last of a step it updates the weights and the average.
+
+        Raises FloatingPointError where DeepSpeed left the update out because a gradient was not finite.
+        """
         for group in self._zero.param_groups:  # under stage 3 these are the wrapper's own, and it copies them
             group["lr"] = learning_rate
         for group in self._optimizer.param_groups:
@@ -118,7 +121,7 @@ class Engine:
         updates = self.deepspeed.is_gradient_accumulation_boundary()
         self.deepspeed.step()
         if updates and not self.deepspeed.was_step_applied():
-            raise FloatingPointError("DeepSpeed left out an optimizer step: the gradient was not finite")
+            raise FloatingPointError("the gradient is not finite")
         if updates and self._averages:
             torch._foreach_lerp_(self._averages, self._flat_weights(), 1 - self.average_decay)
 
@@ -178,14 +181,21 @@ class Engine:
     def evaluation(self) -> Iterator[None]:
         """Within it the model is in evaluation mode, and computes with the average of its weights where one is kept. A collective."""
         self.deepspeed.eval()
-        if self._averages:
-            self._set_model(AVERAGE)
+        self._exchange(AVERAGE)
         yield
-        if self._averages:
-            self._set_model(WEIGHT)
+        self._exchange(WEIGHT)
         self.deepspeed.train()
 
-    def _set_model(self, kind: str) -> None:
+    def _exchange(self, kind: str) -> None:
+        """Lets the model compute with its averages or, after that, with its weights again."""
+        if not self._averages:
+            return
+        if self.stage == 0:  # the model's weights are the only copy there is, so they change places with the averages
+            for weight, average in zip(self._flat_weights(), self._averages, strict=True):
+                kept = weight.detach().clone()
+                weight.data.copy_(average)
+                average.copy_(kept)
+            return
         for name, parameter in self.parameters.items():
             whole = self.gather(name, kind)
             if self.stage < 3:

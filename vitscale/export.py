@@ -12,6 +12,7 @@ written as its learned ones.
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,10 @@ def as_timm(weights: dict[str, Tensor], model: ViTConfig) -> tuple[dict[str, Ten
             f"timm has no representation layer (this model's has {model.representation_size} features), so the head trained behind it "
             "cannot be exported to timm; --headless exports the backbone, --to safetensors everything"
         )
+    if model.layer_norm_eps != 1e-6:
+        raise CheckpointError(
+            f"timm's LayerNorm has an epsilon of 1e-6, this model's is {model.layer_norm_eps:g}; --to safetensors exports this model"
+        )
     if model.position == "relative":
         raise CheckpointError("timm's VisionTransformer has no relative position bias; --to safetensors exports this model")
     if model.position == "learned_1d":
@@ -113,7 +118,7 @@ def timm_config(model: ViTConfig, preprocess: PreprocessConfig, class_names: tup
             "embed_dim": model.width,
             "depth": model.depth,
             "num_heads": model.num_heads,
-            "mlp_ratio": model.mlp_dim / model.width,
+            "mlp_ratio": _mlp_ratio(model),
             "class_token": model.pool == "cls",
             "global_pool": pool,
             "fc_norm": False,  # ours normalises the tokens and then pools, as big_vision does
@@ -133,3 +138,9 @@ def timm_config(model: ViTConfig, preprocess: PreprocessConfig, class_names: tup
         },
     }
     return config | ({"label_names": list(class_names)} if class_names else {})
+
+
+def _mlp_ratio(model: ViTConfig) -> float:
+    """What timm multiplies the width by and cuts to an integer: the quotient may fall short of it by a rounding, as 960 / 704 does."""
+    ratio = model.mlp_dim / model.width
+    return ratio if int(model.width * ratio) == model.mlp_dim else math.nextafter(ratio, math.inf)

@@ -1,1 +1,304 @@
-def write_report(*a): pass
+"""The page of a quickstart: what was learned, as one HTML file that loads nothing from elsewhere.
+
+`write_report` is called once all runs have ended; it reads metrics.jsonl, the fine-tuned and the pre-trained checkpoint and the held-out
+images. Everything drawn is inline: curves as SVG, images as PNG. The functions that make HTML are pure.
+"""
+
+import base64
+import html
+import io
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from data_tools.dataset import Dataset
+from vitscale.checkpoint import WEIGHT, TensorReader, describe, find_checkpoint
+from vitscale.evaluate import load_model
+from vitscale.metrics import duration
+from vitscale.model import normalize
+from vitscale.run import read_metrics
+from vitscale.stream import evaluation_batches
+
+BLUE, ORANGE, GREY = "#2563eb", "#ea7317", "#94a3b8"
+COLORS = {"pretrain": "#0f766e", "finetune": BLUE, "scratch": ORANGE}
+VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
+RIGHT_SHOWN, WRONG_SHOWN = 12, 6
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A held-out image and what the model says of it."""
+
+    png: bytes
+    truth: str
+    guess: str
+    probability: float
+    """Of the guess."""
+
+
+def write_report(
+    file: Path, title: str, rows: list[dict[str, Any]], seconds: float, commands: list[str], runs: dict[str, Path], held_out: Path
+) -> None:
+    """Writes the page.
+
+    Args:
+        rows: of the table, in the order pre-trained, fine-tuned, from scratch, guessing: model, top1, images, steps, seconds.
+        seconds: that all took.
+        commands: command lines that led here.
+        runs: run directories named pretrain, finetune, scratch.
+        held_out: dataset directory whose images are shown with the fine-tuned model's predictions.
+    """
+    lines = {name: read_metrics(run) for name, run in runs.items()}
+    loss = {name: [(line["step"], line["loss"]) for line in lines[name] if "loss" in line] for name in lines}
+    top1 = {name: [(line["step"], 100 * line["eval_top1"]) for line in lines[name] if "eval_top1" in line] for name in lines}
+    both = {"finetune": "fine-tuned", "scratch": "from scratch"}
+    guessing = [(0, 100 * rows[-1]["top1"]), (rows[1]["steps"], 100 * rows[-1]["top1"])]
+    charts = [
+        chart("Pre-training loss", {"pre-training": (COLORS["pretrain"], loss["pretrain"])}),
+        chart("Downstream loss", {label: (COLORS[name], loss[name]) for name, label in both.items()}),
+        chart(
+            "Downstream held-out top-1, %",
+            {label: (COLORS[name], top1[name]) for name, label in both.items()} | {"guessing": (GREY, guessing)},
+            high=100.0,
+        ),
+    ]
+    found = predictions(str(runs["finetune"]), held_out)
+    before, after = (position_similarity(str(runs[name])) for name in ("pretrain", "finetune"))
+    sections = [
+        head(title, rows, seconds),
+        section("Held-out accuracy", comparison(rows)),
+        section("While training", f'<div class="charts">{"".join(charts)}</div>'),
+        section("What the fine-tuned model says", gallery(found)),
+        section(
+            "What the position embeddings learned",
+            "<p>A map for each patch, at its place: how similar (cosine) its learned position embedding is to that of every patch, from -1 "
+            "(dark) to 1 (bright), as in the paper's figure 7. Fine-tuning began from the pre-trained ones, interpolated to its grid.</p>"
+            f'<div class="pair">{similarity_maps("Pre-trained", before)}{similarity_maps("Fine-tuned", after)}</div>',
+        ),
+        section("The commands", f"<p>Each stage is a command; together they are what <code>vitscale quickstart</code> ran.</p>"
+                                f"<pre>{html.escape(chr(10).join(commands))}</pre>"),
+    ]  # fmt: skip
+    page = f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>vitscale quickstart: {html.escape(title)}</title>" + (
+        f'<meta name=viewport content="width=device-width"><style>{STYLE}</style>\n<main>{"".join(sections)}</main></html>\n'
+    )
+    beside = file.with_name(f".{file.name}.partial")
+    beside.write_text(page, encoding="utf-8")
+    beside.replace(file)
+
+
+# -- What is shown ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predictions(checkpoint: str, held_out: Path) -> list[Prediction]:
+    """Some right ones, spread over the classes, then the wrong ones that the model is surest of."""
+    description, dataset = describe(find_checkpoint(checkpoint)), Dataset.open(held_out)
+    model, names = load_model(description, "average"), dataset.class_names or tuple(map(str, range(dataset.num_classes)))
+    batches = evaluation_batches(
+        dataset, description.model.image_size, description.preprocess, batch_size=256, rank=0, world_size=1, workers=0
+    )  # fmt: skip
+    probabilities_NK = torch.cat(
+        [model(normalize(torch.from_numpy(b.images_BHWC[b.valid_B]), description.preprocess)).softmax(1) for b in batches]
+    )
+    sure_N, guess_N = (t.numpy() for t in probabilities_NK.max(dim=1))
+    truth_N = dataset.labels(np.arange(len(guess_N)))[0][:, 0]
+    by_class = [np.flatnonzero((guess_N == label) & (truth_N == label)) for label in range(dataset.num_classes)]
+    per_class = RIGHT_SHOWN // dataset.num_classes
+    right = [int(sample) for samples in by_class for sample in samples[:per_class]]
+    wrong = np.flatnonzero(guess_N != truth_N)
+    surest = wrong[np.argsort(-sure_N[wrong])][:WRONG_SHOWN].tolist()
+    return [
+        Prediction(dataset.read(sample), names[truth_N[sample]], names[guess_N[sample]], float(sure_N[sample]))
+        for sample in [*right, *surest]
+    ]
+
+
+def position_similarity(checkpoint: str) -> npt.NDArray[np.float32]:
+    """Cosine similarity of each patch's position embedding to all others, (h, w, h, w): the paper's figure 7, centre."""
+    description = describe(find_checkpoint(checkpoint))
+    embeddings_ND: Tensor = TensorReader(description).whole("pos_embed", WEIGHT)[0, 1:]  # the first is the class token's
+    unit_ND = F.normalize(embeddings_ND, dim=1)
+    return (unit_ND @ unit_ND.T).view(*description.model.grid, *description.model.grid).numpy()
+
+
+# -- HTML -------------------------------------------------------------------------------------------------------------------------------
+
+
+def head(title: str, rows: list[dict[str, Any]], seconds: float) -> str:
+    """The title and the numbers that matter."""
+    _, finetuned, scratch, guessing = rows
+    cards = [
+        (f"{finetuned['top1']:.1%}", "fine-tuned", BLUE),
+        (f"{scratch['top1']:.1%}", "from scratch, same budget", ORANGE),
+        (f"{guessing['top1']:.1%}", "guessing", GREY),
+        (duration(seconds), "in all, on this machine", "#0f172a"),
+    ]
+    boxes = "".join(f'<div class="card"><b style="color:{color}">{value}</b><span>{label}</span></div>' for value, label, color in cards)
+    return (
+        f'<header><p class="eyebrow">vitscale quickstart</p><h1>A Vision Transformer on {html.escape(title)}</h1>'
+        "<p>Pre-trained below the images' own resolution, then fine-tuned at full resolution on a few labelled images of classes that "
+        f'pre-training never saw; beside it the same model from random weights.</p><div class="cards">{boxes}</div></header>'
+    )
+
+
+def section(title: str, body: str) -> str:
+    """A part of the page."""
+    return f"<section><h2>{html.escape(title)}</h2>{body}</section>\n"
+
+
+def comparison(rows: list[dict[str, Any]]) -> str:
+    """The table, a bar a row."""
+    colors = (*COLORS.values(), GREY)
+    body = ""
+    for row, color in zip(rows, colors, strict=True):
+        steps, seconds = (f"{row['steps']:,}", duration(row["seconds"])) if row["steps"] else ("", "")
+        body += (
+            f'<tr><td>{html.escape(row["model"])}<td class="n">{row["top1"]:.2%}'
+            f'<td class="bar"><i style="width:{100 * row["top1"]:.2f}%;background:{color}"></i>'
+            f'<td class="n">{row["images"]:,}<td class="n">{steps}<td class="n">{seconds}'
+        )
+    return f"<table><tr><th>model<th class=n>top-1<th><th class=n>held-out images<th class=n>steps<th class=n>time{body}</table>"
+
+
+def chart(title: str, series: dict[str, tuple[str, Points]], high: float | None = None) -> str:
+    """Lines from (0, 0) up to `high`, or a little above the highest point, each named at its end."""
+    width, height, left, right, top, bottom = 360, 230, 34, 90, 12, 28
+    points = [point for _, line in series.values() for point in line]
+    last = max(x for x, _ in points)
+    tick = nice_step((high or max(y for _, y in points)) / 4)
+    ceiling = high or tick * math.ceil(max(y for _, y in points) / tick)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + x / last * (width - left - right), height - bottom - y / ceiling * (height - top - bottom)
+
+    drawn = []
+    for i in range(round(ceiling / tick) + 1):
+        y = place(0, i * tick)[1]
+        drawn.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        drawn.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{i * tick:g}</text>')
+    for x, anchor in ((0, "start"), (last / 2, "middle"), (last, "end")):
+        drawn.append(
+            f'<text x="{place(x, 0)[0]:.1f}" y="{height - 8}" text-anchor="{anchor}">{x:.0f}{" steps" if x == last else ""}</text>'
+        )
+    ends = spread([place(*line[-1])[1] for _, line in series.values()], 14)
+    for (name, (color, line)), end in zip(series.items(), ends, strict=True):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        drawn.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2" stroke-linejoin="round"/>')
+        if len(line) <= 12:
+            drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in (place(*point) for point in line)]
+        drawn.append(f'<text x="{width - right + 7}" y="{end + 4:.1f}" style="fill:{color};font-weight:600">{html.escape(name)}</text>')
+    return f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {width} {height}">{"".join(drawn)}</svg></figure>'
+
+
+def nice_step(least: float) -> float:
+    """The smallest 1, 2 or 5 times a power of ten that is not below `least`."""
+    power = 10 ** math.floor(math.log10(max(least, 1e-12)))
+    return float(next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= least * (1 - 1e-9)))
+
+
+def spread(places: list[float], gap: float) -> list[float]:
+    """The places, moved apart so that no two labels are nearer than `gap`."""
+    moved = list(places)
+    order = sorted(range(len(places)), key=places.__getitem__)
+    for before, after in itertools.pairwise(order):
+        moved[after] = max(moved[after], moved[before] + gap)
+    return moved
+
+
+def gallery(found: list[Prediction]) -> str:
+    """Images with the guess and its probability, wrong ones marked."""
+    tiles = []
+    for p in found:
+        wrong = p.guess != p.truth
+        said = f"{html.escape(p.guess)} <small>{p.probability:.0%}</small>"
+        note = f"is {html.escape(p.truth)}" if wrong else "right"
+        tiles.append(
+            f'<div class="tile{" wrong" if wrong else ""}"><img src="{inline(p.png)}" alt="{html.escape(p.truth)}">'
+            f'<b>{said}</b><span>{note}</span><i><u style="width:{100 * p.probability:.0f}%"></u></i></div>'
+        )
+    told = "Held-out images, with the class it names and how sure it is; last, the mistakes it was surest of."
+    return f'<p>{told}</p><div class="gallery">{"".join(tiles)}</div>'
+
+
+def similarity_maps(title: str, similarity: npt.NDArray[np.float32]) -> str:
+    """A map for each patch: how similar its position embedding is to each other's, from -1 (dark) to 1 (bright)."""
+    rows, columns = similarity.shape[:2]
+    maps = "".join(
+        f'<img src="{inline(as_png(similarity[row, column]))}" alt="row {row + 1}, column {column + 1}">'
+        for row in range(rows)
+        for column in range(columns)
+    )
+    return (
+        f"<figure><figcaption>{title}: {rows} x {columns} patches</figcaption>"
+        f'<div class="maps" style="grid-template-columns:repeat({columns},1fr)">{maps}</div></figure>'
+    )
+
+
+def as_png(values_HW: npt.NDArray[np.float32]) -> bytes:
+    """Values in [-1, 1] as the colours of viridis."""
+    at = np.linspace(-1, 1, len(VIRIDIS))
+    rgb = np.stack([np.interp(values_HW, at, VIRIDIS[:, channel]) for channel in range(3)], axis=-1).round().astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(rgb).save(file, "PNG")
+    return file.getvalue()
+
+
+def inline(png: bytes) -> str:
+    """A data URI."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+STYLE = """
+body{margin:0;background:#f8fafc;color:#0f172a;font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:48px 24px}
+h1{font-size:34px;line-height:1.15;margin:4px 0 8px;letter-spacing:-.02em}
+h2{font-size:19px;margin:0 0 14px}
+p{color:#475569;margin:0 0 14px;max-width:84ch}
+.eyebrow{color:#2563eb;font-weight:600;margin:0}
+.cards{display:grid;grid-template-columns:repeat(4,1fr);gap:14px;margin:22px 0}
+.card,section{background:#fff;border:1px solid #e2e8f0;border-radius:12px}
+.card{padding:16px 18px}
+section{padding:22px 24px;margin:0 0 18px}
+.card b{display:block;font-size:30px;line-height:1.2;letter-spacing:-.02em}
+.card span{color:#64748b;font-size:13px}
+table{width:100%;border-collapse:collapse}
+th{font-size:12px;font-weight:600;color:#64748b;text-align:left}
+td,th{padding:8px 10px 8px 0;border-bottom:1px solid #f1f5f9}
+.n{text-align:right;font-variant-numeric:tabular-nums}
+.bar{width:34%}
+.bar i{display:block;height:10px;border-radius:5px}
+.charts{display:grid;grid-template-columns:repeat(3,1fr);gap:18px}
+figure{margin:0}
+figcaption{font-weight:600;font-size:13px;margin-bottom:6px}
+svg{width:100%;display:block}
+svg text{font-size:11px;fill:#64748b}
+.grid{stroke:#e2e8f0}
+.gallery{display:grid;grid-template-columns:repeat(6,1fr);gap:16px}
+.tile{font-size:13px}
+.tile img{width:100%;aspect-ratio:1;border-radius:8px;border:2px solid #e2e8f0;box-sizing:border-box}
+img{image-rendering:pixelated;display:block}
+.tile b{display:block;margin-top:6px}
+.tile small{font-weight:400;color:#64748b}
+.tile span{color:#15803d}
+.tile i{display:block;height:4px;background:#e2e8f0;border-radius:2px;margin-top:4px}
+.tile u{display:block;height:4px;border-radius:2px;background:#2563eb}
+.wrong span{color:#b91c1c}
+.wrong img{border-color:#f87171}
+.wrong u{background:#b91c1c}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:44px}
+.maps{display:grid;gap:5px}
+.maps img{width:100%}
+pre{background:#0f172a;color:#e2e8f0;border-radius:8px;padding:14px 16px;font-size:12px;line-height:1.7;margin:0}
+pre{white-space:pre-wrap;overflow-wrap:anywhere}
+@media(max-width:800px){.cards,.charts,.pair{grid-template-columns:1fr}.gallery{grid-template-columns:repeat(3,1fr)}}
+"""

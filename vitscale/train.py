@@ -106,7 +106,10 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
             logits_BK = engine.forward(normalize(images_BHWC, config.preprocess), keys_B)
             micro_loss = compute_loss(logits_BK, labels_BL, scores_BL, config.objective)
             engine.backward(micro_loss)
-            engine.step(lr)
+            try:
+                engine.step(lr)
+            except FloatingPointError as error:
+                raise TrainingError(_diverged(str(error), step + 1)) from None
             loss += micro_loss.detach() / accumulate
         step += 1
         samples_seen = step * config.global_batch_size
@@ -118,9 +121,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
             dist.all_reduce(loss)
             mean_loss = loss.item() / world_size
             if not math.isfinite(mean_loss):
-                raise TrainingError(
-                    f"the loss is {mean_loss} at step {step}; the newest checkpoint is from before it; a lower --optimizer.peak-lr may help"
-                )
+                raise TrainingError(_diverged(f"the loss is {mean_loss}", step))
             if metrics:
                 rate = (step - since_step) * config.global_batch_size / (time.perf_counter() - since_time)
                 line = {
@@ -165,6 +166,10 @@ def _newest_durable(run: Path) -> tuple[Path | None, list[str]]:
     return found[0]
 
 
+def _diverged(what: str, step: int) -> str:
+    return f"{what} at step {step}; the newest checkpoint is from before it, and a lower --optimizer.peak-lr or more warm-up may help"
+
+
 def _headline(config: TrainConfig, step: int, last_step: int, world_size: int, accumulate: int, parameters: int) -> str:
     begins = f"resumes at step {step}" if step else "starts"
     return (
@@ -192,7 +197,7 @@ def _device_name() -> str:
 # One rank
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
-USER_ERRORS = (ConfigError, DatasetError, RunError, StreamError, TrainingError, checkpoint.CheckpointError, FloatingPointError)
+USER_ERRORS = (ConfigError, DatasetError, RunError, StreamError, TrainingError, checkpoint.CheckpointError)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ metrics.jsonl. A spy on the engine sums a hash of every image that goes into a s
 
 import dataclasses
 import itertools
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,9 @@ def plain_torch(config: TrainConfig, steps: int) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def variant(config: TrainConfig, folder: Path, name: str, *, optimizer: str = "adamw", accumulate: int = 1, world_size: int = 1, **engine: Any):
+def variant(
+    config: TrainConfig, folder: Path, name: str, *, optimizer: str = "adamw", accumulate: int = 1, world_size: int = 1, **engine: Any
+):
     """A resolved config of its own run directory."""
     config = with_engine(config, **engine)
     if optimizer == "sgd":
@@ -157,7 +158,8 @@ def test_every_stage_is_plain_torch(config: TrainConfig, tmp_path: Path, world_s
     assert len({tuple(r["images"]) for r in results.values()}) == 1, "every case must have seen the same images"
 
 
-def test_a_run_goes_on_at_any_stage_and_world_size(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.soak)])
+def test_a_run_goes_on_at_any_stage_and_world_size(config: TrainConfig, tmp_path: Path, optimizer: str) -> None:
     """Stopped at stage a and world size b, resumed at stage c and world size d: all pairs over {0,1,2,3} x {1,2}, and world size 3 once."""
     last = STOP + STEPS
     layouts = [*itertools.product(STAGES, (1, 2)), (2, 3)]
@@ -165,27 +167,26 @@ def test_a_run_goes_on_at_any_stage_and_world_size(config: TrainConfig, tmp_path
     def of(layout: tuple[int, int], name: str) -> TrainConfig:
         return variant(config, tmp_path, name, optimizer=optimizer, world_size=layout[1], zero_stage=layout[0])
 
-    for optimizer in ("adamw", "sgd"):
-        whole: dict[tuple[int, int], Any] = {}
-        for world_size in (1, 2, 3):
-            here = [layout for layout in layouts if layout[1] == world_size]
-            cases = {f"whole{a}{b}": case(of((a, b), f"{optimizer}-whole{a}{b}")) for a, b in here}
-            cases |= {f"part{a}{b}": case(of((a, b), f"{optimizer}-part{a}{b}"), stop_at=STOP) for a, b in here}
-            results = run_on_ranks("tests.vitscale.test_zero:walk", world_size, {"cases": cases}, tmp_path)
-            whole |= {(a, b): results[f"whole{a}{b}"] for a, b in here}
-        for world_size in (1, 2, 3):
-            cases = {}
-            for (a, b), (c, d) in itertools.product(layouts, layouts):
-                if d != world_size or (3 in (b, d) and (a, b) == (c, d)):
-                    continue
-                name = f"{a}{b}-{c}{d}"
-                cases[name] = case(of((c, d), f"{optimizer}-{name}"), copy_of=str(tmp_path / f"{optimizer}-part{a}{b}"))
-            results = run_on_ranks("tests.vitscale.test_zero:walk", world_size, {"cases": cases}, tmp_path)
-            for name, result in results.items():
-                (a, b), (c, d) = ((int(digit) for digit in layout) for layout in name.split("-"))
-                losses, expected = losses_of(result, STOP, last), losses_of(whole[a, b], STOP, last)
-                np.testing.assert_allclose(losses, expected, rtol=TOLERANCE, err_msg=f"{optimizer} {name}")
-                if (a, b) == (c, d):
-                    assert losses.tolist() == expected.tolist(), f"{optimizer} {name} must be bitwise the uninterrupted run"
-                assert result["losses"].keys() == whole[a, b]["losses"].keys()
-            assert len({tuple(r["images"]) for r in results.values()}) == 1, "every continuation must have seen the same images"
+    whole: dict[tuple[int, int], Any] = {}
+    for world_size in (1, 2, 3):
+        here = [layout for layout in layouts if layout[1] == world_size]
+        cases = {f"whole{a}{b}": case(of((a, b), f"{optimizer}-whole{a}{b}")) for a, b in here}
+        cases |= {f"part{a}{b}": case(of((a, b), f"{optimizer}-part{a}{b}"), stop_at=STOP) for a, b in here}
+        results = run_on_ranks("tests.vitscale.test_zero:walk", world_size, {"cases": cases}, tmp_path)
+        whole |= {(a, b): results[f"whole{a}{b}"] for a, b in here}
+    for world_size in (1, 2, 3):
+        cases = {}
+        for (a, b), (c, d) in itertools.product(layouts, layouts):
+            if d != world_size or (3 in (b, d) and (a, b) == (c, d)):
+                continue
+            name = f"{a}{b}-{c}{d}"
+            cases[name] = case(of((c, d), f"{optimizer}-{name}"), copy_of=str(tmp_path / f"{optimizer}-part{a}{b}"))
+        results = run_on_ranks("tests.vitscale.test_zero:walk", world_size, {"cases": cases}, tmp_path)
+        for name, result in results.items():
+            (a, b), (c, d) = ((int(digit) for digit in layout) for layout in name.split("-"))
+            losses, expected = losses_of(result, STOP, last), losses_of(whole[a, b], STOP, last)
+            np.testing.assert_allclose(losses, expected, rtol=TOLERANCE, err_msg=f"{optimizer} {name}")
+            if (a, b) == (c, d):
+                assert losses.tolist() == expected.tolist(), f"{optimizer} {name} must be bitwise the uninterrupted run"
+            assert result["losses"].keys() == whole[a, b]["losses"].keys()
+        assert len({tuple(r["images"]) for r in results.values()}) == 1, "every continuation must have seen the same images"

@@ -1,0 +1,178 @@
+"""The command as a user types it, in processes of its own: help, bad input, runs without torch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+VITSCALE = str(Path(sys.executable).with_name("vitscale"))
+SMALL = ["--model.depth", "1", "--model.width", "16", "--model.mlp-dim", "16", "--model.num-heads", "2", "--model.patch-size", "8", "--model.image-size", "16", "16", "--epochs", "0", "--steps", "6", "--global-batch-size", "8", "--micro-batch-size", "4", "--schedule.warmup-steps", "1", "--log-every", "1", "--checkpoint-every", "3"]
+ROOT = Path(__file__).parents[2]
+
+
+def vitscale(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([VITSCALE, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=os.environ | {"COLUMNS": "100"})
+
+
+def tree(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of six steps."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    done = vitscale("pretrain", "tiny-digits", "--data", dataset / "train", "--out", out, *SMALL)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+VERBS = ["pack", "pretrain", "finetune", "evaluate", "checkpoint show", "checkpoint export", "run status", "quickstart"]
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS, "pretrain vit-h14-jft300m", "finetune finetune-imagenet-518"])
+def test_help(verb: str) -> None:
+    done = vitscale(*verb.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage: vitscale" in done.stdout
+    if verb in ("pretrain", "finetune"):
+        assert all(
+            name in done.stdout for name in ("vit-h14-jft300m",) * (verb == "pretrain") + ("finetune-imagenet-518",) * (verb == "finetune")
+        )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; sys.argv[1:] = ['--help']; from launch.main import main; main(); print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()[-1]
+    assert not [name for name in ("torch", "deepspeed", "numpy", "pyarrow", "PIL") if f"'{name}'" in loaded]
+
+
+# What is typed, where DATA, RUN and TMP stand for a dataset, a finished run and an empty folder; and what the one line must say.
+BAD_INPUT = {
+    "pretrian": "`vitscale pretrian` is not a verb; there are pack, pretrain",
+    "checkpoint shwo RUN": "is not a verb; there are checkpoint show, checkpoint export",
+    "pretrain": "needs a recipe as its first word; there are vit-b32-jft300m",
+    "pretrain vit-h15": "no recipe is called 'vit-h15'; there are",
+    "pretrain tiny-digits": "no dataset is given; --data",
+    "pretrain tiny-digits --data DATA/train --model.dept 3": "--model.dept, 3 (perhaps --model.depth was meant)",
+    "pretrain tiny-digits --data DATA/train --model.depth three": "--model.depth",
+    "pretrain tiny-digits --data DATA/train --model.pool maximum": "'cls', 'mean', 'map'",
+    "pretrain tiny-digits --data TMP/nowhere": "nowhere is not a dataset",
+    "pretrain tiny-digits --data TMP": "is not a dataset",
+    "pretrain tiny-digits --data DATA": "open one of its splits",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --nproc 3": "= 96; global_batch_size=96 works",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --global-batch-size 65": "is not a multiple of micro_batch_size x world_size",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --nproc -1": "nproc=-1 must be at least 1",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --model.image-size 16 25": "25 is not a multiple of patch_size=2; 24 is",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --model.num-heads 5": "model.width=64 is not a multiple of num_heads=5; num_heads=4 works",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --model.num-classes 4": "has 5 classes; --model.num-classes 5 fits it",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --steps 5": "set exactly one above 0",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --engine.precision bf16 --engine.zero-stage 0": "--engine.zero-stage 1 has",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --optimizer.peak-lr nan": "optimizer.peak_lr=nan must be a number",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --epochs 0 --steps 50": "warmup_steps=50 leaves nothing of the run's 50 steps",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --eval-data TMP": "is not a dataset",
+    "pretrain tiny-digits --data DATA/train --out DATA": "exists and is not a run; give another --out",
+    "pretrain tiny-digits --data DATA/train --out RUN": "holds a run with another setting",
+    "finetune tiny-finetune --data DATA/train": "--init",
+    "finetune tiny-finetune --data DATA/train --out TMP/r --init TMP/none": "none does not exist; a checkpoint is a run",
+    "finetune tiny-finetune --data DATA/train --out TMP/r --init DATA/train": "holds no durable checkpoint",
+    "finetune tiny-finetune --data DATA/train --out TMP/r --init RUN": "28 is not a multiple of patch_size=8; 32 is",
+    "finetune tiny-finetune --data DATA/train --out TMP/r --init RUN --model.depth 4": "--model.depth cannot be set in fine-tuning",
+    "evaluate RUN --data TMP": "is not a dataset",
+    "evaluate RUN@4 --data DATA/val": "no checkpoint of step 4; there are those of steps 3, 6",
+    "evaluate RUN": "--data",
+    "checkpoint show DATA": "holds no durable checkpoint",
+    "checkpoint export RUN DATA": "exists; give a folder that does not",
+    "checkpoint export RUN TMP/x --to onnx": "'timm', 'safetensors'",
+    "run status DATA": "is not a run",
+    "pack TMP": "needs SOURCE... and OUT",
+    "pack TMP/none TMP/out": "none",
+    "pack TMP TMP/out": "TMP",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", BAD_INPUT)
+def test_bad_input_is_one_line_and_changes_nothing(typed: str, dataset: Path, run: Path, tmp_path: Path) -> None:
+    def place(word: str) -> str:
+        return word.replace("DATA", str(dataset)).replace("RUN", str(run)).replace("TMP", str(tmp_path))
+
+    before = tree(dataset), tree(run)
+    done = vitscale(*(place(word) for word in typed.split()), cwd=tmp_path)
+    assert done.returncode in (1, 2), done.stdout + done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert place(BAD_INPUT[typed]) in done.stderr
+    assert (tree(dataset), tree(run)) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(run: Path, dataset: Path, tmp_path: Path) -> None:
+    """Names and shapes are checked against the model that the checkpoint says it is of."""
+    exported = tmp_path / "exported"
+    assert vitscale("checkpoint", "export", run, exported, "--to", "safetensors").returncode == 0
+    description = json.loads((exported / "vitscale.json").read_text())
+    commit = json.loads((exported / "COMMIT.json").read_text())
+    del commit["files"]["vitscale.json"]
+    (exported / "COMMIT.json").write_text(json.dumps(commit))
+    for change, message in (
+        ({"depth": 2}, "12 tensors are missing"),
+        ({"mlp_dim": 24}, "has shape"),
+        ({"pool": "mean"}, "are not the model's"),
+    ):
+        (exported / "vitscale.json").write_text(json.dumps(description | {"model": description["model"] | change}))
+        done = vitscale("evaluate", exported, "--data", dataset / "val")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert message in done.stderr
+
+
+def test_json_is_json_and_agrees_with_the_run(run: Path, dataset: Path, tmp_path: Path) -> None:
+    status = json.loads(vitscale("run", "status", run, "--json").stdout)
+    assert (status["state"], status["step"], status["total_steps"], status["starts"]) == ("finished", 6, 6, 1)
+    assert status["checkpoints"] == ["step-00000003", "step-00000006"]
+    evaluated = json.loads(vitscale("evaluate", run, "--data", dataset / "val", "--json").stdout)
+    assert evaluated["samples"] == 37
+    assert evaluated["top1"] == pytest.approx(status["evaluation"]["eval_top1"])
+    assert evaluated["loss"] == pytest.approx(status["evaluation"]["eval_loss"], rel=1e-5)
+    exported = tmp_path / "exported"
+    assert json.loads(vitscale("checkpoint", "export", run, exported, "--json").stdout)["out"] == str(exported)
+    again = json.loads(vitscale("evaluate", exported, "--data", dataset / "val", "--json").stdout)
+    assert (again["top1"], again["loss"]) == (evaluated["top1"], evaluated["loss"])
+    shown = json.loads(vitscale("checkpoint", "show", run, "--json").stdout)
+    assert shown["step"] == 6
+    assert len([t for t in shown["tensors"] if t["kind"] == "weight"]) == 20
+    packed = json.loads(vitscale("pack", dataset.parent / "images" / "val", tmp_path / "again", "--json").stdout)
+    assert packed[0]["samples"] == 37
+
+
+def test_what_does_not_train_works_without_torch(run: Path, dataset: Path, tmp_path: Path) -> None:
+    """In an environment that has all of this one's packages but torch and deepspeed."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for entry in Path(np.__file__).parents[1].iterdir():
+        if not entry.name.lower().startswith(("torch", "deepspeed", "__editable__")):
+            (packages / entry.name).symlink_to(entry)
+
+    def without_torch(*words: object) -> subprocess.CompletedProcess[str]:
+        code = "from launch.main import main; main()"
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"}
+        return subprocess.run([sys.executable, "-S", "-c", code, *map(str, words)], capture_output=True, text=True, env=environment)
+
+    for words in (("pack", dataset.parent / "images" / "val", tmp_path / "out"), ("checkpoint", "show", run), ("run", "status", run)):
+        done = without_torch(*words)
+        assert done.returncode == 0, done.stderr
+    done = without_torch("pretrain", "tiny-digits", "--data", dataset / "train", "--out", tmp_path / "r")
+    assert (done.returncode, done.stderr) == (1, "error: torch is not installed; `pip install 'vitscale[train]'` brings it\n")
+
+
+def test_the_finished_run_is_left_alone(run: Path, dataset: Path) -> None:
+    before = tree(run)
+    done = vitscale("pretrain", "tiny-digits", "--data", dataset / "train", "--out", run, *SMALL)
+    assert done.returncode == 0
+    assert "is finished" in done.stderr
+    assert {name: entry for name, entry in tree(run).items() if name != "run.lock"} == {n: e for n, e in before.items() if n != "run.lock"}

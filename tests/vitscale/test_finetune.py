@@ -1,0 +1,244 @@
+"""Position embeddings go to a new grid as each named code does it, and nothing but them, the head and the representation layer changes.
+
+The references are numpy, written out: separable kernels at half-pixel centres for torch's modes, scipy.ndimage.zoom for the paper's.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import scipy.ndimage
+import torch
+from torch import Tensor
+
+from tests.vitscale.models import random_images, random_vit, write_checkpoint
+from vitscale.checkpoint import CheckpointError
+from vitscale.config import ViTConfig, fine_tuned_model
+from vitscale.finetune import METHODS, fine_tuned_weights, resample, resample_grid
+from vitscale.model import ViT
+
+Matrix = npt.NDArray[np.float64]
+SMALL = ViTConfig(depth=2, width=32, mlp_dim=64, num_heads=4, patch_size=4, image_size=(16, 24), num_classes=7, representation_size=16)
+GRIDS = [((16, 16), (37, 37)), ((14, 14), (24, 24)), ((14, 14), (7, 28)), ((4, 6), (9, 5)), ((12, 8), (5, 8)), ((3, 3), (1, 7))]
+
+
+def grid_of(shape: tuple[int, int], width: int = 8, seed: int = 0) -> Tensor:
+    return torch.randn(1, shape[0] * shape[1], width, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# References
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def triangle(x: Matrix) -> Matrix:
+    return np.clip(1 - np.abs(x), 0, None)
+
+
+def keys_cubic(a: float) -> object:
+    """Keys' cubic convolution kernel."""
+
+    def kernel(x: Matrix) -> Matrix:
+        x = np.abs(x)
+        near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+        far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+        return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+    return kernel
+
+
+def clamped(old: int, new: int, kernel: object, support: int) -> Matrix:
+    """(new, old) weights without antialias: the kernel at its own size, taps past an edge are the edge's."""
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        for tap in range(int(np.floor(centre)) - support + 1, int(np.floor(centre)) + support + 1):
+            matrix[i, min(max(tap, 0), old - 1)] += kernel(np.array(centre - tap))  # type: ignore[operator]
+    return matrix
+
+
+def antialiased(old: int, new: int, kernel: object, support: int) -> Matrix:
+    """(new, old) weights as Pillow has them: the kernel widened when shrinking, cut at the edges and normalised."""
+    scale = max(old / new, 1.0)
+    centres = (np.arange(new) + 0.5) * old / new
+    matrix = kernel((np.arange(old)[None] + 0.5 - centres[:, None]) / scale)  # type: ignore[operator]
+    low = np.clip(np.floor(centres - support * scale + 0.5), 0, None)[:, None]
+    high = np.clip(np.floor(centres + support * scale + 0.5), None, old)[:, None]
+    matrix = np.where((np.arange(old)[None] >= low) & (np.arange(old)[None] < high), matrix, 0.0)
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+def reference(embeddings: Tensor, old: tuple[int, int], new: tuple[int, int], method: str) -> Matrix:
+    grid = embeddings[0].double().numpy().reshape(*old, -1)
+    if method == "paper":
+        out = scipy.ndimage.zoom(grid, (new[0] / old[0], new[1] / old[1], 1), order=1)
+        assert out.shape[:2] == new
+        return out.reshape(new[0] * new[1], -1)
+    rows, columns = (
+        {
+            "timm": lambda a, b: antialiased(a, b, keys_cubic(-0.5), 2),
+            "deit": lambda a, b: clamped(a, b, keys_cubic(-0.75), 2),
+            "timm_npz": lambda a, b: clamped(a, b, triangle, 1),
+        }[method](a, b)
+        for a, b in zip(old, new, strict=True)
+    )
+    return np.einsum("ia,jb,abd->ijd", rows, columns, grid).reshape(new[0] * new[1], -1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("old", "new"), GRIDS, ids=str)
+def test_every_method_is_the_written_out_one(method: str, old: tuple[int, int], new: tuple[int, int]) -> None:
+    embeddings = grid_of(old)
+    out = resample_grid(embeddings, old, new, method)
+    assert out.shape == (1, new[0] * new[1], 8)
+    np.testing.assert_allclose(out[0].numpy(), reference(embeddings, old, new, method), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_grid_changes_nothing(method: str) -> None:
+    embeddings = grid_of((7, 28))
+    assert torch.equal(resample_grid(embeddings, (7, 28), (7, 28), method), embeddings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_as_many_tokens_are_not_the_same_grid(method: str) -> None:
+    """14 x 14 and 7 x 28 have equally many; shapes alone would not tell."""
+    embeddings = grid_of((14, 14))
+    out = resample_grid(embeddings, (14, 14), (7, 28), method)
+    assert out.shape == embeddings.shape
+    assert (out - embeddings).norm() > 0.5 * embeddings.norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_stay_rows(method: str) -> None:
+    """Embeddings that depend on the column alone still do, whatever the number of rows."""
+    row = torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))
+    out = resample_grid(row.repeat(1, 4, 1), (4, 6), (9, 11), method).view(9, 11, 8)
+    torch.testing.assert_close(out, out[:1].expand_as(out), rtol=0, atol=1e-5)
+    assert (out[:, :1] - out).norm() > 1
+
+
+def test_norms_kept_are_those_measured() -> None:
+    """Random embeddings from 16 x 16 to 37 x 37: a recipe that names a method names this factor."""
+    embeddings = grid_of((16, 16), width=1280)
+    out = {method: resample_grid(embeddings, (16, 16), (37, 37), method) for method in METHODS}
+    kept = {method: float(o.square().mean().sqrt() / embeddings.square().mean().sqrt()) for method, o in out.items()}
+    assert kept == pytest.approx({"timm": 0.82, "deit": 0.86, "timm_npz": 0.68, "paper": 0.67}, abs=0.01)
+    apart = {method: float((o - out["timm"]).norm() / out["timm"].norm()) for method, o in out.items()}
+    assert apart == pytest.approx({"timm": 0, "deit": 0.08, "timm_npz": 0.21, "paper": 0.39}, abs=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Whole models
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def new_model(old: ViTConfig, image_size: tuple[int, int], num_classes: int = 5) -> ViTConfig:
+    return fine_tuned_model(old, replace(ViTConfig(), image_size=image_size), num_classes)
+
+
+def tuned(tmp_path: Path, old: ViTConfig, new: ViTConfig, method: str = "timm") -> tuple[ViT, dict[str, Tensor]]:
+    source = random_vit(old)
+    return source, fine_tuned_weights(write_checkpoint(tmp_path / "step-00000002", source), "weight", new, method, seed=3)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean", "map"])
+@pytest.mark.parametrize("position", ["learned_1d", "learned_2d", "relative", "sincos", "none"])
+def test_the_body_stays_and_the_head_is_new(tmp_path: Path, position: str, pool: str) -> None:
+    old = replace(SMALL, position=position, pool=pool)
+    new = new_model(old, (32, 20))
+    source, weights = tuned(tmp_path, old, new)
+    before = source.state_dict()
+    ViT(new).load_state_dict(weights, strict=True)
+    assert weights["head.weight"].shape == (5, 32)
+    assert weights["head.weight"].count_nonzero() == 0
+    assert weights["head.bias"].count_nonzero() == 0
+    assert not any(name.startswith("pre_logits") for name in weights)
+    positions = {"learned_1d": {"pos_embed"}, "learned_2d": {"pos_embed_rows", "pos_embed_columns"}}.get(position, set())
+    positions |= {name for name in weights if name.endswith("rel_pos_bias")}
+    kept = weights.keys() - positions - {"head.weight", "head.bias"}
+    assert len(kept) > 20
+    assert all(torch.equal(weights[name], before[name]) for name in kept)
+    assert all(weights[name].shape != before[name].shape for name in positions)
+
+
+def test_the_class_tokens_position_is_kept(tmp_path: Path) -> None:
+    new = new_model(SMALL, (32, 20))
+    source, weights = tuned(tmp_path, SMALL, new, "deit")
+    before = source.pos_embed.detach()
+    assert weights["pos_embed"].shape == (1, 1 + 8 * 5, 32)
+    assert torch.equal(weights["pos_embed"][:, :1], before[:, :1])
+    assert torch.equal(weights["pos_embed"][:, 1:], resample_grid(before[:, 1:], (4, 6), (8, 5), "deit"))
+
+
+def test_equally_many_tokens_are_resampled_in_a_model(tmp_path: Path) -> None:
+    new = new_model(SMALL, (12, 32))  # 3 x 8 patches, as many as 4 x 6
+    source, weights = tuned(tmp_path, SMALL, new)
+    before = source.pos_embed.detach()
+    assert weights["pos_embed"].shape == before.shape
+    assert torch.equal(weights["pos_embed"][:, 1:], resample_grid(before[:, 1:], (4, 6), (3, 8), "timm"))
+    assert not torch.equal(weights["pos_embed"], before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_2d_embeddings_are_resampled_along_their_own_axis(method: str) -> None:
+    old, new = replace(SMALL, position="learned_2d"), replace(SMALL, position="learned_2d", image_size=(36, 16))
+    table = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    rows = resample("pos_embed_rows", table, old, new, method)
+    np.testing.assert_allclose(rows.numpy(), reference(table[None], (4, 1), (9, 1), method), rtol=0, atol=1e-5)
+    wide = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    assert resample("pos_embed_columns", wide, old, new, method).shape == (4, 16)
+    taller = replace(SMALL, position="learned_2d", image_size=(36, 24))
+    torch.testing.assert_close(resample("pos_embed_columns", wide, old, taller, method), wide, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_relative_tables_are_grids_of_offsets(method: str, pool: str) -> None:
+    """(2h-1) x (2w-1) offsets resampled as a grid; the three rows of the class token stay; the offset of nothing stays in the middle."""
+    old = replace(SMALL, position="relative", pool=pool)
+    new = replace(old, image_size=(20, 16))
+    extra = 3 if pool == "cls" else 0
+    table = torch.randn(7 * 11 + extra, 4, generator=torch.Generator().manual_seed(0))
+    out = resample("blocks.1.attn.rel_pos_bias", table, old, new, method)
+    assert out.shape == (9 * 7 + extra, 4)
+    np.testing.assert_allclose(out[: 9 * 7].numpy(), reference(table[None, : 7 * 11], (7, 11), (9, 7), method), rtol=0, atol=2e-5)
+    assert torch.equal(out[9 * 7 :], table[7 * 11 :])
+    smooth = -(torch.arange(-3, 4)[:, None].square() + torch.arange(-5, 6).square()[None]).float().reshape(-1, 1).expand(-1, 4)
+    peaked = resample("blocks.0.attn.rel_pos_bias", torch.cat([smooth, table[77:]]), old, new, method)[:63]
+    assert peaked[:, 0].argmax() == 63 // 2
+
+
+def test_the_same_size_gives_the_same_features(tmp_path: Path) -> None:
+    new = new_model(replace(SMALL, representation_size=0), SMALL.image_size)
+    source, weights = tuned(tmp_path, replace(SMALL, representation_size=0), new)
+    model = ViT(new).eval()
+    model.load_state_dict(weights)
+    images = random_images(SMALL, 2)
+    assert torch.equal(model.tokens(images), source.tokens(images))
+    assert model(images).count_nonzero() == 0
+
+
+def test_the_average_is_taken_where_there_is_one(tmp_path: Path) -> None:
+    weight, average = random_vit(SMALL, seed=0), random_vit(SMALL, seed=1)
+    both = write_checkpoint(tmp_path / "both", weight, average=average)
+    alone = write_checkpoint(tmp_path / "alone", weight)
+    new, name = new_model(SMALL, (32, 20)), "blocks.0.mlp.fc1.weight"
+    taken = [fine_tuned_weights(d, kind, new, "timm", 0)[name] for d, kind in ((both, "average"), (both, "weight"), (alone, "average"))]
+    expected = [model.state_dict()[name] for model in (average, weight, weight)]
+    assert all(torch.equal(a, b) for a, b in zip(taken, expected, strict=True))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    description = write_checkpoint(tmp_path / "step", random_vit(SMALL))
+    short = replace(description, tensors=description.tensors[1:])
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing \(cls_token\)"):
+        fine_tuned_weights(short, "weight", new_model(SMALL, (32, 20)), "timm", 0)
+    deeper = replace(description, model=replace(SMALL, depth=1))
+    with pytest.raises(CheckpointError, match="12 are not the model's"):
+        fine_tuned_weights(deeper, "weight", new_model(SMALL, (32, 20)), "timm", 0)
+    wider = replace(SMALL, mlp_dim=128)
+    with pytest.raises(CheckpointError, match=r"mlp\.fc1\.weight has shape \(64, 32\), the model's has \(128, 32\)"):
+        fine_tuned_weights(replace(description, model=wider), "weight", new_model(wider, (32, 20)), "timm", 0)

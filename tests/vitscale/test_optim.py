@@ -1,0 +1,153 @@
+"""Which parameters decay, and what the learning rate is at a step, against formulas written out here."""
+
+import math
+
+import pytest
+import torch
+
+from vitscale.config import OptimizerConfig, ScheduleConfig, ViTConfig
+from vitscale.model import ViT
+from vitscale.optim import MOMENTS, build_optimizer, learning_rate, split_by_decay
+
+TINY = dict(depth=2, width=16, mlp_dim=32, num_heads=2, patch_size=4, image_size=(8, 8), num_classes=3)
+
+BODY_KERNELS = {"patch_embed.proj.weight"} | {
+    f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+}
+BODY_OTHERS = {"patch_embed.proj.bias", "norm.weight", "norm.bias"} | {
+    f"blocks.{i}.{name}" for i in (0, 1) for name in (
+        "norm1.weight", "norm1.bias", "attn.qkv.bias", "attn.proj.bias", "norm2.weight", "norm2.bias", "mlp.fc1.bias", "mlp.fc2.bias",
+    )
+}  # fmt: skip
+HEAD_KERNELS, HEAD_OTHERS = {"head.weight"}, {"head.bias"}
+CLS = {"cls_token"}
+MAP_KERNELS = {f"attn_pool.{name}.weight" for name in ("q", "kv", "proj", "mlp.fc1", "mlp.fc2")}
+MAP_OTHERS = {"attn_pool.latent", "attn_pool.norm.weight", "attn_pool.norm.bias"} | {
+    f"attn_pool.{name}.bias" for name in ("q", "kv", "proj", "mlp.fc1", "mlp.fc2")
+}
+POS = {
+    "learned_1d": {"pos_embed"},
+    "learned_2d": {"pos_embed_rows", "pos_embed_columns"},
+    "relative": {"blocks.0.attn.rel_pos_bias", "blocks.1.attn.rel_pos_bias"},
+    "sincos": set[str](),
+    "none": set[str](),
+}
+CASES = {
+    **{
+        position: ({"position": position}, BODY_KERNELS | HEAD_KERNELS, BODY_OTHERS | HEAD_OTHERS | CLS | names)
+        for position, names in POS.items()
+    },
+    "mean": ({"pool": "mean"}, BODY_KERNELS | HEAD_KERNELS, BODY_OTHERS | HEAD_OTHERS | POS["learned_1d"]),
+    "map": ({"pool": "map"}, BODY_KERNELS | HEAD_KERNELS | MAP_KERNELS, BODY_OTHERS | HEAD_OTHERS | MAP_OTHERS | POS["learned_1d"]),
+    "representation": (
+        {"representation_size": 8},
+        BODY_KERNELS | HEAD_KERNELS | {"pre_logits.fc.weight"},
+        BODY_OTHERS | HEAD_OTHERS | {"pre_logits.fc.bias"} | CLS | POS["learned_1d"],
+    ),
+    "headless": ({"num_classes": 0}, BODY_KERNELS, BODY_OTHERS | CLS | POS["learned_1d"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_kernels_alone_decay(case: str, optimizer: str) -> None:
+    changes, kernels, others = CASES[case]
+    model = ViT(ViTConfig(**TINY | changes))  # type: ignore[arg-type]
+    built = build_optimizer(model, OptimizerConfig(optimizer, weight_decay=0.3))  # type: ignore[arg-type]
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    decay = {name_of[id(p)]: group["weight_decay"] for group in built.param_groups for p in group["params"]}
+    assert decay == dict.fromkeys(kernels, 0.3) | dict.fromkeys(others, 0.0)
+    assert sum(len(group["params"]) for group in built.param_groups) == len(decay), "each parameter once"
+
+
+def test_split_keeps_the_order_of_the_model() -> None:
+    """DeepSpeed lays parameters out in this order; a checkpoint does not depend on it, a repeated run's bits do."""
+    parameters = dict(ViT(ViTConfig(**TINY)).named_parameters())  # type: ignore[arg-type]
+    kernels, others = split_by_decay(parameters)
+    position = {id(p): i for i, p in enumerate(parameters.values())}
+    for part in (kernels, others):
+        order = [position[id(p)] for p in part]
+        assert order == sorted(order)
+
+
+def test_decay_is_decoupled_and_scaled_by_the_learning_rate() -> None:
+    """Without a gradient AdamW multiplies a kernel by 1 - lr x decay, and leaves the rest as it is."""
+    model = ViT(ViTConfig(**TINY))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0)
+    built = build_optimizer(model, OptimizerConfig(peak_lr=1.0, weight_decay=0.25))
+    for group in built.param_groups:
+        group["lr"] = 0.5
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    built.step()
+    assert all((p == (0.875 if name.endswith("weight") and p.ndim > 1 else 1.0)).all() for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_settings_arrive_and_moments_bear_their_names(name: str) -> None:
+    model = ViT(ViTConfig(**TINY))  # type: ignore[arg-type]
+    config = OptimizerConfig(name, peak_lr=0.02, betas=(0.8, 0.95), eps=1e-6, momentum=0.7)  # type: ignore[arg-type]
+    built = build_optimizer(model, config)
+    for group in built.param_groups:
+        assert group["lr"] == 0.02
+        if name == "adamw":
+            assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.8, 0.95), 1e-6, False)
+        else:
+            assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.7, False, 0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    built.step()
+    state = next(iter(built.state.values()))
+    assert {key for key, value in state.items() if torch.is_tensor(value) and value.ndim} == set(MOMENTS[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# The schedule
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+PEAK, TOTAL, WARM = 2e-3, 1000, 100
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (ScheduleConfig("constant", warmup_steps=WARM), {0: 0, 1: 2e-5, 50: 1e-3, 99: 1.98e-3, 100: 2e-3, 999: 2e-3}),
+        (ScheduleConfig("linear", warmup_steps=WARM), {0: 0, 50: 1e-3, 100: 2e-3, 101: 2e-3 * 899 / 900, 550: 1e-3, 1000: 0}),
+        (ScheduleConfig("linear", warmup_steps=WARM, end_lr=1e-4), {50: 1e-3, 100: 2e-3, 550: 1.05e-3, 1000: 1e-4}),
+        (ScheduleConfig("linear"), {0: 2e-3, 250: 1.5e-3, 999: 2e-6, 1000: 0}),
+        (
+            ScheduleConfig("cosine", warmup_steps=WARM),
+            {0: 0, 50: 1e-3, 100: 2e-3, 250: 1e-3 * (1 + math.sqrt(3) / 2), 400: 1.5e-3, 550: 1e-3, 700: 0.5e-3, 1000: 0},
+        ),
+        (ScheduleConfig("cosine", end_lr=2e-4), {0: 2e-3, 500: 1.1e-3, 1000: 2e-4}),
+        (
+            ScheduleConfig("rsqrt", warmup_steps=WARM, timescale=300),
+            {0: 0, 50: 1e-3, 100: 2e-3, 400: 2e-3 / math.sqrt(2), 1000: 1e-3},
+        ),
+        (
+            ScheduleConfig("rsqrt", warmup_steps=WARM, timescale=300, cooldown_steps=200),
+            {50: 1e-3, 400: 2e-3 / math.sqrt(2), 800: 2e-3 / math.sqrt(1 + 7 / 3), 900: 1e-3 / math.sqrt(1 + 8 / 3), 1000: 0},
+        ),
+        (ScheduleConfig("constant", warmup_steps=WARM, cooldown_steps=100), {50: 1e-3, 500: 2e-3, 900: 2e-3, 950: 1e-3, 1000: 0}),
+    ],
+    ids=["constant", "linear", "linear-to", "linear-cold", "cosine", "cosine-to", "rsqrt", "rsqrt-cooldown", "constant-cooldown"],
+)  # fmt: skip
+def test_learning_rate_at_chosen_steps(schedule: ScheduleConfig, expected: dict[int, float]) -> None:
+    for step, rate in expected.items():
+        assert learning_rate(step, TOTAL, PEAK, schedule) == pytest.approx(rate, rel=1e-9, abs=1e-15), step
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "rsqrt", "constant"])
+@pytest.mark.parametrize("warmup", [0, 37, 1000, 5000])
+def test_learning_rate_rises_then_never_rises_again(kind: str, warmup: int) -> None:
+    """Also where the warm-up is as long as the run or longer: a rate is never negative and never above the peak."""
+    schedule = ScheduleConfig(kind, warmup_steps=warmup, timescale=50)  # type: ignore[arg-type]
+    rates = [learning_rate(step, TOTAL, PEAK, schedule) for step in range(TOTAL)]
+    turn = min(warmup, TOTAL)
+    assert all(0 <= rate <= PEAK for rate in rates)
+    assert rates[:turn] == sorted(rates[:turn])
+    assert rates[turn:] == sorted(rates[turn:], reverse=True)
+    if warmup < TOTAL:
+        assert rates[turn] == PEAK

@@ -1,0 +1,198 @@
+"""Batches as they leave the stream: the same whatever the split and the number of threads, each sample once, damage replaced and told."""
+
+import itertools
+import json
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_tools.config import PackConfig
+from data_tools.dataset import Dataset
+from data_tools.pack import pack
+from tests.conftest import write_images
+from vitscale.config import PreprocessConfig, StreamConfig, choose_order
+from vitscale.stream import Batch, StreamError, TrainStream, evaluation_batches
+
+IMAGE_SIZE = (8, 12)
+PREPROCESS = PreprocessConfig(crop_scale=(0.3, 1.0))
+
+
+def stream(
+    dataset: Dataset, tmp_path: Path, *, rank: int = 0, world_size: int = 1, batch: int = 12, micro: int | None = None, seed: int = 0,
+    config: StreamConfig | None = None,
+) -> TrainStream:  # fmt: skip
+    chosen = choose_order(config or StreamConfig(workers=2), dataset.num_samples, batch)
+    return TrainStream(
+        dataset, IMAGE_SIZE, PREPROCESS, chosen, seed=seed, global_batch_size=batch, micro_batch_size=micro or batch // world_size,
+        rank=rank, world_size=world_size, quarantine=tmp_path / "quarantine.jsonl",
+    )  # fmt: skip
+
+
+def steps(dataset: Dataset, tmp_path: Path, count: int, samples_seen: int = 0, *, world_size: int, micro: int, batch: int, **rest) -> list:
+    """For each step the sorted (key, sample, labels, pixels) of all ranks' micro-batches."""
+    ranks = [
+        stream(dataset, tmp_path, rank=rank, world_size=world_size, batch=batch, micro=micro, **rest).micro_batches(samples_seen)
+        for rank in range(world_size)
+    ]
+    per_rank = batch // world_size // micro
+    result = []
+    for _ in range(count):
+        rows = [row for rank in ranks for micro_batch in itertools.islice(rank, per_rank) for row in rows_of(micro_batch)]
+        result.append(sorted(rows))
+    return result
+
+
+def rows_of(batch: Batch) -> Iterator[tuple[int, int, bytes, bytes]]:
+    assert batch.valid_B.all()
+    for key, sample, labels, image in zip(batch.keys_B, batch.samples_B, batch.labels_BL, batch.images_BHWC, strict=True):
+        yield int(key), int(sample), labels.tobytes(), image.tobytes()
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> list[Dataset]:
+    """Of several shapes: one shard, many, shards of one sample, more shards than samples a batch."""
+    folder = tmp_path_factory.mktemp("shapes")
+    made = [Dataset.open(dataset / "train")]
+    for name, count, samples_per_shard in (("one-shard", 23, 100), ("single", 7, 1), ("many", 40, 3)):
+        pack(
+            PackConfig(
+                sources=(str(write_images(folder / name, count, 5)),), out=str(folder / "out" / name), samples_per_shard=samples_per_shard
+            )
+        )
+        made.append(Dataset.open(folder / "out" / name / "train"))
+    return made
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_step_is_the_same_under_every_split(datasets: list[Dataset], tmp_path: Path, data: st.DataObject) -> None:
+    """Samples, labels, keys and pixels of each step: equal for any world size, micro-batch and number of threads, over epochs' ends."""
+    dataset = data.draw(st.sampled_from(datasets))
+    batch = data.draw(st.sampled_from([4, 12, 24]))
+    seed, samples_seen = data.draw(st.integers(0, 2**32)), batch * data.draw(st.integers(0, 10))
+    lanes = data.draw(st.sampled_from([0, 1, 2, 4]))
+    config = StreamConfig(lanes=lanes, window=data.draw(st.sampled_from([0, 1, 5, 64])), workers=1)
+    reference = steps(dataset, tmp_path, 3, samples_seen, world_size=1, micro=batch, batch=batch, seed=seed, config=config)
+    world_size = data.draw(st.sampled_from([w for w in (1, 2, 3, 4) if batch % w == 0]))
+    micro = data.draw(st.sampled_from([m for m in range(1, batch + 1) if (batch // world_size) % m == 0]))
+    split = StreamConfig(lanes, config.window, workers=data.draw(st.integers(1, 4)), prefetch=data.draw(st.integers(1, 5)))
+    found = steps(dataset, tmp_path, 3, samples_seen, world_size=world_size, micro=micro, batch=batch, seed=seed, config=split)
+    assert found == reference
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_two_epochs_hold_each_sample_twice(datasets: list[Dataset], tmp_path: Path, data: st.DataObject) -> None:
+    """Counted over what the batches of all ranks really held; the last step's surplus begins the third epoch."""
+    dataset, world_size = data.draw(st.sampled_from(datasets)), data.draw(st.sampled_from([1, 2, 4]))
+    config = StreamConfig(lanes=data.draw(st.sampled_from([0, 2, 4])), window=data.draw(st.sampled_from([0, 3, 17])), workers=2)
+    count = -(-2 * dataset.num_samples // 4)
+    found = steps(dataset, tmp_path, count, world_size=world_size, micro=1, batch=4, seed=data.draw(st.integers(0, 99)), config=config)
+    times = np.bincount([sample for step in found for _, sample, _, _ in step], minlength=dataset.num_samples)
+    assert times.min() >= 2
+    assert (times - 2).sum() == 4 * count - 2 * dataset.num_samples
+
+
+def test_an_epoch_by_positions_is_a_permutation(datasets: list[Dataset], tmp_path: Path) -> None:
+    for dataset in datasets:
+        one = stream(dataset, tmp_path)
+        for epoch in range(3):
+            positions = np.arange(epoch * dataset.num_samples, (epoch + 1) * dataset.num_samples)
+            assert sorted(one.samples_at(positions).tolist()) == list(range(dataset.num_samples))
+
+
+def test_resume_is_one_integer(datasets: list[Dataset], tmp_path: Path) -> None:
+    whole = steps(datasets[0], tmp_path, 25, world_size=1, micro=12, batch=12)
+    for stop in (1, 10, 11, 24):  # 131 samples: the epoch ends within step 11
+        assert steps(datasets[0], tmp_path, 25 - stop, stop * 12, world_size=2, micro=3, batch=12) == whole[stop:]
+
+
+def test_a_sample_looks_different_in_each_epoch(datasets: list[Dataset], tmp_path: Path) -> None:
+    dataset = datasets[1]
+    views: dict[int, set[bytes]] = {}
+    for step in steps(dataset, tmp_path, 4 * dataset.num_samples, world_size=1, micro=1, batch=1):
+        for _, sample, _, image in step:
+            views.setdefault(sample, set()).add(image)
+    assert {len(v) for v in views.values()} == {4}
+
+
+def test_labels_go_with_their_images(datasets: list[Dataset], tmp_path: Path) -> None:
+    dataset = datasets[0]
+    for batch in itertools.islice(stream(dataset, tmp_path).micro_batches(0), 5):
+        for sample, labels in zip(batch.samples_B.tolist(), batch.labels_BL.tolist(), strict=True):
+            assert f"class-{labels[0]}" in dataset.key(sample)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Damage
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(dataset: Path, tmp_path: Path) -> tuple[Dataset, set[int]]:
+    """The training split with a byte flipped in the images of three samples."""
+    shutil.copytree(dataset / "train", tmp_path / "damaged")
+    opened = Dataset.open(tmp_path / "damaged")
+    broken = {3, 64, 130}
+    for sample in broken:
+        shard = tmp_path / "damaged" / opened.shard_of(sample)
+        content = bytearray(shard.read_bytes())
+        at = content.find(opened.read(sample))
+        content[at + 40] ^= 0xFF
+        shard.write_bytes(content)
+    return Dataset.open(tmp_path / "damaged"), broken
+
+
+def test_damage_is_replaced_alike_everywhere_and_told(damaged: tuple[Dataset, set[int]], tmp_path: Path) -> None:
+    dataset, broken = damaged
+    count = 12  # of 12 samples: just past the first epoch's 131
+    whole = steps(dataset, tmp_path, count, world_size=1, micro=12, batch=12)
+    told = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["sample"] for line in told} == broken
+    assert all("xxh3_64" in line["reason"] and line["shard"] == dataset.shard_of(line["sample"]) for line in told)
+    used = [sample for step in whole for _, sample, _, _ in step]
+    assert not broken & set(used)
+    assert set(used) == set(range(dataset.num_samples)) - broken
+    assert steps(dataset, tmp_path, count, world_size=3, micro=2, batch=12) == whole
+
+
+def test_too_much_damage_stops_the_run(damaged: tuple[Dataset, set[int]], tmp_path: Path) -> None:
+    dataset, _ = damaged
+    batches = stream(dataset, tmp_path, config=StreamConfig(workers=2, max_unusable=2)).micro_batches(0)
+    with pytest.raises(StreamError, match=r"found 3 unusable samples, over stream.max_unusable=2"):
+        deque(itertools.islice(batches, 12), maxlen=0)
+
+
+def test_evaluation_leaves_damage_out(damaged: tuple[Dataset, set[int]]) -> None:
+    dataset, broken = damaged
+    batches = evaluation_batches(dataset, IMAGE_SIZE, PREPROCESS, batch_size=10, rank=0, world_size=1, workers=2)
+    assert sorted(s for b in batches for s, valid in zip(b.samples_B.tolist(), b.valid_B.tolist(), strict=True) if valid) == sorted(
+        set(range(dataset.num_samples)) - broken
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(world_size=st.integers(1, 9), batch_size=st.integers(1, 50), which=st.integers(0, 3))
+def test_evaluation_sees_each_sample_once(datasets: list[Dataset], world_size: int, batch_size: int, which: int) -> None:
+    """Over all ranks, also where there are more ranks than samples; all ranks see equally many batches."""
+    dataset = datasets[which]
+    seen, counts = [], set()
+    for rank in range(world_size):
+        batches = list(
+            evaluation_batches(dataset, IMAGE_SIZE, PREPROCESS, batch_size=batch_size, rank=rank, world_size=world_size, workers=2)
+        )
+        counts.add(len(batches))
+        seen += [s for b in batches for s, valid in zip(b.samples_B.tolist(), b.valid_B.tolist(), strict=True) if valid]
+    assert sorted(seen) == list(range(dataset.num_samples))
+    assert len(counts) == 1
