@@ -53,7 +53,7 @@ def dispatch(words: list[str]) -> None:
 
 def overview() -> str:
     """What `vitscale --help` prints."""
-    head = "usage: vitscale VERB [FLAGS]\n\nPre-trains Vision Transformers at scale: images to tar shards to checkpoints that others load.\n"
+    head = "usage: vitscale VERB [FLAGS]\n\nPre-trains Vision Transformers: images to tar shards to checkpoints that others load.\n"
     tail = "\n`vitscale VERB --help` tells a verb's flags. --debug shows the traceback of an error."
     return "\n".join([head, *(f"  {name:<20} {_summary(name)}" for name in verbs.VERBS), tail])
 

@@ -186,6 +186,8 @@ class InitConfig:
     """The average of the weights where the checkpoint holds one, or the raw weights."""
     interpolation: Literal["timm", "deit", "timm_npz", "paper"] = "timm"
     """How position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
+    folder: str = ""
+    """The folder that `checkpoint` named when the run started: a run's newest one may be another by now."""
 
 
 @dataclass(frozen=True)
@@ -345,7 +347,7 @@ def _check_ranges(config: TrainConfig) -> None:
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
 MAY_CHANGE = (
     "data", "eval_data", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "stream.workers",
-    "stream.prefetch", "stream.max_unusable", "engine", "init.checkpoint",
+    "stream.prefetch", "stream.max_unusable", "engine", "init.folder",
 )  # fmt: skip
 
 

@@ -113,6 +113,7 @@ def positions_of_rank(samples_seen: int, global_batch_size: int, rank: int, worl
     first = samples_seen % num_samples
     if lanes % world_size == 0 and global_batch_size % lanes == 0 and first + global_batch_size <= num_samples:
         batch: Int64 = np.arange(samples_seen, samples_seen + global_batch_size, dtype=np.int64)
-        return batch[batch % num_samples % lanes // (lanes // world_size) == rank]
+        mine: Int64 = batch[batch % num_samples % lanes // (lanes // world_size) == rank]
+        return mine
     start = samples_seen + rank * share
     return np.arange(start, start + share, dtype=np.int64)

@@ -78,10 +78,18 @@ def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
 
 
 def _resolve_init(config: TrainConfig, num_classes: int) -> TrainConfig:
+    """The model that the checkpoint's becomes. A run that was started before has it written down, and needs the checkpoint no more."""
     assert config.init is not None
-    base = checkpoint.describe(checkpoint.find_checkpoint(config.init.checkpoint))
+    run = Path(config.out)
+    base: TrainConfig | checkpoint.Description
+    if (run / "run.json").is_file() and (started := read_config(run)).init is not None:
+        base, folder = started, started.init.folder
+    else:
+        base = checkpoint.describe(checkpoint.find_checkpoint(config.init.checkpoint))
+        folder = str(base.path)
     return dataclasses.replace(
         config,
+        init=dataclasses.replace(config.init, folder=folder),
         model=fine_tuned_model(base.model, config.model, num_classes),
         preprocess=dataclasses.replace(config.preprocess, mean=base.preprocess.mean, std=base.preprocess.std),
     )

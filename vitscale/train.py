@@ -69,7 +69,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         checkpoint.check_tensors(resumed, shapes, resumed.kinds)
         model.load_state_dict({name: reader.whole(name, checkpoint.WEIGHT) for name in shapes})
     elif config.init:
-        source = checkpoint.describe(checkpoint.find_checkpoint(config.init.checkpoint))
+        source = checkpoint.describe(checkpoint.find_checkpoint(config.init.folder))
         model.load_state_dict(fine_tuned_weights(source, config.init.weights, config.model, config.init.interpolation, config.seed))
     else:
         initialize(model, config.seed)
