@@ -26,6 +26,7 @@ import contextlib
 import datetime
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -378,14 +379,14 @@ def time_steps(loop: Loop, batches: list[tuple[Tensor, Tensor, Tensor]], steps: 
         for i in range(steps):
             loop.step(*batches[i % BATCHES])
             marks.append(time.perf_counter())
-        return [1000 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+        return [1000 * (b - a) for a, b in itertools.pairwise(marks)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     events[0].record()
     for i in range(steps):
         loop.step(*batches[i % BATCHES])
         events[i + 1].record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
 
 def attention_kernels(step: Callable[[], None]) -> list[str]:

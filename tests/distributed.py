@@ -29,10 +29,9 @@ def run_on_ranks(target: str, world_size: int, payload: dict[str, Any], folder: 
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
-        output = open(folder / f"rank-{rank}.log", "wb")
         command = [sys.executable, "-m", "tests.distributed", target, str(folder)]
-        ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT))
-        output.close()
+        with open(folder / f"rank-{rank}.log", "wb") as output:
+            ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT))
     failed = [rank for rank, process in enumerate(ranks) if process.wait()]
     if failed:
         logs = "\n".join(f"-- rank {rank}\n{(folder / f'rank-{rank}.log').read_text()[-6000:]}" for rank in failed)

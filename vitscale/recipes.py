@@ -280,7 +280,7 @@ def tiny_fashion() -> TrainConfig:
         eval_every=0,
         checkpoint_every=500,
         model=ViTConfig(depth=4, width=64, mlp_dim=128, num_heads=4, patch_size=4, image_size=(20, 20)),
-        preprocess=PreprocessConfig(crop_scale=(0.3, 1.0), flip=0.0, eval_crop=1.0),
+        preprocess=PreprocessConfig(crop_scale=(0.6, 1.0), flip=0.0, eval_crop=1.0),
         optimizer=OptimizerConfig(peak_lr=2e-3, weight_decay=0.05),
         schedule=ScheduleConfig("cosine", warmup_steps=100),
         engine=EngineConfig(precision="fp32"),

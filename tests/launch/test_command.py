@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 VITSCALE = str(Path(sys.executable).with_name("vitscale"))
-SMALL = ["--model.depth", "1", "--model.width", "16", "--model.mlp-dim", "16", "--model.num-heads", "2", "--model.patch-size", "8", "--model.image-size", "16", "16", "--epochs", "0", "--steps", "6", "--global-batch-size", "8", "--micro-batch-size", "4", "--schedule.warmup-steps", "1", "--log-every", "1", "--checkpoint-every", "3"]
+SMALL = (
+    "--model.depth 1 --model.width 16 --model.mlp-dim 16 --model.num-heads 2 --model.patch-size 8 --model.image-size 16 16 "
+    "--epochs 0 --steps 6 --global-batch-size 8 --micro-batch-size 4 --schedule.warmup-steps 1 --log-every 1 --checkpoint-every 3"
+).split()
 ROOT = Path(__file__).parents[2]
 
 
@@ -69,7 +72,7 @@ BAD_INPUT = {
     "pretrain tiny-digits --data DATA/train --out TMP/r --global-batch-size 65": "is not a multiple of micro_batch_size x world_size",
     "pretrain tiny-digits --data DATA/train --out TMP/r --nproc -1": "nproc=-1 must be at least 1",
     "pretrain tiny-digits --data DATA/train --out TMP/r --model.image-size 16 25": "25 is not a multiple of patch_size=2; 24 is",
-    "pretrain tiny-digits --data DATA/train --out TMP/r --model.num-heads 5": "model.width=64 is not a multiple of num_heads=5; num_heads=4 works",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --model.num-heads 5": "width=64 is not a multiple of num_heads=5; num_heads=4 works",
     "pretrain tiny-digits --data DATA/train --out TMP/r --model.num-classes 4": "has 5 classes; --model.num-classes 5 fits it",
     "pretrain tiny-digits --data DATA/train --out TMP/r --steps 5": "set exactly one above 0",
     "pretrain tiny-digits --data DATA/train --out TMP/r --engine.precision bf16 --engine.zero-stage 0": "--engine.zero-stage 1 has",

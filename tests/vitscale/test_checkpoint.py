@@ -1,5 +1,6 @@
 """Checkpoints: any cut of the pieces reads the same, damage is found, only what is whole counts."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def write(run: Path, step: int, tensors: dict[tuple[str, str], torch.Tensor], cu
     for number, ((name, kind), tensor) in enumerate(tensors.items()):
         bounds = [0, *sorted((cuts or {}).get((name, kind), [])), tensor.numel()]
         pieces = []
-        for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        for i, (start, end) in enumerate(itertools.pairwise(bounds)):
             file = f"node-{(number + i) % 3:04d}.safetensors"
             files.setdefault(file, {})[checkpoint.piece_key(name, kind, start)] = tensor.flatten()[start:end].clone()
             pieces.append(Piece(file, start, end - start))

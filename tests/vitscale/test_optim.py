@@ -9,7 +9,7 @@ from vitscale.config import OptimizerConfig, ScheduleConfig, ViTConfig
 from vitscale.model import ViT
 from vitscale.optim import MOMENTS, build_optimizer, learning_rate, split_by_decay
 
-TINY = dict(depth=2, width=16, mlp_dim=32, num_heads=2, patch_size=4, image_size=(8, 8), num_classes=3)
+TINY = {"depth": 2, "width": 16, "mlp_dim": 32, "num_heads": 2, "patch_size": 4, "image_size": (8, 8), "num_classes": 3}
 
 BODY_KERNELS = {"patch_embed.proj.weight"} | {
     f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")

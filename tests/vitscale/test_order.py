@@ -1,5 +1,7 @@
 """The order of samples: each epoch a permutation, each step's set the same under every split of the work, substitutes where promised."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -41,7 +43,7 @@ def test_a_window_is_one_stretch_of_the_list_of_shards(order: EpochOrder) -> Non
         places = in_list[order.samples_at(np.arange(lane, len(order), order.lanes))]
         head = order.window if order.lanes == 1 else 1 + lane * order.window // order.lanes
         cuts = [0, *range(head, len(places), order.window), len(places)]
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, end in itertools.pairwise(cuts):
             if start < end:
                 assert sorted(places[start:end]) == list(range(min(places[start:end]), min(places[start:end]) + end - start))
 
