@@ -3,7 +3,7 @@
     python benchmarks/train_step.py                          on a GPU ViT-H/14 at 224 px; on a CPU a small case of two minutes
     python benchmarks/train_step.py --model l16 --batch 256 --engine.zero-stage 1 --save
 
-Contestants, each a whole step (normalise, forward, loss, backward, clip, update) on the same weights, images, labels, optimizer and clipping:
+Contestants, each a whole step (normalise, forward, loss, backward, clip, update) with the same weights, images, labels and optimizer:
 
     vitscale        `vitscale.engine.Engine`, called as `vitscale.train` calls it
     torch           a bare loop around the same model: what the engine costs
@@ -14,10 +14,10 @@ The bare loop updates with AdamW, fused on a GPU. In bf16 it holds weights and a
 in fp32 there are the weights alone. A peer runs as it comes and, with `--best`, at its best too: blocks compiled, cuDNN's attention first;
 ratios are against the faster of the two.
 
-Protocol: building, compilation and warm-up steps are left out; steps are timed with CUDA events (on a CPU with the clock); contestants take
-turns, A B C A B C, over the repeats, each alone in memory; median and spread (largest minus smallest, over the median) of the repeats. MFU
-counts model FLOPs only, never recomputation, against the datasheet's peak and against what a large matrix product reaches. Images are random
-pixels and no weight is zero, because a GPU is faster on zeros. Before anything is timed each peer must give vitscale's logits in fp32.
+Protocol: building, compilation and warm-up steps are left out; steps are timed with CUDA events (on a CPU with the clock); contestants
+take turns, A B C A B C, over the repeats, each alone in memory; median and spread (largest minus smallest, over the median) of the repeats.
+MFU counts model FLOPs only, never recomputation, against the datasheet's peak and against what a large matrix product reaches. Images are
+random pixels and no kernel is zero, because a GPU is faster on zeros. Before it is timed a peer must give vitscale's logits in fp32.
 
 On a CPU only ratios mean anything.
 """
@@ -85,9 +85,9 @@ class BenchConfig:
     contestants: tuple[Contestant, ...] = ("vitscale", "torch", "transformers", "timm")
     best: bool = False
     """Run peers at their best as well: compiled blocks, cuDNN's attention first."""
-    warmup: int = 3
+    warmup: int = 2
     """Steps before the timed ones."""
-    steps: int = 10
+    steps: int = 5
     """Timed steps a repeat."""
     repeats: int = 3
     save: bool = False
@@ -122,7 +122,7 @@ def run(config: BenchConfig) -> dict[str, Any]:
         for name in [name for name in rounds if name not in errors]:
             print(f"repeat {repeat + 1}/{config.repeats}: {name}", file=sys.stderr, flush=True)
             try:
-                rounds[name].append(measure(name, config, model, start, expected))
+                rounds[name].append(measure(name, config, model, start, expected, profile=repeat == 0))
             except Exception as error:  # an unattended run goes on with the others, and the report says why
                 errors[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
                 print(f"{name} is left out: {errors[name]}", file=sys.stderr, flush=True)
@@ -353,15 +353,17 @@ def names_in_transformers(name: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, config: BenchConfig, model: ViTConfig, start: dict[str, Tensor], expected: Tensor) -> dict[str, Any]:
-    """One contestant, one repeat: built, warmed up, timed and let go."""
+def measure(
+    name: str, config: BenchConfig, model: ViTConfig, start: dict[str, Tensor], expected: Tensor, *, profile: bool
+) -> dict[str, Any]:  # fmt: skip
+    """One contestant, one repeat: built, warmed up, timed and let go; `profile` looks at one more step for its attention."""
     reset_peak_memory()
     loop = build(name, config, model, start, expected)
     batches = synthetic_batches(config)
     order: list[Any] = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     best = name.endswith(" best") and CUDA
     with sdpa_kernel(order, set_priority=True) if best else contextlib.nullcontext():
-        attention = attention_kernels(lambda: loop.step(*batches[0]))
+        attention = attention_kernels(lambda: loop.step(*batches[0])) if profile else []
         for i in range(config.warmup):
             loop.step(*batches[i % BATCHES])
         if CUDA:

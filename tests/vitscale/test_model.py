@@ -199,11 +199,9 @@ def plain_sincos(h: int, w: int, width: int) -> Tensor:
     """big_vision, models/vit.py, posemb_sincos_2d, a number at a time."""
     quarter = width // 4
     omega = [1.0 / 10_000.0 ** (i / (quarter - 1)) for i in range(quarter)]
-    rows = [
-        [math.sin(x * o) for o in omega] + [math.cos(x * o) for o in omega] + [math.sin(y * o) for o in omega] + [math.cos(y * o) for o in omega]
-        for y in range(h)
-        for x in range(w)
-    ]  # fmt: skip
+    rows = []
+    for y, x in itertools.product(range(h), range(w)):
+        rows.append([f(position * o) for position, f in ((x, math.sin), (x, math.cos), (y, math.sin), (y, math.cos)) for o in omega])
     return torch.tensor(rows)
 
 

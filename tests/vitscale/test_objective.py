@@ -13,8 +13,8 @@ from vitscale.objective import compute_loss, correct_at, dense_targets, per_samp
 B, K = 6, 11
 
 
-@pytest.fixture
-def logits_BK() -> Tensor:
+@pytest.fixture(name="logits_BK")
+def random_logits() -> Tensor:
     return 3 * torch.randn(B, K, generator=torch.Generator().manual_seed(0))
 
 

@@ -1,0 +1,90 @@
+"""The benchmark of the training step runs unattended on a CPU and reports what it says; nothing here judges a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitscale.config import ViTConfig
+from vitscale.flops import train_flops
+
+ROOT = Path(__file__).parents[2]
+MODEL = ViTConfig(depth=2, width=32, mlp_dim=48, num_heads=2, patch_size=16, image_size=(32, 48), num_classes=5)
+TINY = [
+    "--depth", "2", "--width", "32", "--mlp-dim", "48", "--num-heads", "2", "--image-size", "32", "48", "--num-classes", "5",
+    "--batch", "4", "--warmup", "1", "--steps", "3", "--repeats", "2",
+]  # fmt: skip
+
+
+def bench(results: Path, *flags: str) -> dict[str, Any]:
+    """Runs it as a user does and reads what it saved."""
+    command = [sys.executable, "benchmarks/train_step.py", *TINY, "--save", "--results", str(results), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (file,) = results.glob("*.json")
+    result: dict[str, Any] = json.loads(file.read_text())
+    assert file.name == f"{result['date'][:10]}-train-step-cpu-ti16.json"
+    assert all(name in done.stdout for name in result["contestants"])
+    return result
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return bench(tmp_path_factory.mktemp("fp32"), "--contestants", "vitscale", "torch", "transformers", "--engine.zero-stage", "1")
+
+
+def test_every_contestant_ran(result: dict[str, Any]) -> None:
+    assert result["contestants"].keys() == {"vitscale", "torch", "transformers"}
+    for contestant in result["contestants"].values():
+        assert "error" not in contestant
+        rates = contestant["images_per_second_of_each_repeat"]
+        assert len(rates) == 2
+        assert min(rates) > 0
+        assert contestant["images_per_second"] == pytest.approx(sum(rates) / 2)
+        assert contestant["spread"] == pytest.approx((max(rates) - min(rates)) / contestant["images_per_second"])
+        assert contestant["attention"] == ["scaled_dot_product_flash_attention_for_cpu"]
+        assert contestant["peak_bytes"] > 50e6
+        assert (contestant["mfu_of_datasheet"], contestant["mfu_of_measured"]) == (None, None), "a CPU's peak is not known"
+
+
+def test_flops_and_sizes_are_the_models(result: dict[str, Any]) -> None:
+    assert result["train_flops_per_image"] == train_flops(MODEL)
+    assert result["parameters"] == 3 * 256 * 32 + 32 + 8 * 32 + 2 * (4 * 32 + 4 * 32 * 33 + 2 * 32 * 48 + 48 + 32) + 2 * 32 + 5 * 33
+    for contestant in result["contestants"].values():
+        assert contestant["tflops_per_second"] * 1e12 == pytest.approx(contestant["images_per_second"] * train_flops(MODEL))
+
+
+def test_ratios_are_of_the_medians(result: dict[str, Any]) -> None:
+    rates = {name: contestant["images_per_second"] for name, contestant in result["contestants"].items()}
+    assert result["ratios"] == pytest.approx({peer: rates["vitscale"] / rates[peer] for peer in ("torch", "transformers")})
+
+
+def test_the_report_says_what_was_run_and_where(result: dict[str, Any]) -> None:
+    settings = result["settings"]
+    assert (settings["model"], settings["batch"], settings["steps"], settings["repeats"]) == ("ti16", 4, 3, 2)
+    assert (settings["engine"]["precision"], settings["engine"]["zero_stage"]) == ("fp32", 1)
+    assert result["machine"]["device"] == "cpu"
+    assert result["machine"]["versions"].keys() >= {"torch", "deepspeed"}
+    assert str(ROOT) not in json.dumps(result), "results are published"
+
+
+def test_bf16_with_activation_checkpointing(tmp_path: Path) -> None:
+    flags = (
+        "--engine.precision",
+        "bf16",
+        "--engine.checkpoint-every-n-blocks",
+        "2",
+        "--contestants",
+        "vitscale",
+        "torch",
+        "--repeats",
+        "1",
+    )
+    found = bench(tmp_path, *flags)["contestants"]
+    assert found.keys() == {"vitscale", "torch"}
+    assert all("error" not in contestant for contestant in found.values())
