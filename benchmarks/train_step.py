@@ -206,7 +206,6 @@ class EngineLoop:
         vit_model = ViT(model, config.engine.checkpoint_every_n_blocks)
         vit_model.load_state_dict(start)
         self.engine = Engine(vit_model, config.engine, OPTIMIZER, micro_batch_size=config.batch, grad_accum_steps=1)
-        self.engine.load_weights({name: w.flatten() for name, w in start.items()})
 
     def step(self, images_BHWC: Tensor, labels_BL: Tensor, keys_B: Tensor) -> None:
         """One optimizer step."""

@@ -11,11 +11,13 @@ from typing import Annotated
 
 from tyro.conf import Suppress  # the command line takes these as positional words
 
+from data_tools.errors import UserError
+
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: 256 MiB as RGB
 MAX_PIXELS_LIMIT = 2 * MAX_PIXELS  # Pillow itself refuses more, here and in training
 
 
-class PackError(ValueError):
+class PackError(UserError):
     """An input or a setting that cannot be packed. Nothing has been written."""
 
 

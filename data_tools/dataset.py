@@ -27,6 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from data_tools.errors import UserError
+
 FORMAT = "vitscale-dataset"
 FORMAT_VERSION = 1
 SHARDS_PER_FOLDER = 1000
@@ -69,7 +71,7 @@ REJECTS_SCHEMA = pa.schema(
 )
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A directory that is not a dataset, or one whose files do not agree with each other."""
 
 
@@ -212,14 +214,13 @@ class Dataset:
         return dataset
 
     def read(self, sample: int) -> bytes:
-        """The image's bytes as they were packed, or SampleError."""
+        """The image's bytes as they were packed, or SampleError where they are damaged. Raises OSError where they cannot be read at all."""
         batch, row = self._locate(sample)
         offset, size = int(batch["offset"][row]), int(batch["size"][row])
-        try:
-            file = self._files(str(self.path / self.shard_of(sample)))
-            data = os.pread(file.fd, size, offset)
-        except (OSError, ValueError, OverflowError) as error:  # the latter two: a damaged offset or size
-            raise self._sample_error(sample, str(error)) from None
+        if not (offset >= 0 and size >= 0):
+            raise self._sample_error(sample, f"the index says offset {offset} and size {size}")
+        file = self._files(str(self.path / self.shard_of(sample)))
+        data = os.pread(file.fd, size, offset)  # an OSError is the machine's, not the sample's, and goes on up
         if len(data) != size:
             raise self._sample_error(sample, f"{len(data)} bytes at offset {offset} where the index says {size}")
         if xxhash.xxh3_64_intdigest(data) != batch["hash"][row]:

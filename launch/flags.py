@@ -8,12 +8,13 @@ from typing import TypeVar
 
 import tyro
 
+from data_tools.errors import UserError
 from vitscale.config import TrainConfig
 
 Flags = TypeVar("Flags")
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """Words on the command line that make no sense; the message is one line for the user."""
 
 

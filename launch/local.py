@@ -15,26 +15,29 @@ import tempfile
 from pathlib import Path
 from typing import TextIO
 
+from data_tools.errors import UserError
 
-class LaunchError(RuntimeError):
+
+class LaunchError(UserError):
     """A rank ended badly; the message is what it said, one line or a traceback."""
 
 
-def default_processes() -> int:
-    """One process a visible GPU; one where there is none."""
+def visible_gpus() -> int:
+    """GPUs that processes started here would see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return max(1, len([device for device in visible.split(",") if device.strip()]))
+        return len([device for device in visible.split(",") if device.strip()])
     if shutil.which("nvidia-smi") is None:
-        return 1
+        return 0
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return max(1, listed.stdout.count("GPU "))
+    return listed.stdout.count("GPU ")
 
 
-def run_ranks(run: Path, nproc: int, terminal: TextIO) -> None:
+def run_ranks(run: Path, nproc: int, lock: TextIO, terminal: TextIO) -> None:
     """Trains RUN on `nproc` ranks and waits for them; rank 0 writes its progress to `terminal`.
 
-    Raises LaunchError where a rank fails. However it ends, all ranks have ended.
+    The ranks inherit the run's `lock`, so that it is held as long as any of them lives. Raises LaunchError where a rank fails. However it
+    ends, all ranks have ended.
     """
     logs = run / "logs"
     logs.mkdir(exist_ok=True)
@@ -53,7 +56,7 @@ def run_ranks(run: Path, nproc: int, terminal: TextIO) -> None:
                         stdout=output,
                         stderr=output,
                         env=os.environ | _environment(rank, nproc, port, error_files[rank], terminal_fd),
-                        pass_fds=(terminal_fd,),
+                        pass_fds=(terminal_fd, lock.fileno()),
                         start_new_session=True,  # the user's Ctrl-C reaches the launcher alone, which ends the ranks in order
                     )
                 )
@@ -110,6 +113,7 @@ def _environment(rank: int, nproc: int, port: int, error_file: Path, terminal_fd
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "VITSCALE_ERROR_FILE": str(error_file),
+        "VITSCALE_LAUNCHER_PID": str(os.getpid()),
     }
     return environment | ({"VITSCALE_TERMINAL_FD": str(terminal_fd)} if rank == 0 else {})
 

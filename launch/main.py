@@ -7,8 +7,10 @@ import importlib.metadata
 import sys
 import traceback
 
+from data_tools.errors import UserError
 from launch import verbs
 from launch.flags import UsageError
+from launch.local import LaunchError
 
 
 def main() -> None:
@@ -21,14 +23,14 @@ def main() -> None:
     except BrokenPipeError:  # `vitscale ... | head`
         sys.stderr.close()
         sys.exit(1)
-    except Exception as error:
-        expected = isinstance(error, verbs.expected_errors())
-        if debug or not expected:
+    except (UserError, OSError) as error:
+        if debug:
             traceback.print_exc()
-        if not debug:
-            text = str(error) if expected else "this is a fault of vitscale, not of what you gave it; please report the lines above"
-            print(text if text.startswith(("error:", "Traceback")) else f"error: {text}", file=sys.stderr)
+        print(error if isinstance(error, LaunchError) else f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+    except Exception:
+        traceback.print_exc()
+        sys.exit("error: this is a fault of vitscale, not of what you gave it; please report the lines above")
 
 
 def dispatch(words: list[str]) -> None:

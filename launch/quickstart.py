@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from launch.local import visible_gpus
 from launch.main import dispatch
 from launch.verbs import VerbError, print_json
 from vitscale.metrics import duration
@@ -40,7 +41,9 @@ FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", 
 Array = npt.NDArray[Any]
 RUNS = {"pretrain": "pre-trained, on its own classes", "finetune": "fine-tuned", "scratch": "from scratch"}
 # Of SGD (0.03, 0.1) and AdamW (3e-4, 1e-3, 3e-3), AdamW at 3e-3 was best for the model from scratch.
-SCRATCH_FLAGS = "--epochs 0 --steps 100 --log-every 5 --eval-every 25 --schedule.warmup-steps 10 --optimizer.peak-lr 3e-3"
+SCRATCH_FLAGS = (
+    "--epochs 0 --steps 100 --preprocess.crop-scale 0.6 1 --log-every 5 --eval-every 25 --schedule.warmup-steps 10 --optimizer.peak-lr 3e-3"
+)
 
 Labelled = tuple[Array, Array]  # uint8 images (n, height, width) and their labels (n,)
 
@@ -53,8 +56,8 @@ class QuickstartFlags:
     """Folder for everything; a quickstart that is there goes on, or shows its table."""
     images: Literal["auto", "digits", "fashion-mnist"] = "auto"
     """scikit-learn's digits (8 px), or Fashion-MNIST (28 px) of Debian's package dataset-fashion-mnist, which auto takes if it is there."""
-    nproc: int = 2
-    """Training processes, over which ZeRO partitions the optimizer."""
+    nproc: int = 0
+    """Training processes, over which ZeRO partitions the optimizer; 0 starts one a GPU, or two on a machine without."""
     seed: int = 0
     """Of the labelled images chosen and of the three runs."""
     json: bool = False
@@ -90,7 +93,7 @@ ROADS = {
     ),
     "fashion-mnist": Road(
         "Fashion-MNIST", "tiny-fashion", FASHION_CLASSES, ("dress", "coat", "shirt", "ankle-boot"), train_images=6_000, labelled_images=10,
-        held_out_images=500, size=28, pretrain_flags="--epochs 5", margin=0.03,
+        held_out_images=500, size=28, pretrain_flags="--epochs 3 --log-every 25 --eval-every 500", margin=0.03,
     ),
 }  # fmt: skip
 
@@ -106,7 +109,7 @@ class Stage:
 
     def finished(self) -> bool:
         """Whether what it makes is there, whole: all but a run is written beside and renamed into place."""
-        return is_finished(self.makes) if self.makes.parent.name == "runs" else self.makes.exists()
+        return is_finished(self.makes) if " --out " in self.command else self.makes.exists()
 
     def run(self) -> None:
         """Does what the command would do in a shell."""
@@ -123,7 +126,7 @@ def quickstart(flags: QuickstartFlags) -> None:
     """Goes the road from wherever it was left. Raises VerbError where OUT is something else, or the result is not what it should be."""
     out = Path(flags.out)
     state = open_folder(out, flags)
-    road, todo = ROADS[state["images"]], stages(out, state["images"], flags.nproc, flags.seed)
+    road, todo = ROADS[state["images"]], stages(out, state["images"], flags.nproc or visible_gpus() or 2, flags.seed)
     with contextlib.redirect_stdout(sys.stderr) if flags.json else contextlib.nullcontext():
         if not (out / "images").exists():
             print(f"writing {road.title} as PNG class folders to {out}/images", flush=True)

@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from data_tools.config import PackConfig, PackError
+from data_tools.config import PackConfig
+from data_tools.errors import UserError
 from launch.flags import UsageError, parse, take_recipe
-from launch.local import LaunchError, default_processes, run_ranks
-from vitscale.config import ConfigError, InitConfig, TrainConfig, fixed_by_checkpoint
+from launch.local import run_ranks, visible_gpus
+from vitscale.config import InitConfig, TrainConfig, fixed_by_checkpoint
 from vitscale.recipes import FINETUNE, PRETRAIN, recipe
 
 CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder or an exported folder."
@@ -30,16 +31,7 @@ Weights = Annotated[Literal["average", "weight"], tyro.conf.arg(help="The averag
 Processes = Annotated[int, tyro.conf.arg(help="Processes; 0 starts one a GPU, or one on a machine without.")]
 
 
-def expected_errors() -> tuple[type[Exception], ...]:
-    """What can go wrong through a user's input or machine, told in one line without a traceback."""
-    from data_tools.dataset import DatasetError
-    from vitscale.checkpoint import CheckpointError
-    from vitscale.run import RunError
-
-    return UsageError, ConfigError, PackError, DatasetError, CheckpointError, RunError, LaunchError, VerbError, OSError
-
-
-class VerbError(RuntimeError):
+class VerbError(UserError):
     """A verb that cannot run on this machine, or whose result is bad; the message is one line for the user."""
 
 
@@ -61,93 +53,23 @@ def pack(words: list[str]) -> None:
     """Images and labels into WebDataset tar shards with an index."""
     flags = parse(PackFlags, words, "pack", description=PackConfig.__doc__)
     if len(flags.paths) < 2:
-        raise UsageError(
-            f"`vitscale pack` needs SOURCE... and OUT, and was given {len(flags.paths)} path; `vitscale pack images/ dataset/` is one use"
-        )
-    from data_tools.pack import pack as pack_sources
-
-    config = dataclasses.replace(flags.config, sources=flags.paths[:-1], out=flags.paths[-1])
-    with progress_bar("packing", quiet=flags.json) as update:
-        results = pack_sources(config, lambda done, total, _: update(done, total))
-    if flags.json:
-        print_json([dataclasses.asdict(result) for result in results])
-        return
-    for result in results:
-        print(
-            f"{result.path}: {result.samples:,} samples in {result.shards} shards, {result.classes} classes, {result.bytes / 1e6:,.1f} MB"
-        )
-        if result.rejects:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
-            print(f"{result.path}: {result.rejects:,} images left out ({reasons}); rejects.parquet names them")
-
-
-# -- pretrain, finetune -----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PretrainFlags:
-    """Flags of `vitscale pretrain`."""
-
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    nproc: Processes = 0
-    json: Json = False
-
-
-def pretrain(words: list[str]) -> None:
-    """Train a ViT from the start, by a recipe; the same command on a run that exists resumes it."""
-    name, rest = take_recipe(words, "pretrain", PRETRAIN)
-    default = recipe(name, PRETRAIN)
-    flags = parse(PretrainFlags, rest, f"pretrain {name}", PretrainFlags(default), f"Recipe {name}. {recipe_doc(name, PRETRAIN)}")
-    train(flags.config, flags.nproc, flags.json)
-
-
-@dataclass(frozen=True)
-class FinetuneFlags:
-    """Flags of `vitscale finetune`."""
-
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    init: Annotated[str, tyro.conf.arg(help=f"The checkpoint to start from. {CHECKPOINT}")]
-    init_weights: Weights = "average"
-    interpolation: Literal["timm", "deit", "timm_npz", "paper"] = "timm"
-    """How position embeddings go to the new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
-    nproc: Processes = 0
-    json: Json = False
-
-
-def finetune(words: list[str]) -> None:
-    """Train on from a checkpoint, with a new head, at another resolution."""
-    name, rest = take_recipe(words, "finetune", FINETUNE)
-    default = recipe(name, FINETUNE)
-    description = f"Recipe {name}. {recipe_doc(name, FINETUNE)}"
-    flags = parse(FinetuneFlags, rest, f"finetune {name}", FinetuneFlags(default, tyro.MISSING), description)
-    if changed := fixed_by_checkpoint(flags.config.model, default.model):
-        raise UsageError(f"--model.{changed} cannot be set in fine-tuning, where the checkpoint sets it; leave the flag out")
-    init = InitConfig(flags.init, flags.init_weights, flags.interpolation)
-    train(dataclasses.replace(flags.config, init=init), flags.nproc, flags.json)
-
-
-def train(config: TrainConfig, nproc: int, as_json: bool) -> Path:
-    """Starts or resumes a run on this machine and waits for its end; the run directory."""
-    from vitscale.run import locked, open_run, resolve, status
-
-    if nproc < 0:
-        raise UsageError(f"nproc={nproc} must be at least 1, or 0 for one process a GPU")
+        most = f" and at most {gpus}, the visible GPUs" if gpus else ""
+        raise UsageError(f"nproc={nproc} must be at least 1{most}; 0 starts one a GPU")
     need("torch", "deepspeed", "safetensors")
-    nproc = nproc or default_processes()
+    nproc = nproc or max(1, gpus)
     config = resolve(config, nproc)
     run = Path(config.out)
-    with locked(run):
+    with locked(run) as lock:
         if open_run(config, nproc):
             print(f"{run} is finished; another --out starts anew", file=sys.stderr)
         else:
             try:
-                run_ranks(run, nproc, terminal=sys.stderr if as_json else sys.stdout)
+                run_ranks(run, nproc, lock, terminal=sys.stderr if as_json else sys.stdout)
             except KeyboardInterrupt:
                 print(f"\nstopped; the same command goes on from the newest checkpoint in {run}", file=sys.stderr)
                 raise
     if as_json:
         print_json(status(run))
-    return run
 
 
 # -- evaluate ---------------------------------------------------------------------------------------------------------------------------

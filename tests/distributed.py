@@ -52,13 +52,15 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             (folder / "result.json").write_text(json.dumps(result))
         dist.destroy_process_group()
+        status = 0
     except BaseException:
         import traceback
 
         traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # a peer may hang in a collective; do not wait for it
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # as vitscale.train does: see there
 
 
 if __name__ == "__main__":

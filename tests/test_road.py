@@ -57,7 +57,13 @@ def go_the_road(cwd: Path, train: Labelled, held_out: Labelled, pretrain_flags: 
 def test_a_subset_is_learned_far_beyond_guessing(splits: tuple[Labelled, Labelled], tmp_path: Path) -> None:
     """600 training images a class, 2,000 held-out ones; guessing has 10 %. Measured: MEASURED."""
     train, held_out = (sample_classes(of, list(range(10)), count, seed=0) for of, count in zip(splits, (600, 200), strict=True))
-    result = go_the_road(tmp_path, train, held_out, "--epochs 8 --global-batch-size 64 --micro-batch-size 32 --schedule.warmup-steps 40 --preprocess.crop-scale 0.9 1", "--steps 100 --preprocess.crop-scale 0.9 1")
+    result = go_the_road(
+        tmp_path,
+        train,
+        held_out,
+        "--epochs 8 --global-batch-size 64 --micro-batch-size 32 --schedule.warmup-steps 40 --preprocess.crop-scale 0.9 1",
+        "--steps 100 --preprocess.crop-scale 0.9 1",
+    )
     assert result["top1"] > 0.65
 
 

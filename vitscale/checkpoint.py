@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from vitscale.config import ConfigError, PreprocessConfig, ViTConfig, from_dict
+from data_tools.errors import UserError
+from vitscale.config import ConfigError, ObjectiveConfig, PreprocessConfig, ViTConfig, from_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +34,7 @@ EXPORT_DESCRIPTION = "vitscale.json"  # what an exported folder holds in place o
 WEIGHT, AVERAGE = "weight", "average"  # kinds of tensors, beside the optimizer's moments
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is not there, not whole or not the right one; the message is one line for the user."""
 
 
@@ -62,7 +64,7 @@ class Description:
     path: Path
     model: ViTConfig
     preprocess: PreprocessConfig
-    objective: str
+    objective: ObjectiveConfig
     class_names: tuple[str, ...] | None
     samples_seen: int
     step: int
@@ -107,8 +109,10 @@ def newest_durable(run: Path) -> tuple[Path | None, list[str]]:
 def verify(folder: Path) -> str | None:
     """None if a checkpoint is whole, otherwise what is wrong with it in one line."""
     try:
-        commit = json.loads((folder / "COMMIT.json").read_text())
-        for name, entry in commit["files"].items():
+        files = json.loads((folder / "COMMIT.json").read_text())["files"]
+        if not files.keys() & {"checkpoint.json", EXPORT_DESCRIPTION}:
+            return f"{folder}: COMMIT.json does not list the description; the file is damaged"
+        for name, entry in files.items():
             path = folder / name
             if not path.is_file():
                 return f"{folder}: {name} is missing"
@@ -143,6 +147,8 @@ def find_checkpoint(spec: str) -> Path:
     if newest is None:
         found = f"{len(faults)} damaged ones: {faults[0]}" if faults else "none"
         raise CheckpointError(f"{spec} holds no durable checkpoint ({found}); give a run that has written one, or an exported folder")
+    for fault in faults:
+        print(f"warning: {fault}; {newest.name} is used", file=sys.stderr)
     return newest
 
 
@@ -157,7 +163,7 @@ def describe(folder: Path) -> Description:
             path=folder,
             model=from_dict(ViTConfig, values["model"], "model"),
             preprocess=from_dict(PreprocessConfig, values["preprocess"], "preprocess"),
-            objective=values["objective"],
+            objective=from_dict(ObjectiveConfig, values["objective"], "objective"),
             class_names=tuple(values["class_names"]) if values["class_names"] else None,
             samples_seen=values["samples_seen"],
             step=values["step"],
@@ -240,26 +246,27 @@ def check_tensors(description: Description, expected: dict[str, tuple[int, ...]]
 
 
 def write_description(
-    path: Path, *, model: ViTConfig, preprocess: PreprocessConfig, objective: str, class_names: tuple[str, ...] | None, samples_seen: int,
-    step: int, tensors: Iterable[TensorEntry],
+    path: Path, *, model: ViTConfig, preprocess: PreprocessConfig, objective: ObjectiveConfig, class_names: tuple[str, ...] | None,
+    samples_seen: int, step: int, tensors: Iterable[TensorEntry],
 ) -> None:  # fmt: skip
     """Writes checkpoint.json or an export's description."""
     values = {
         "format_version": FORMAT_VERSION,
         "model": asdict(model),
         "preprocess": asdict(preprocess),
-        "objective": objective,
+        "objective": asdict(objective),
         "class_names": list(class_names) if class_names else None,
         "samples_seen": samples_seen,
         "step": step,
+        "skipped": [],  # ranges of positions that the run left out; none can be yet
         "tensors": [asdict(t) for t in tensors],
     }
     path.write_text(json.dumps(values, indent=1))
 
 
 def save(
-    run: Path, engine: "Engine", *, model: ViTConfig, preprocess: PreprocessConfig, objective: str, class_names: tuple[str, ...] | None,
-    samples_seen: int, step: int,
+    run: Path, engine: "Engine", *, model: ViTConfig, preprocess: PreprocessConfig, objective: ObjectiveConfig,
+    class_names: tuple[str, ...] | None, samples_seen: int, step: int,
 ) -> Path:  # fmt: skip
     """Writes the checkpoint of a step. A collective; the leader of each node writes its share of the tensors, whole ones."""
     import torch.distributed as dist
@@ -331,9 +338,13 @@ def publish(hidden: Path, folder: Path, checksums: dict[str, str]) -> None:
     _sync(folder.parent)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` committed checkpoints; 0 keeps all."""
-    for folder in committed(run)[:-keep] if keep else []:
+def prune(run: Path, keep: int, step: int) -> None:
+    """Removes all but the newest `keep` committed checkpoints up to `step`, the one just written; 0 keeps all.
+
+    What is newer than the one just written did not verify, or the run would have gone on from it.
+    """
+    kept = [folder for folder in committed(run) if folder <= step_folder(run, step)]
+    for folder in kept[:-keep] if keep else []:
         doomed = folder.with_name(f".{folder.name}.doomed")
         folder.rename(doomed)  # so that a kill in mid-removal leaves nothing that looks like a checkpoint
         shutil.rmtree(doomed)

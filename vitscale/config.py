@@ -16,8 +16,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import tyro
 
+from data_tools.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A setting that cannot work; the message is one line for the user."""
 
 
@@ -113,7 +115,7 @@ class StreamConfig:
     prefetch: int = 4
     """Micro-batches a rank that are prepared ahead."""
     max_unusable: int = 1000
-    """Samples that one rank may find unusable and replace before the run stops."""
+    """Unusable samples that a run may replace, as a rank counts them: those of earlier starts and its own; more stop it."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +282,21 @@ def fine_tuned_model(base: ViTConfig, wanted: ViTConfig, num_classes: int) -> Vi
     return dataclasses.replace(base, num_classes=num_classes, representation_size=0, **taken)
 
 
+# What DeepSpeed's config may not be given through `engine.deepspeed`, and what to do instead.
+DEEPSPEED_OURS = {
+    "zero_optimization.stage": "use --engine.zero-stage",
+    "train_batch_size": "use --global-batch-size",
+    "train_micro_batch_size_per_gpu": "use --micro-batch-size",
+    "gradient_accumulation_steps": "it follows from --global-batch-size and --micro-batch-size",
+    "gradient_clipping": "use --optimizer.grad-clip",
+    "bf16": "use --engine.precision",
+    "fp16": "use --engine.precision",
+    "data_types": "use --engine.precision",
+    "optimizer": "use --optimizer.name",
+    "scheduler": "use --schedule.kind",
+}
+
+
 def check_config(config: TrainConfig, world_size: int) -> None:
     """Everything that can be said of a config without data or devices. Raises ConfigError."""
     check_model(config.model)
@@ -289,6 +306,10 @@ def check_config(config: TrainConfig, world_size: int) -> None:
     grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size)
     if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
         raise ConfigError("precision=bf16 with zero_stage=0 has no fp32 gradient accumulation in DeepSpeed; --engine.zero-stage 1 has")
+    for name in _flatten(config.engine.deepspeed):
+        for ours, instead in DEEPSPEED_OURS.items():
+            if f"{name}.".startswith(f"{ours}."):
+                raise ConfigError(f"engine.deepspeed sets {name}, which vitscale sets itself; {instead}")
     if config.objective.kind == "softmax" and config.model.head_bias:
         raise ConfigError(f"head_bias={config.model.head_bias:g} does nothing under softmax; set it to 0 or use --objective.kind sigmoid")
 
@@ -347,7 +368,7 @@ def _check_ranges(config: TrainConfig) -> None:
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
 MAY_CHANGE = (
     "data", "eval_data", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "stream.workers",
-    "stream.prefetch", "stream.max_unusable", "engine", "init.folder",
+    "stream.prefetch", "stream.max_unusable", "engine.zero_stage", "engine.checkpoint_every_n_blocks", "engine.deepspeed", "init.folder",
 )  # fmt: skip
 
 

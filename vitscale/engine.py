@@ -11,6 +11,7 @@ to a rank; reading a whole tensor is a collective.
 Gradients are averaged over ranks and micro-batches and clipped by DeepSpeed. In bf16 they accumulate in fp32.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from vitscale.checkpoint import AVERAGE, WEIGHT
 from vitscale.config import EngineConfig, OptimizerConfig
-from vitscale.optim import MOMENTS, build_optimizer
+from vitscale.optim import build_optimizer, moments
 
 # (name, kind, start, length) -> that stretch of the flattened tensor, fp32
 Read = Callable[[str, str, int, int], Tensor]
@@ -66,7 +67,7 @@ def deepspeed_config(config: EngineConfig, grad_clip: float, micro_batch_size: i
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": grad_accum_steps,
-        "gradient_clipping": grad_clip,
+        "gradient_clipping": grad_clip if config.zero_stage else 0.0,  # without ZeRO the engine clips, to know the norm
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list; tests hold it to plain torch
         "steps_per_print": 2**31,
@@ -87,15 +88,19 @@ class Engine:
     def __init__(
         self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, *, micro_batch_size: int, grad_accum_steps: int
     ) -> None:
-        self.stage, self.average_decay = config.zero_stage, optimizer.average_decay
-        self.moments = MOMENTS[optimizer.name]
+        self.stage, self.average_decay, self.grad_clip = config.zero_stage, optimizer.average_decay, optimizer.grad_clip
+        self.moments = moments(optimizer)
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.parameters = dict(model.named_parameters())
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
+        self._grad_norm = float("nan")
+        exact = {name: p.detach().flatten().clone() for name, p in self.parameters.items()}
         settings = deepspeed_config(config, optimizer.grad_clip, micro_batch_size, grad_accum_steps)
         self.deepspeed, *_ = deepspeed.initialize(model=model.to(device()), optimizer=build_optimizer(model, optimizer), config=settings)
         self._zero = self.deepspeed.optimizer  # ZeRO's wrapper; under stage 0 torch's optimizer itself
         self._optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
+        # DeepSpeed made its fp32 weights from the model's bf16 copies; they should be what the model was given
+        self._fill(WEIGHT, lambda name, _, start, length: exact[name][start : start + length])
         self._averages = [flat.detach().clone() for flat in self._flat_weights()] if self.average_decay else []
         self._average_of = {id(flat): average for flat, average in zip(self._flat_weights(), self._averages, strict=False)}
 
@@ -119,6 +124,11 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         updates = self.deepspeed.is_gradient_accumulation_boundary()
+        if updates and self.stage == 0:  # DeepSpeed would update with a gradient that is not finite, and keeps no norm
+            norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.grad_clip or float("inf"))
+            self._grad_norm = float(norm)
+            if not math.isfinite(self._grad_norm):
+                raise FloatingPointError("the gradient is not finite")
         self.deepspeed.step()
         if updates and not self.deepspeed.was_step_applied():
             raise FloatingPointError("the gradient is not finite")
@@ -127,8 +137,7 @@ class Engine:
 
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient, before clipping."""
-        norm = self.deepspeed.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        return self._grad_norm if self.stage == 0 else float(self.deepspeed.get_global_grad_norm())
 
     def close(self) -> None:
         """Frees what DeepSpeed holds (hooks, buffers)."""
@@ -165,12 +174,6 @@ class Engine:
         for kind in self.kinds:
             self._fill(kind, read)
 
-    def load_weights(self, flat_weights: dict[str, Tensor]) -> None:
-        """Sets fp32 weights, and averages to the same, at the start of a run: DeepSpeed made them from the model's bf16 copies."""
-        self._fill(WEIGHT, lambda name, _, start, length: flat_weights[name][start : start + length])
-        for average, flat in zip(self._averages, self._flat_weights(), strict=False):
-            average.copy_(flat.detach())
-
     def _fill(self, kind: str, read: Read) -> None:
         for name, parameter in self.parameters.items():
             fragment = self._fragment(parameter)
@@ -182,9 +185,11 @@ class Engine:
         """Within it the model is in evaluation mode, and computes with the average of its weights where one is kept. A collective."""
         self.deepspeed.eval()
         self._exchange(AVERAGE)
-        yield
-        self._exchange(WEIGHT)
-        self.deepspeed.train()
+        try:
+            yield
+        finally:
+            self._exchange(WEIGHT)
+            self.deepspeed.train()
 
     def _exchange(self, kind: str) -> None:
         """Lets the model compute with its averages or, after that, with its weights again."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_tools.dataset import Dataset
+from data_tools.dataset import Dataset, DatasetError
 from vitscale.checkpoint import CheckpointError, Description, TensorReader, check_tensors
 from vitscale.config import ObjectiveConfig, PreprocessConfig
 from vitscale.model import ViT, normalize
@@ -69,7 +69,9 @@ def evaluate(
         dist.all_reduce(sums)
     samples, top1, top5, loss = sums.tolist()
     if samples == 0:
-        raise ValueError(f"none of the {dataset.num_samples} samples of {dataset.path} can be read; `vitscale pack` lists unreadable ones")
+        raise DatasetError(
+            f"none of the {dataset.num_samples} samples of {dataset.path} can be read; pack it again"
+        )
     return Evaluation(top1 / samples, top5 / samples, loss / samples, int(samples), dataset.num_samples - int(samples))
 
 
@@ -100,10 +102,9 @@ def evaluate_checkpoint(
         )
     if None not in (description.class_names, dataset.class_names) and description.class_names != dataset.class_names:
         raise CheckpointError(f"{description.path} was trained on other class names than {dataset.path} has; pack with its --class-names")
-    objective = ObjectiveConfig("softmax" if description.objective == "softmax" else "sigmoid")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(description, kind).to(device)
     return evaluate(
-        model, dataset, description.model.image_size, description.preprocess, objective, device=device,
+        model, dataset, description.model.image_size, description.preprocess, description.objective, device=device,
         batch_size=batch_size, workers=workers, progress=progress,
     )  # fmt: skip

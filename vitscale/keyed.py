@@ -6,6 +6,8 @@ and no library's stream of random numbers is part of a run's identity. Keys are 
 The mixer is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 """
 
+from enum import IntEnum
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +17,16 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _ROUNDS = 8  # half-rounds of the Feistel network; tests/vitscale/test_keyed.py holds the distribution to account
+
+
+class Purpose(IntEnum):
+    """The first part of every key, so that no two uses of randomness share one."""
+
+    SHARD_ORDER = 1
+    WINDOW = 2
+    SUBSTITUTE = 3
+    SAMPLE = 4  # crop, flip, stochastic depth
+    DROPOUT = 5
 
 
 def mix(values: npt.ArrayLike) -> UInt64:

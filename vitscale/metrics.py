@@ -8,16 +8,16 @@ from typing import Any, TextIO
 
 
 class Metrics:
-    """Rank 0's writer. Lines past `step`, of a start whose checkpoint was never written, are cut off first."""
+    """Rank 0's writer, from `step` on."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self._file = open(_cut_back(run / "metrics.jsonl", step), "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self._file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self._terminal = open_terminal()
         self._board = _tensorboard(run / "tensorboard", step)
 
     def log(self, values: dict[str, Any], text: str) -> None:
         """Writes one line; `values` must hold `step`."""
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
         print(text, file=self._terminal, flush=True)
         if self._board is not None:
             for name, value in values.items():
@@ -64,15 +64,6 @@ def duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds // size}{unit}{seconds % size // smaller_size:02d}{smaller}"
     return f"{seconds}s"
-
-
-def _cut_back(file: Path, step: int) -> Path:
-    if file.is_file():
-        lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-        beside = file.with_name(".metrics.jsonl.partial")
-        beside.write_text("".join(lines))
-        beside.replace(file)
-    return file
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -7,8 +7,12 @@ from torch import Tensor, nn
 
 from vitscale.config import OptimizerConfig, ScheduleConfig
 
-# The tensors that an optimizer keeps for each parameter, by their names in its state.
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+def moments(config: OptimizerConfig) -> tuple[str, ...]:
+    """The tensors that the optimizer keeps for each parameter, by their names in its state."""
+    if config.name == "adamw":
+        return "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if config.momentum else ()
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

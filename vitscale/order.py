@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vitscale import keyed
+from vitscale.keyed import Purpose
 
 Int64 = npt.NDArray[np.int64]
-
-_SHARDS, _WINDOW, _SUBSTITUTE = 1, 2, 3  # what a key is for, so that no two uses share one
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class EpochOrder:
             raise ValueError(f"the dataset's {len(sizes)} shards hold no samples; at least one is needed")
         if self.lanes < 1 or self.window < 1:
             raise ValueError(f"lanes={self.lanes} and window={self.window} must both be at least 1")
-        shards = keyed.permute(np.arange(len(sizes)), len(sizes), keyed.key(self.seed, self.epoch, _SHARDS))
+        shards = keyed.permute(np.arange(len(sizes)), len(sizes), keyed.key(Purpose.SHARD_ORDER, self.seed, self.epoch))
         object.__setattr__(self, "_first", (np.cumsum(sizes) - sizes)[shards])
         object.__setattr__(self, "_starts", np.concatenate([[0], np.cumsum(sizes[shards])]))
 
@@ -57,7 +56,7 @@ class EpochOrder:
         """Numbers of the samples at positions in [0, N) of the epoch."""
         positions = np.asarray(positions, dtype=np.int64)
         lane, window, start, length = self._window_at(positions)
-        shuffled = keyed.permute(positions // self.lanes - start, length, keyed.key(self.seed, self.epoch, _WINDOW, lane, window))
+        shuffled = keyed.permute(positions // self.lanes - start, length, keyed.key(Purpose.WINDOW, self.seed, self.epoch, lane, window))
         return self._list_to_sample(self._lane_first(lane) + start + shuffled)
 
     def substitute(self, position: int, attempt: int) -> tuple[int, int]:
@@ -70,7 +69,7 @@ class EpochOrder:
         for _ in range(attempt // 8):
             start = start + length if start + length < int(self._lane_size(np.asarray(lane))) else 0
             _, _, start, length = (int(v) for v in self._window_at(np.asarray(start * self.lanes + lane)))
-        place = start + int(keyed.key(self.seed, self.epoch, _SUBSTITUTE, position, attempt) % np.uint64(length))
+        place = start + int(keyed.key(Purpose.SUBSTITUTE, self.seed, self.epoch, position, attempt) % np.uint64(length))
         stand_in = place * self.lanes + lane
         return stand_in, int(self.samples_at(stand_in))
 

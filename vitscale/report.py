@@ -107,20 +107,19 @@ def predictions(checkpoint: str, held_out: Path) -> list[Prediction]:
     batches = evaluation_batches(
         dataset, description.model.image_size, description.preprocess, batch_size=256, rank=0, world_size=1, workers=0
     )  # fmt: skip
-    probabilities_NK = torch.cat(
-        [model(normalize(torch.from_numpy(b.images_BHWC[b.valid_B]), description.preprocess)).softmax(1) for b in batches]
-    )
-    sure_N, guess_N = (t.numpy() for t in probabilities_NK.max(dim=1))
-    truth_N = dataset.labels(np.arange(len(guess_N)))[0][:, 0]
+    samples, probabilities = [], []
+    for batch in batches:
+        samples.append(batch.samples_B[batch.valid_B])
+        probabilities.append(model(normalize(torch.from_numpy(batch.images_BHWC[batch.valid_B]), description.preprocess)).softmax(1))
+    sample_N = np.concatenate(samples)
+    sure_N, guess_N = (t.numpy() for t in torch.cat(probabilities).max(dim=1))
+    truth_N = dataset.labels(sample_N)[0][:, 0]
     by_class = [np.flatnonzero((guess_N == label) & (truth_N == label)) for label in range(dataset.num_classes)]
     per_class = RIGHT_SHOWN // dataset.num_classes
     right = [int(sample) for samples in by_class for sample in samples[:per_class]]
     wrong = np.flatnonzero(guess_N != truth_N)
     surest = wrong[np.argsort(-sure_N[wrong])][:WRONG_SHOWN].tolist()
-    return [
-        Prediction(dataset.read(sample), names[truth_N[sample]], names[guess_N[sample]], float(sure_N[sample]))
-        for sample in [*right, *surest]
-    ]
+    return [Prediction(dataset.read(int(sample_N[n])), names[truth_N[n]], names[guess_N[n]], float(sure_N[n])) for n in [*right, *surest]]
 
 
 def position_similarity(checkpoint: str) -> npt.NDArray[np.float32]:

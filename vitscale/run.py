@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_tools.dataset import Dataset, DatasetError
+from data_tools.errors import UserError
 from vitscale import checkpoint
 from vitscale.config import (
     ConfigError,
@@ -36,7 +37,7 @@ from vitscale.config import (
 FORMAT_VERSION = 1
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run directory that cannot be used as asked; the message is one line for the user."""
 
 
@@ -116,7 +117,7 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     Raises RunError where the directory holds something else; it is left as it was.
     """
     run = Path(config.out)
-    dataset = Dataset.open(config.data)
+    dataset = Dataset.open(config.data, check_shards=False)  # `resolve` has checked them
     if (run / "run.json").is_file():
         if changes := refused_changes(read_config(run), config):
             more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
@@ -164,24 +165,33 @@ def read_config(run: Path) -> TrainConfig:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Makes a run's directory and holds it against a second start. Raises RunError if another process or something else has it."""
+def locked(run: Path) -> Iterator[TextIO]:
+    """Makes a run's directory and holds it against a second start, as long as any process has the file open.
+
+    Raises RunError if another process or something else has the directory.
+    """
     foreign = run.exists() and not (run / "run.json").is_file()
-    if foreign and (not run.is_dir() or any(entry.name not in ("run.lock", "config.json") for entry in run.iterdir())):
+    ours = {"run.lock", "config.json", ".config.json.partial", ".run.json.partial"}  # what a start that was killed leaves
+    if foreign and (not run.is_dir() or {entry.name for entry in run.iterdir()} - ours):
         raise RunError(f"{run} exists and is not a run; give another --out")
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "run.lock", "a") as file:
-        if not _lock(file):
-            raise RunError(f"{run} is being trained by another process; `vitscale run status {run}` shows how far it is")
-        yield
+        for attempt in range(10):  # `run status` holds it for an instant
+            if _lock(file, fcntl.LOCK_EX):
+                break
+            if attempt == 9:
+                raise RunError(f"{run} is being trained by another process; `vitscale run status {run}` shows how far it is")
+            time.sleep(0.1)
+        yield file
 
 
 def is_finished(run: Path) -> bool:
-    """Whether a run has committed the checkpoint of its last step."""
+    """Whether the checkpoint of a run's last step is there, whole."""
     if not (run / "run.json").is_file():
         return False
     last_step = json.loads((run / "run.json").read_text())["total_steps"]
-    return (checkpoint.step_folder(run, last_step) / "COMMIT.json").is_file()
+    folder = checkpoint.step_folder(run, last_step)
+    return folder.is_dir() and checkpoint.verify(folder) is None
 
 
 def status(run: Path) -> dict[str, Any]:
@@ -193,8 +203,8 @@ def status(run: Path) -> dict[str, Any]:
     lines = read_metrics(run)
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
-    with open(run / "run.lock", "a") as file:
-        running = not _lock(file)
+    with open(run / "run.lock") as file:
+        running = not _lock(file, fcntl.LOCK_SH)
     return {
         "run": str(run),
         "recipe": config.recipe,
@@ -210,8 +220,22 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
-    file = run / "metrics.jsonl"
+    """The lines of metrics.jsonl."""
+    return _read_lines(run / "metrics.jsonl")
+
+
+def cut_back(run: Path, step: int, samples_seen: int) -> None:
+    """Takes from metrics.jsonl and quarantine.jsonl what a start wrote whose checkpoint never came to be."""
+    for name, field, last in (("metrics.jsonl", "step", step), ("quarantine.jsonl", "position", samples_seen - 1)):
+        file = run / name
+        if file.is_file():
+            beside = file.with_name(f".{name}.partial")
+            beside.write_text("".join(json.dumps(line) + "\n" for line in _read_lines(file) if line[field] <= last))
+            beside.replace(file)
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; a last one that a kill cut short is left out."""
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -223,9 +247,9 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     beside.replace(path)
 
 
-def _lock(file: TextIO) -> bool:
+def _lock(file: TextIO, kind: int) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -10,6 +10,7 @@ Axes: B batch, H height, W width, C channels, L labels of a sample.
 
 import json
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,20 +21,21 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from data_tools.dataset import Dataset, SampleError
+from data_tools.errors import UserError
 from vitscale import images, keyed
 from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.order import EpochOrder, Int64, positions_of_rank
 
-_AUGMENT = 4  # what a sample's key is for; order.py has 1 to 3
 _ATTEMPTS = 64  # samples tried for one position
 
-# What reading and decoding a damaged image raises; anything else is a fault of the program and ends the run.
-UNUSABLE = (SampleError, OSError, ValueError, SyntaxError)
+# What decoding damaged bytes raises. An OSError in reading is the machine's, not the sample's, and ends the run.
+UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
-class StreamError(RuntimeError):
+class StreamError(UserError):
     """The data cannot carry the run any further; the message is one line for the user."""
 
 
@@ -80,7 +82,8 @@ class TrainStream:
         self.dataset, self.image_size, self.preprocess, self.config, self.seed = dataset, image_size, preprocess, config, seed
         self.global_batch_size, self.micro_batch_size, self.rank, self.world_size = global_batch_size, micro_batch_size, rank, world_size
         self.quarantine = quarantine
-        self.unusable = 0
+        self.unusable = len(quarantine.read_bytes().splitlines()) if quarantine.is_file() else 0  # those of earlier starts count
+        self._lock = threading.Lock()
         self._order = lru_cache(maxsize=2)(self._epoch_order)  # a step may cross from one epoch into the next
 
     def micro_batches(self, samples_seen: int) -> Iterator[Batch]:
@@ -102,7 +105,7 @@ class TrainStream:
             )
             for positions in share.reshape(-1, self.micro_batch_size):
                 samples = self.samples_at(positions)
-                keys = keyed.key(self.seed, _AUGMENT, positions)
+                keys = keyed.key(keyed.Purpose.SAMPLE, self.seed, positions)
                 yield _Job(samples, keys, partial(self._view, positions, samples, keys))
             samples_seen += self.global_batch_size
 
@@ -111,23 +114,21 @@ class TrainStream:
         sample = int(samples[i])
         epoch, place = divmod(int(positions[i]), self.dataset.num_samples)
         for attempt in range(_ATTEMPTS):
-            try:
-                image = images.decode(self.dataset.read(sample))
+            image = _readable(self.dataset, sample)
+            if isinstance(image, Image.Image):
                 return sample, images.training_view(image, self.image_size, int(keys[i]), self.preprocess)
-            except UNUSABLE as error:
-                self._report_unusable(int(positions[i]), sample, error)
-                _, sample = self._order(epoch).substitute(place, attempt)
+            self._report_unusable(int(positions[i]), sample, image)
+            _, sample = self._order(epoch).substitute(place, attempt)
         raise StreamError(f"{_ATTEMPTS} samples tried for position {positions[i]} were all unusable; {self.quarantine} names them")
 
-    def _report_unusable(self, position: int, sample: int, error: Exception) -> None:
-        self.unusable += 1
-        line = {"position": position, "sample": sample, "shard": self.dataset.shard_of(sample), "reason": str(error), "rank": self.rank}
-        with open(self.quarantine, "ab", buffering=0) as file:  # one write a line: ranks append to the same file
-            file.write(json.dumps(line).encode() + b"\n")
+    def _report_unusable(self, position: int, sample: int, reason: str) -> None:
+        line = {"position": position, "sample": sample, "shard": self.dataset.shard_of(sample), "reason": reason, "rank": self.rank}
+        with self._lock, open(self.quarantine, "ab", buffering=0) as file:
+            self.unusable += 1
+            file.write(json.dumps(line).encode() + b"\n")  # one write a line: ranks append to the same file
         if self.unusable > self.config.max_unusable:
             raise StreamError(
-                f"rank {self.rank} found {self.unusable} unusable samples, over stream.max_unusable={self.config.max_unusable}; "
-                f"{self.quarantine} names them"
+                f"{self.unusable} unusable samples are over stream.max_unusable={self.config.max_unusable}; {self.quarantine} names them"
             )
 
     def _epoch_order(self, epoch: int) -> EpochOrder:
@@ -155,10 +156,8 @@ def evaluation_batches(
         sample = int(samples[i])
         if sample >= end:
             return 0, None
-        try:
-            return sample, images.evaluation_view(images.decode(dataset.read(sample)), image_size, preprocess)
-        except UNUSABLE:
-            return sample, None
+        image = _readable(dataset, sample)
+        return sample, images.evaluation_view(image, image_size, preprocess) if isinstance(image, Image.Image) else None
 
     def jobs() -> Iterator[_Job]:
         for start in range(first, first + per_rank, batch_size):
@@ -166,6 +165,18 @@ def evaluation_batches(
             yield _Job(samples, np.zeros(batch_size, dtype=np.uint64), partial(view, samples))
 
     return _prepare_ahead(jobs(), dataset, image_size, workers, prefetch=4)
+
+
+def _readable(dataset: Dataset, sample: int) -> Image.Image | str:
+    """The decoded image, or why it cannot be had."""
+    try:
+        image_bytes = dataset.read(sample)
+    except SampleError as error:
+        return str(error)
+    try:
+        return images.decode(image_bytes)
+    except UNDECODABLE as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _prepare_ahead(jobs: Iterator[_Job], dataset: Dataset, image_size: tuple[int, int], workers: int, prefetch: int) -> Iterator[Batch]:

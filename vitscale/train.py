@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_tools.dataset import Dataset, DatasetError
+from data_tools.dataset import Dataset
+from data_tools.errors import UserError
 from vitscale import checkpoint, keyed
-from vitscale.config import ConfigError, TrainConfig, grad_accum_steps, total_steps
+from vitscale.config import TrainConfig, grad_accum_steps, total_steps
 from vitscale.engine import Engine, device, init_distributed
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
@@ -30,13 +31,11 @@ from vitscale.metrics import Metrics, progress_line
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
-from vitscale.run import RunError, read_config
-from vitscale.stream import StreamError, TrainStream
-
-_DROPOUT = 5  # what a key is for; order.py and stream.py have 1 to 4
+from vitscale.run import cut_back, read_config
+from vitscale.stream import TrainStream
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """Training cannot go on; the message is one line for the user."""
 
 
@@ -50,47 +49,44 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     rank, world_size, run = dist.get_rank(), dist.get_world_size(), Path(config.out)
 
     # -- Data -------------------------------------------------------------------------------------------------------------------------
-    dataset = Dataset.open(config.data)
-    held_out = None if config.eval_data == "none" else Dataset.open(config.eval_data)
-    stream = TrainStream(
-        dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
-    )  # fmt: skip
-    accumulate = grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size)
+    dataset = Dataset.open(config.data, check_shards=False)  # every rank would ask the file system for every tar
+    held_out = None if config.eval_data == "none" else Dataset.open(config.eval_data, check_shards=False)
     last_step = total_steps(config, dataset.num_samples)
 
     # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------
-    folder, faults = _newest_durable(run)
+    folder, faults = _take_up(run)
     model = ViT(config.model, config.engine.checkpoint_every_n_blocks)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     resumed = checkpoint.describe(folder) if folder else None
     if resumed:
         reader = checkpoint.TensorReader(resumed)
-        checkpoint.check_tensors(resumed, shapes, resumed.kinds)
+        checkpoint.check_tensors(resumed, shapes, [checkpoint.WEIGHT])
         model.load_state_dict({name: reader.whole(name, checkpoint.WEIGHT) for name in shapes})
     elif config.init:
         source = checkpoint.describe(checkpoint.find_checkpoint(config.init.folder))
         model.load_state_dict(fine_tuned_weights(source, config.init.weights, config.model, config.init.interpolation, config.seed))
     else:
         initialize(model, config.seed)
-    initial = {} if resumed else {name: p.detach().flatten().clone() for name, p in model.named_parameters()}
 
     # -- Engine -----------------------------------------------------------------------------------------------------------------------
+    accumulate = grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size)
     engine = Engine(model, config.engine, config.optimizer, micro_batch_size=config.micro_batch_size, grad_accum_steps=accumulate)
     if resumed:
-        engine.load(reader.stretch, resumed.step)
-    else:
-        engine.load_weights(initial)
-    del initial
+        checkpoint.check_tensors(resumed, shapes, engine.kinds)
+        engine.load(reader.stretch, resumed.samples_seen // config.global_batch_size)
 
     # -- The loop ---------------------------------------------------------------------------------------------------------------------
-    step = resumed.step if resumed else 0
+    samples_seen = resumed.samples_seen if resumed else 0
+    step = samples_seen // config.global_batch_size
     metrics = Metrics(run, step) if rank == 0 else None
     if metrics:
         for fault in faults:
             metrics.say(f"warning: {fault}; an older checkpoint is used")
         metrics.say(_headline(config, step, last_step, world_size, accumulate, sum(math.prod(s) for s in shapes.values())))
-    batches = stream.micro_batches(step * config.global_batch_size)
+    batches = TrainStream(
+        dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
+    ).micro_batches(samples_seen)  # fmt: skip
     since_time, since_step = time.perf_counter(), step
     while step < last_step and step != stop_at:
         lr = learning_rate(step, last_step, config.optimizer.peak_lr, config.schedule)
@@ -102,7 +98,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
                 for a in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.keys_B)
             )
             if config.model.dropout:  # element dropout repeats at equal world size and micro-batch
-                torch.manual_seed(int(keyed.key(config.seed, _DROPOUT, step, micro, rank) >> 1))
+                torch.manual_seed(int(keyed.key(keyed.Purpose.DROPOUT, config.seed, step, micro, rank) >> 1))
             logits_BK = engine.forward(normalize(images_BHWC, config.preprocess), keys_B)
             micro_loss = compute_loss(logits_BK, labels_BL, scores_BL, config.objective)
             engine.backward(micro_loss)
@@ -111,8 +107,8 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
             except FloatingPointError as error:
                 raise TrainingError(_diverged(str(error), step + 1)) from None
             loss += micro_loss.detach() / accumulate
-        step += 1
-        samples_seen = step * config.global_batch_size
+        samples_seen += config.global_batch_size
+        step = samples_seen // config.global_batch_size
 
         ends = step in (last_step, stop_at)
         saves = ends or step % config.checkpoint_every == 0
@@ -143,11 +139,11 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
                 metrics.log({"step": step, "samples_seen": samples_seen} | _eval_fields(result), _eval_line(step, result))
         if saves:
             saved = checkpoint.save(
-                run, engine, model=config.model, preprocess=config.preprocess, objective=config.objective.kind,
+                run, engine, model=config.model, preprocess=config.preprocess, objective=config.objective,
                 class_names=dataset.class_names, samples_seen=samples_seen, step=step,
             )  # fmt: skip
             if metrics:
-                checkpoint.prune(run, config.keep_checkpoints)
+                checkpoint.prune(run, config.keep_checkpoints, step)
                 metrics.say(f"saved {saved}")
         if evaluates or saves:
             since_time, since_step = time.perf_counter(), step
@@ -159,9 +155,13 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _newest_durable(run: Path) -> tuple[Path | None, list[str]]:
-    """Rank 0 reads and checks; all ranks take what it found."""
-    found = [checkpoint.newest_durable(run)] if dist.get_rank() == 0 else [(None, [])]
+def _take_up(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest durable checkpoint, or None, and what is wrong with newer ones. Rank 0 looks, and cuts the run's records back to it."""
+    found: list[tuple[Path | None, list[str]]] = [(None, [])]
+    if dist.get_rank() == 0:
+        found = [checkpoint.newest_durable(run)]
+        description = checkpoint.describe(found[0][0]) if found[0][0] else None
+        cut_back(run, description.step if description else 0, description.samples_seen if description else 0)
     dist.broadcast_object_list(found, src=0, device=device())
     return found[0]
 
@@ -197,8 +197,6 @@ def _device_name() -> str:
 # One rank
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
-USER_ERRORS = (ConfigError, DatasetError, RunError, StreamError, TrainingError, checkpoint.CheckpointError)
-
 
 def main() -> None:
     """The entry of a rank; what ends it early goes to VITSCALE_ERROR_FILE, where the launcher finds it."""
@@ -208,17 +206,25 @@ def main() -> None:
         init_distributed()
         train(config)
         dist.destroy_process_group()
+        status = 0
     except BaseException as error:
-        text = f"error: {error}" if isinstance(error, USER_ERRORS) else traceback.format_exc()
+        text = f"error: {error}" if isinstance(error, UserError | OSError) else traceback.format_exc()
         print(text, file=sys.stderr, flush=True)
         if file := os.environ.get("VITSCALE_ERROR_FILE"):
             Path(file).write_text(text)
-        os._exit(1)  # without waiting for peers that hang in a collective
+        status = 1
+    # Not by the front door: peers may hang in a collective that this rank will never join, and even after a good end threads of torch now
+    # and then abort the interpreter's exit ("terminate called without an active exception"). All files are closed and committed by now.
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _die_with_parent() -> None:
     """A launcher that is killed takes its ranks along, so that none goes on writing into a run that is started again."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    launcher = os.environ.get("VITSCALE_LAUNCHER_PID")
+    if launcher and os.getppid() != int(launcher):  # it died before this line
+        os._exit(1)
 
 
 if __name__ == "__main__":

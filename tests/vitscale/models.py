@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vitscale import checkpoint
 from vitscale.checkpoint import Description, Piece, TensorEntry
-from vitscale.config import PreprocessConfig, ViTConfig
+from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig
 from vitscale.model import ViT
 
 
@@ -90,7 +90,7 @@ def write_checkpoint(
         TensorEntry(name, kind, tuple(t.shape), (Piece("node-0000.safetensors", 0, t.numel()),)) for (name, kind), t in tensors.items()
     ]
     checkpoint.write_description(
-        hidden / "checkpoint.json", model=model.config, preprocess=preprocess or PreprocessConfig(), objective="softmax",
+        hidden / "checkpoint.json", model=model.config, preprocess=preprocess or PreprocessConfig(), objective=ObjectiveConfig(),
         class_names=class_names, samples_seen=4096, step=2, tensors=entries,
     )  # fmt: skip
     checkpoint.publish(hidden, folder, {file.name: checkpoint.file_checksum(file) for file in hidden.iterdir()})

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from vitscale import checkpoint
 from vitscale.checkpoint import CheckpointError, Piece, TensorEntry, TensorReader, check_tensors, describe, find_checkpoint
-from vitscale.config import PreprocessConfig, ViTConfig
+from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig
 
 MODEL = ViTConfig(depth=1, width=8, mlp_dim=8, num_heads=2, patch_size=4, image_size=(8, 8), num_classes=3)
 
@@ -34,7 +34,7 @@ def write(run: Path, step: int, tensors: dict[tuple[str, str], torch.Tensor], cu
     for file, content in files.items():
         save_file(content, hidden / file)
     checkpoint.write_description(
-        hidden / "checkpoint.json", model=MODEL, preprocess=PreprocessConfig(), objective="softmax", class_names=("a", "b", "c"),
+        hidden / "checkpoint.json", model=MODEL, preprocess=PreprocessConfig(), objective=ObjectiveConfig(), class_names=("a", "b", "c"),
         samples_seen=step * 8, step=step, tensors=entries,
     )  # fmt: skip
     checkpoint.commit(hidden, {file.name: checkpoint.file_checksum(file) for file in hidden.iterdir()})
@@ -135,9 +135,9 @@ def test_a_step_written_again_replaces_the_first(tmp_path: Path) -> None:
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write(tmp_path, step, tensors())
-    checkpoint.prune(tmp_path, 0)
+    checkpoint.prune(tmp_path, 0, step=4)
     assert len(checkpoint.committed(tmp_path)) == 4
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2, step=4)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000003", "step-00000004"]
 
 

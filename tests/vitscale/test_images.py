@@ -98,17 +98,17 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(50)])
 def test_what_is_no_image_raises_what_the_stream_expects(damage: bytes) -> None:
-    from vitscale.stream import UNUSABLE
+    from vitscale.stream import UNDECODABLE
 
-    with pytest.raises(UNUSABLE):
+    with pytest.raises(UNDECODABLE):
         images.decode(damage)
 
 
 def test_a_truncated_image_raises_what_the_stream_expects() -> None:
-    from vitscale.stream import UNUSABLE
+    from vitscale.stream import UNDECODABLE
 
     buffer = io.BytesIO()
     noise(60, 60).save(buffer, "JPEG")
     for cut in (20, 200, len(buffer.getvalue()) // 2):
-        with pytest.raises(UNUSABLE):
+        with pytest.raises(UNDECODABLE):
             images.decode(buffer.getvalue()[:cut])

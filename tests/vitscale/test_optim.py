@@ -7,7 +7,7 @@ import torch
 
 from vitscale.config import OptimizerConfig, ScheduleConfig, ViTConfig
 from vitscale.model import ViT
-from vitscale.optim import MOMENTS, build_optimizer, learning_rate, split_by_decay
+from vitscale.optim import build_optimizer, learning_rate, moments, split_by_decay
 
 TINY = {"depth": 2, "width": 16, "mlp_dim": 32, "num_heads": 2, "patch_size": 4, "image_size": (8, 8), "num_classes": 3}
 
@@ -85,22 +85,22 @@ def test_decay_is_decoupled_and_scaled_by_the_learning_rate() -> None:
     assert all((p == (0.875 if name.endswith("weight") and p.ndim > 1 else 1.0)).all() for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_settings_arrive_and_moments_bear_their_names(name: str) -> None:
+@pytest.mark.parametrize(("name", "momentum"), [("adamw", 0.7), ("sgd", 0.7), ("sgd", 0.0)])
+def test_settings_arrive_and_moments_bear_their_names(name: str, momentum: float) -> None:
     model = ViT(ViTConfig(**TINY))  # type: ignore[arg-type]
-    config = OptimizerConfig(name, peak_lr=0.02, betas=(0.8, 0.95), eps=1e-6, momentum=0.7)  # type: ignore[arg-type]
+    config = OptimizerConfig(name, peak_lr=0.02, betas=(0.8, 0.95), eps=1e-6, momentum=momentum)  # type: ignore[arg-type]
     built = build_optimizer(model, config)
     for group in built.param_groups:
         assert group["lr"] == 0.02
         if name == "adamw":
             assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.8, 0.95), 1e-6, False)
         else:
-            assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.7, False, 0)
+            assert (group["momentum"], group["nesterov"], group["dampening"]) == (momentum, False, 0)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     built.step()
     state = next(iter(built.state.values()))
-    assert {key for key, value in state.items() if torch.is_tensor(value) and value.ndim} == set(MOMENTS[name])
+    assert {key for key, value in state.items() if torch.is_tensor(value) and value.ndim} == set(moments(config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
