@@ -4,7 +4,9 @@ A rank's output goes to RUN/logs/, a file a node and a start; rank 0 gets the us
 writes to a file of its own, from which the one line or the traceback is shown.
 """
 
+import contextlib
 import os
+import random
 import select
 import shutil
 import signal
@@ -42,7 +44,7 @@ def run_ranks(run: Path, nproc: int, lock: TextIO, terminal: TextIO) -> None:
     logs = run / "logs"
     logs.mkdir(exist_ok=True)
     log = logs / f"node-0000-start-{len(list(logs.glob('node-0000-start-*.log'))):03d}.log"
-    port = _free_port()
+    port = free_port()
     terminal_fd = os.dup(terminal.fileno())
     ranks: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as errors, open(log, "ab", buffering=0) as output:
@@ -118,8 +120,10 @@ def _environment(rank: int, nproc: int, port: int, error_file: Path, terminal_fd
     return environment | ({"VITSCALE_TERMINAL_FD": str(terminal_fd)} if rank == 0 else {})
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """A port for the ranks to meet at: below the range from which the system hands out ports, so that nobody takes it meanwhile."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -19,10 +19,9 @@ from tyro.conf import Positional
 
 from data_tools.config import PackConfig
 from data_tools.errors import UserError
-from launch.flags import UsageError, parse, take_recipe
-from launch.local import run_ranks, visible_gpus
-from vitscale.config import InitConfig, TrainConfig, fixed_by_checkpoint
-from vitscale.recipes import FINETUNE, PRETRAIN, recipe
+from launch.flags import UsageError, parse
+from launch.local import run_ranks
+from vitscale.config import TrainConfig
 
 CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder or an exported folder."
 Checkpoint = Annotated[Positional[str], tyro.conf.arg(help=CHECKPOINT)]

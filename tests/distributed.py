@@ -8,20 +8,19 @@ One launch may walk many cases: starting processes costs more than most cases do
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from launch.local import free_port
 
 ROOT = Path(__file__).parents[1]
 
 
 def run_on_ranks(target: str, world_size: int, payload: dict[str, Any], folder: Path) -> Any:
     """Calls `module:function`(payload) on every rank; raises with the output of the first rank that failed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     (folder / "payload.json").write_text(json.dumps(payload))
     ranks = []
     for rank in range(world_size):
