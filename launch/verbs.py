@@ -19,9 +19,10 @@ from tyro.conf import Positional
 
 from data_tools.config import PackConfig
 from data_tools.errors import UserError
-from launch.flags import UsageError, parse
-from launch.local import run_ranks
-from vitscale.config import TrainConfig
+from launch.flags import UsageError, parse, take_recipe
+from launch.local import run_ranks, visible_gpus
+from vitscale.config import InitConfig, TrainConfig, fixed_by_checkpoint
+from vitscale.recipes import FINETUNE, PRETRAIN, recipe
 
 CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder or an exported folder."
 Checkpoint = Annotated[Positional[str], tyro.conf.arg(help=CHECKPOINT)]
@@ -52,6 +53,77 @@ def pack(words: list[str]) -> None:
     """Images and labels into WebDataset tar shards with an index."""
     flags = parse(PackFlags, words, "pack", description=PackConfig.__doc__)
     if len(flags.paths) < 2:
+        raise UsageError(
+            f"`vitscale pack` needs SOURCE... and OUT, and was given {len(flags.paths)} path; `vitscale pack images/ dataset/` is one use"
+        )
+    from data_tools.pack import pack as pack_sources
+
+    config = dataclasses.replace(flags.config, sources=flags.paths[:-1], out=flags.paths[-1])
+    with progress_bar("packing", quiet=flags.json) as update:
+        results = pack_sources(config, lambda done, total, _: update(done, total))
+    if flags.json:
+        print_json([dataclasses.asdict(result) for result in results])
+        return
+    for result in results:
+        print(
+            f"{result.path}: {result.samples:,} samples in {result.shards} shards, {result.classes} classes, {result.bytes / 1e6:,.1f} MB"
+        )
+        if result.rejects:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
+            print(f"{result.path}: {result.rejects:,} images left out ({reasons}); rejects.parquet names them")
+
+
+# -- pretrain, finetune -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PretrainFlags:
+    """Flags of `vitscale pretrain`."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    nproc: Processes = 0
+    json: Json = False
+
+
+def pretrain(words: list[str]) -> None:
+    """Train a ViT from the start, by a recipe; the same command on a run that exists resumes it."""
+    name, rest = take_recipe(words, "pretrain", PRETRAIN)
+    default = recipe(name, PRETRAIN)
+    flags = parse(PretrainFlags, rest, f"pretrain {name}", PretrainFlags(default), f"Recipe {name}. {recipe_doc(name, PRETRAIN)}")
+    train(flags.config, flags.nproc, flags.json)
+
+
+@dataclass(frozen=True)
+class FinetuneFlags:
+    """Flags of `vitscale finetune`."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    init: Annotated[str, tyro.conf.arg(help=f"The checkpoint to start from. {CHECKPOINT}")]
+    init_weights: Weights = "average"
+    interpolation: Literal["timm", "deit", "timm_npz", "paper"] = "timm"
+    """How position embeddings go to the new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
+    nproc: Processes = 0
+    json: Json = False
+
+
+def finetune(words: list[str]) -> None:
+    """Train on from a checkpoint, with a new head, at another resolution."""
+    name, rest = take_recipe(words, "finetune", FINETUNE)
+    default = recipe(name, FINETUNE)
+    description = f"Recipe {name}. {recipe_doc(name, FINETUNE)}"
+    flags = parse(FinetuneFlags, rest, f"finetune {name}", FinetuneFlags(default, tyro.MISSING), description)
+    if changed := fixed_by_checkpoint(flags.config.model, default.model):
+        raise UsageError(f"--model.{changed} cannot be set in fine-tuning, where the checkpoint sets it; leave the flag out")
+    init = InitConfig(flags.init, flags.init_weights, flags.interpolation)
+    train(dataclasses.replace(flags.config, init=init), flags.nproc, flags.json)
+
+
+def train(config: TrainConfig, nproc: int, as_json: bool) -> None:
+    """Starts or resumes a run on this machine and waits for its end."""
+    from vitscale.run import locked, open_run, resolve, status
+
+    gpus = visible_gpus()
+    if nproc < 0 or (gpus and nproc > gpus):
         most = f" and at most {gpus}, the visible GPUs" if gpus else ""
         raise UsageError(f"nproc={nproc} must be at least 1{most}; 0 starts one a GPU")
     need("torch", "deepspeed", "safetensors")

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vitscale import checkpoint
+
 VITSCALE = str(Path(sys.executable).with_name("vitscale"))
 SMALL = (
     "--model.depth 1 --model.width 16 --model.mlp-dim 16 --model.num-heads 2 --model.patch-size 8 --model.image-size 16 16 "
@@ -121,14 +123,15 @@ def test_a_checkpoint_of_another_architecture_is_refused(run: Path, dataset: Pat
     assert vitscale("checkpoint", "export", run, exported, "--to", "safetensors").returncode == 0
     description = json.loads((exported / "vitscale.json").read_text())
     commit = json.loads((exported / "COMMIT.json").read_text())
-    del commit["files"]["vitscale.json"]
-    (exported / "COMMIT.json").write_text(json.dumps(commit))
     for change, message in (
         ({"depth": 2}, "12 tensors are missing"),
         ({"mlp_dim": 24}, "has shape"),
         ({"pool": "mean"}, "are not the model's"),
     ):
-        (exported / "vitscale.json").write_text(json.dumps(description | {"model": description["model"] | change}))
+        file = exported / "vitscale.json"
+        file.write_text(json.dumps(description | {"model": description["model"] | change}))
+        commit["files"][file.name] = {"size": file.stat().st_size, "xxh3_128": checkpoint.file_checksum(file)}
+        (exported / "COMMIT.json").write_text(json.dumps(commit))
         done = vitscale("evaluate", exported, "--data", dataset / "val")
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert message in done.stderr
