@@ -466,7 +466,7 @@ def print_table(result: dict[str, Any]) -> None:
     print(
         f"\n{settings['model']} at {model['image_size'][0]}x{model['image_size'][1]} px, {result['parameters']:,} parameters, "
         f"batch {settings['batch']}, {settings['engine']['precision']}, ZeRO {settings['engine']['zero_stage']}, "
-        f"{result['train_flops_per_image'] / 1e9:,.2f} GFLOP an image, on {machine_['device']}; torch {machine_['versions']['torch']}"
+        f"{result['train_flops_per_image'] / 1e9:,.4g} GFLOP an image, on {machine_['device']}; torch {machine_['versions']['torch']}"
     )
     print(f"{'':18}{'images/s':>10}{'spread':>9}{'step ms':>10}{'TFLOP/s':>9}{'MFU':>7}{'of meas.':>10}{'peak GB':>9}  attention")
     for name, c in result["contestants"].items():

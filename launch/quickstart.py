@@ -146,7 +146,7 @@ def quickstart(flags: QuickstartFlags) -> None:
         from vitscale.report import write_report
 
         runs = {name: out / "runs" / name for name in RUNS}
-        write_report(out / "report.html", road.title, rows, seconds, [stage.command for stage in todo], runs, out / "data/downstream/val")
+        write_report(out / "report.html", road.title, rows, seconds, [stage.command for stage in todo], runs, out / "data/downstream")
         print(f"\n{format_table(rows)}\n\n{duration(seconds)} in all; {out}/report.html shows curves, predictions and embeddings")
     if flags.json:
         print_json({"out": str(out), "images": state["images"], "seed": state["seed"], "seconds": seconds, "rows": rows})

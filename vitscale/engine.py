@@ -49,6 +49,8 @@ class Fragment(NamedTuple):
 def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
     """Joins the process group that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; NCCL on GPUs, gloo elsewhere."""
     deepspeed_logger.setLevel("ERROR")
+    # On a CPU DeepSpeed would compile an all-reduce for inference, into a folder that environments share; nothing here calls it
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, and torch warns anew at every call
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if torch.cuda.is_available():

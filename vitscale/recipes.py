@@ -270,7 +270,7 @@ def tiny_digits() -> TrainConfig:
 
 
 def tiny_fashion() -> TrainConfig:
-    """A ViT of 0.5 M parameters on 20-pixel images in patches of 4, for the 28-pixel images of Fashion-MNIST."""
+    """A ViT of 0.1 M parameters on 20-pixel images in patches of 4, for the 28-pixel images of Fashion-MNIST."""
     return TrainConfig(
         recipe="tiny-fashion",
         epochs=8,

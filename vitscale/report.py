@@ -47,7 +47,7 @@ class Prediction:
 
 
 def write_report(
-    file: Path, title: str, rows: list[dict[str, Any]], seconds: float, commands: list[str], runs: dict[str, Path], held_out: Path
+    file: Path, title: str, rows: list[dict[str, Any]], seconds: float, commands: list[str], runs: dict[str, Path], downstream: Path
 ) -> None:
     """Writes the page.
 
@@ -56,7 +56,7 @@ def write_report(
         seconds: that all took.
         commands: command lines that led here.
         runs: run directories named pretrain, finetune, scratch.
-        held_out: dataset directory whose images are shown with the fine-tuned model's predictions.
+        downstream: folder of the dataset's splits train and val; images of val are shown with the fine-tuned model's predictions.
     """
     lines = {name: read_metrics(run) for name, run in runs.items()}
     loss = {name: [(line["step"], line["loss"]) for line in lines[name] if "loss" in line] for name in lines}
@@ -72,10 +72,10 @@ def write_report(
             high=100.0,
         ),
     ]
-    found = predictions(str(runs["finetune"]), held_out)
+    found = predictions(str(runs["finetune"]), downstream / "val")
     before, after = (position_similarity(str(runs[name])) for name in ("pretrain", "finetune"))
     sections = [
-        head(title, rows, seconds),
+        head(title, rows, seconds, Dataset.open(downstream / "train")),
         section("Held-out accuracy", comparison(rows)),
         section("While training", f'<div class="charts">{"".join(charts)}</div>'),
         section("What the fine-tuned model says", gallery(found)),
@@ -133,7 +133,7 @@ def position_similarity(checkpoint: str) -> npt.NDArray[np.float32]:
 # -- HTML -------------------------------------------------------------------------------------------------------------------------------
 
 
-def head(title: str, rows: list[dict[str, Any]], seconds: float) -> str:
+def head(title: str, rows: list[dict[str, Any]], seconds: float, labelled: Dataset) -> str:
     """The title and the numbers that matter."""
     _, finetuned, scratch, guessing = rows
     cards = [
@@ -145,8 +145,9 @@ def head(title: str, rows: list[dict[str, Any]], seconds: float) -> str:
     boxes = "".join(f'<div class="card"><b style="color:{color}">{value}</b><span>{label}</span></div>' for value, label, color in cards)
     return (
         f'<header><p class="eyebrow">vitscale quickstart</p><h1>A Vision Transformer on {html.escape(title)}</h1>'
-        "<p>Pre-trained below the images' own resolution, then fine-tuned at full resolution on a few labelled images of classes that "
-        f'pre-training never saw; beside it the same model from random weights.</p><div class="cards">{boxes}</div></header>'
+        "<p>Pre-trained below the images' own resolution, then fine-tuned at full resolution on "
+        f"{labelled.num_samples} labelled images of {labelled.num_classes} classes that pre-training never saw; "
+        f'beside it the same model from random weights.</p><div class="cards">{boxes}</div></header>'
     )
 
 
