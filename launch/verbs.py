@@ -21,7 +21,7 @@ from data_tools.config import PackConfig
 from data_tools.errors import UserError
 from launch.flags import UsageError, parse, take_recipe
 from launch.local import run_ranks, visible_gpus
-from vitscale.config import InitConfig, TrainConfig, fixed_by_checkpoint
+from vitscale.config import InitConfig, Interpolation, TrainConfig, fixed_by_checkpoint
 from vitscale.recipes import FINETUNE, PRETRAIN, recipe
 
 CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder or an exported folder."
@@ -100,7 +100,7 @@ class FinetuneFlags:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     init: Annotated[str, tyro.conf.arg(help=f"The checkpoint to start from. {CHECKPOINT}")]
     init_weights: Weights = "average"
-    interpolation: Literal["timm", "deit", "timm_npz", "paper"] = "timm"
+    interpolation: Interpolation = "timm"
     """How position embeddings go to the new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
     nproc: Processes = 0
     json: Json = False

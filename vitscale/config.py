@@ -19,6 +19,10 @@ import tyro
 from data_tools.errors import UserError
 
 
+# By whose code position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned.
+Interpolation = Literal["timm", "deit", "timm_npz", "paper"]
+
+
 class ConfigError(UserError):
     """A setting that cannot work; the message is one line for the user."""
 
@@ -186,7 +190,7 @@ class InitConfig:
     """A run, RUN@STEP, a step's folder or an exported folder."""
     weights: Literal["average", "weight"] = "average"
     """The average of the weights where the checkpoint holds one, or the raw weights."""
-    interpolation: Literal["timm", "deit", "timm_npz", "paper"] = "timm"
+    interpolation: Interpolation = "timm"
     """How position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
     folder: str = ""
     """The folder that `checkpoint` named when the run started: a run's newest one may be another by now."""
