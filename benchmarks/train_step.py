@@ -19,7 +19,7 @@ take turns, A B C A B C, over the repeats, each alone in memory; median and spre
 MFU counts model FLOPs only, never recomputation, against the datasheet's peak and against what a large matrix product reaches. Images are
 random pixels and no kernel is zero, because a GPU is faster on zeros. Before it is timed a peer must give vitscale's logits in fp32.
 
-On a CPU only ratios mean anything.
+On a CPU only ratios mean anything; it takes one thread there unless OMP_NUM_THREADS says otherwise.
 """
 
 import contextlib
@@ -546,6 +546,8 @@ def join_world_of_one() -> None:
         port = probe.getsockname()[1]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if not CUDA and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # threads that wait for each other on busy cores are up to ten times slower, and say nothing of the loop
     init_distributed()
 
 

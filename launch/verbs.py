@@ -114,6 +114,9 @@ def finetune(words: list[str]) -> None:
     flags = parse(FinetuneFlags, rest, f"finetune {name}", FinetuneFlags(default, tyro.MISSING), description)
     if changed := fixed_by_checkpoint(flags.config.model, default.model):
         raise UsageError(f"--model.{changed} cannot be set in fine-tuning, where the checkpoint sets it; leave the flag out")
+    for name in ("mean", "std"):
+        if getattr(flags.config.preprocess, name) != getattr(default.preprocess, name):
+            raise UsageError(f"--preprocess.{name} cannot be set in fine-tuning, where the checkpoint sets it; leave the flag out")
     init = InitConfig(flags.init, flags.init_weights, flags.interpolation)
     train(dataclasses.replace(flags.config, init=init), flags.nproc, flags.json)
 

@@ -64,7 +64,7 @@ def config(dataset: Path, tmp_path: Path) -> TrainConfig:
         model=ViTConfig(depth=3, width=32, mlp_dim=64, num_heads=4, patch_size=8, image_size=(16, 24), drop_path_rate=0.2),
         preprocess=PreprocessConfig(crop_scale=(0.3, 1.0)),
         stream=StreamConfig(workers=2),
-        optimizer=OptimizerConfig(peak_lr=3e-3, weight_decay=0.1),
+        optimizer=OptimizerConfig(peak_lr=3e-3, weight_decay=0.1, grad_clip=0.3),
         schedule=ScheduleConfig("cosine", warmup_steps=3),
         engine=EngineConfig(zero_stage=0, precision="fp32"),
     )

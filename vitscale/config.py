@@ -18,7 +18,6 @@ import tyro
 
 from data_tools.errors import UserError
 
-
 # By whose code position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned.
 Interpolation = Literal["timm", "deit", "timm_npz", "paper"]
 
@@ -355,6 +354,13 @@ def _check_ranges(config: TrainConfig) -> None:
         value = _lookup(config, name)
         if not (math.isfinite(value) and value >= low):
             raise ConfigError(f"{name}={value:g} must be a number of at least {low}")
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed={config.seed} must be below 2**63")
+    for name in ("optimizer.eps", "model.layer_norm_eps"):
+        if not 0 < _lookup(config, name) < 1:
+            raise ConfigError(f"{name}={_lookup(config, name):g} must lie in (0, 1)")
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(f"optimizer.betas={config.optimizer.betas} must both lie in [0, 1), as 0.9 0.999 do")
     for name in ("preprocess.flip", "objective.label_smoothing", "optimizer.average_decay", "optimizer.momentum"):
         if not 0 <= _lookup(config, name) <= 1:
             raise ConfigError(f"{name}={_lookup(config, name):g} must lie in [0, 1]")

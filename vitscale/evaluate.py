@@ -69,9 +69,7 @@ def evaluate(
         dist.all_reduce(sums)
     samples, top1, top5, loss = sums.tolist()
     if samples == 0:
-        raise DatasetError(
-            f"none of the {dataset.num_samples} samples of {dataset.path} can be read; pack it again"
-        )
+        raise DatasetError(f"none of the {dataset.num_samples} samples of {dataset.path} can be read; pack it again")
     return Evaluation(top1 / samples, top5 / samples, loss / samples, int(samples), dataset.num_samples - int(samples))
 
 

@@ -22,7 +22,10 @@ _CROP_ATTEMPTS = 10
 
 def decode(image_bytes: bytes) -> Image.Image:
     """An RGB image. Raises OSError or ValueError where the bytes are none, SyntaxError on some broken PNGs."""
-    return Image.open(io.BytesIO(image_bytes)).convert("RGB")
+    image: Image.Image = Image.open(io.BytesIO(image_bytes))
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would cut off at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def training_view(image: Image.Image, size: tuple[int, int], sample_key: int, config: PreprocessConfig) -> Pixels:

@@ -1,5 +1,6 @@
 """What a run tells: a line of metrics.jsonl and a line on the terminal for each logged step, and TensorBoard where it is installed."""
 
+import contextlib
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ class Metrics:
     def log(self, values: dict[str, Any], text: str) -> None:
         """Writes one line; `values` must hold `step`."""
         self._file.write(json.dumps(values, allow_nan=False) + "\n")
-        print(text, file=self._terminal, flush=True)
+        self.say(text)
         if self._board is not None:
             for name, value in values.items():
                 if name != "step" and isinstance(value, int | float):
@@ -26,7 +27,8 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal alone."""
-        print(text, file=self._terminal, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # `vitscale pretrain ... | head` must not end the run
+            print(text, file=self._terminal, flush=True)
 
     def close(self) -> None:
         """Writes what is buffered."""

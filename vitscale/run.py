@@ -51,7 +51,7 @@ def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
         raise ConfigError("no dataset is given; --data DATASET names the directory of a training split, as `vitscale pack` writes it")
     if config.init is None:
         check_config(config, world_size)
-    dataset = Dataset.open(config.data)
+    dataset = _open_checked(Path(config.data))
     if config.init is not None:
         config = _resolve_init(config, dataset.num_classes)
         check_config(config, world_size)
@@ -102,13 +102,19 @@ def _eval_data(config: TrainConfig, dataset: Dataset) -> str:
     path = Path(config.eval_data) if config.eval_data else Path(config.data).parent / "val"
     if not config.eval_data and (not (path / "dataset.json").is_file() or path.resolve() == Path(config.data).resolve()):
         return "none"
-    held_out = Dataset.open(path)
+    held_out = _open_checked(path)
     if held_out.num_classes != dataset.num_classes or held_out.class_names != dataset.class_names:
         raise DatasetError(
             f"{path} has {held_out.num_classes} classes and {config.data} has {dataset.num_classes}, or their names differ; "
             "pack both with the same --class-names, or pass --eval-data none"
         )
     return str(path)
+
+
+def _open_checked(path: Path) -> Dataset:
+    """A dataset whose labels are known to be as they were packed, where hashing the index takes seconds."""
+    index = path / "index.arrow"
+    return Dataset.open(path, check_index=index.is_file() and index.stat().st_size < 2**30)
 
 
 def open_run(config: TrainConfig, world_size: int) -> bool:
@@ -124,7 +130,7 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
             raise RunError(
                 f"{run} holds a run with another setting: {changes[0]}{more}; give its own settings to resume it, or another --out"
             )
-        record = json.loads((run / "run.json").read_text())
+        record = _read_json(run / "run.json")
         if record["dataset"]["hash"] != dataset.content_hash:
             raise RunError(
                 f"{run} was trained on a dataset with hash {record['dataset']['hash']}, {config.data} has {dataset.content_hash}; "
@@ -156,11 +162,9 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
 def read_config(run: Path) -> TrainConfig:
     """The config that a run was started with. Raises RunError."""
     try:
-        config: TrainConfig = from_dict(TrainConfig, json.loads((run / "config.json").read_text()))
+        config: TrainConfig = from_dict(TrainConfig, _read_json(run / "config.json"))
         return config
-    except FileNotFoundError:
-        raise RunError(f"{run} is not a run: it has no config.json; a run is what `vitscale pretrain --out RUN` makes") from None
-    except (json.JSONDecodeError, ConfigError) as error:
+    except ConfigError as error:
         raise RunError(f"{run}/config.json cannot be read ({error})") from None
 
 
@@ -189,7 +193,7 @@ def is_finished(run: Path) -> bool:
     """Whether the checkpoint of a run's last step is there, whole."""
     if not (run / "run.json").is_file():
         return False
-    last_step = json.loads((run / "run.json").read_text())["total_steps"]
+    last_step = _read_json(run / "run.json")["total_steps"]
     folder = checkpoint.step_folder(run, last_step)
     return folder.is_dir() and checkpoint.verify(folder) is None
 
@@ -197,9 +201,7 @@ def is_finished(run: Path) -> bool:
 def status(run: Path) -> dict[str, Any]:
     """How far a run is: what `vitscale run status` prints. Raises RunError."""
     config = read_config(run)
-    if not (run / "run.json").is_file():
-        raise RunError(f"{run} is not a run: it has no run.json; a run is what `vitscale pretrain --out RUN` makes")
-    record = json.loads((run / "run.json").read_text())
+    record = _read_json(run / "run.json")
     lines = read_metrics(run)
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
@@ -236,8 +238,21 @@ def cut_back(run: Path, step: int, samples_seen: int) -> None:
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; a last one that a kill cut short is left out."""
-    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise RunError(f"{file} has a damaged line ({error}); take it out to go on") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(file.read_bytes())
+        return values
+    except FileNotFoundError:
+        raise RunError(f"{file.parent} is not a run: it has no {file.name}; a run is what `vitscale pretrain --out RUN` makes") from None
+    except ValueError as error:
+        raise RunError(f"{file} is damaged ({error}); restore it") from None
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

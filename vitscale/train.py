@@ -81,7 +81,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     metrics = Metrics(run, step) if rank == 0 else None
     if metrics:
         for fault in faults:
-            metrics.say(f"warning: {fault}; an older checkpoint is used")
+            metrics.say(f"warning: {fault}; {f'{folder.name} is used' if folder else 'the run starts anew'}")
         metrics.say(_headline(config, step, last_step, world_size, accumulate, sum(math.prod(s) for s in shapes.values())))
     batches = TrainStream(
         dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
@@ -93,6 +93,8 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         loss = torch.zeros((), device=device())
         for micro in range(accumulate):
             batch = next(batches)
+            if config.objective.soft_targets and not 0 <= batch.scores_BL.min() <= batch.scores_BL.max() <= 1:
+                raise TrainingError("objective.soft_targets needs scores in [0, 1], and the dataset has others; pack it with scaled scores")
             images_BHWC, labels_BL, scores_BL, keys_B = (
                 torch.from_numpy(a).to(device(), non_blocking=True)
                 for a in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.keys_B)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,36 @@ def test_a_step_written_again_replaces_the_first(tmp_path: Path) -> None:
     again = write(tmp_path, 5, tensors(2))
     assert torch.equal(TensorReader(describe(again)).whole("scale", "weight"), tensors(2)["scale", "weight"])
     assert checkpoint.verify(again) is None
+
+
+def test_everything_is_synced_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file and the folder before the rename that makes a checkpoint of it, and the folder above after it."""
+    events: list[str] = []
+    sync, rename = os.fsync, Path.rename
+
+    def spy_on_sync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    def spy_on_rename(self: Path, target: Path) -> Path:
+        events.append(f"rename {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", spy_on_sync)
+    monkeypatch.setattr(Path, "rename", spy_on_rename)
+    folder = write(tmp_path, 7, tensors())
+    renamed = events.index(f"rename {folder.name}")
+    assert {*(file.name for file in folder.iterdir()), f".{folder.name}.partial"} <= set(events[:renamed])
+    assert "checkpoints" in events[renamed:]
+
+
+def test_prune_never_takes_the_good_one_for_damaged_ones(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path, step, tensors())
+        (checkpoint.step_folder(tmp_path, step) / "node-0000.safetensors").write_bytes(b"")
+    good = write(tmp_path, 5, tensors())
+    checkpoint.prune(tmp_path, 1, step=5)
+    assert checkpoint.newest_durable(tmp_path)[0] == good
 
 
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def test_crops_have_the_areas_and_ratios_asked_for() -> None:
     assert ratio.min() > 0.74
     assert ratio.max() < 1.35
     assert np.log(ratio).mean() == pytest.approx(0, abs=0.01)
+    assert (boxes[:, 0] == 0).any()
+    assert (boxes[:, 2] == 600).any(), "the rightmost place must be reached"
     left_share = boxes[:, 0] / np.maximum(600 - w, 1)
     assert left_share.mean() == pytest.approx(0.5, abs=0.02)
 
@@ -94,6 +96,12 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     made.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
     decoded = images.decode(buffer.getvalue())
     assert (decoded.mode, decoded.size) == ("RGB", (9, 7))
+
+
+def test_16_bit_grey_is_scaled() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16)[None]).save(buffer, "PNG")
+    assert np.asarray(images.decode(buffer.getvalue()))[0, :, 0].tolist() == list(range(256))
 
 
 @pytest.mark.parametrize("damage", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(50)])

@@ -99,7 +99,7 @@ def test_settings_arrive_and_moments_bear_their_names(name: str, momentum: float
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     built.step()
-    state = next(iter(built.state.values()))
+    state = next(iter(built.state.values()), {})  # SGD without momentum keeps none
     assert {key for key, value in state.items() if torch.is_tensor(value) and value.ndim} == set(moments(config))
 
 

@@ -88,8 +88,8 @@ def _fold(hashes: list[int]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def plain_torch(config: TrainConfig, steps: int) -> list[float]:
-    """The losses of the same training without DeepSpeed, ranks, accumulation or checkpointing."""
+def plain_torch(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
+    """The losses and gradient norms of the same training without DeepSpeed, ranks, accumulation or checkpointing."""
     dataset = Dataset.open(config.data)
     stream = TrainStream(
         dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
@@ -98,7 +98,7 @@ def plain_torch(config: TrainConfig, steps: int) -> list[float]:
     model = ViT(config.model)
     initialize(model, config.seed)
     optimizer = build_optimizer(model, config.optimizer)
-    losses = []
+    losses, norms = [], []
     for step, batch in zip(range(steps), stream.micro_batches(0), strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.steps, config.optimizer.peak_lr, config.schedule)
@@ -106,10 +106,10 @@ def plain_torch(config: TrainConfig, steps: int) -> list[float]:
         optimizer.zero_grad()
         loss = compute_loss(model(normalize(images, config.preprocess), keys), labels, scores, config.objective)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)))
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    return losses, norms
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def variant(
     """A resolved config of its own run directory."""
     config = with_engine(config, **engine)
     if optimizer == "sgd":
-        config = dataclasses.replace(config, optimizer=OptimizerConfig("sgd", peak_lr=0.05, average_decay=0.9))
+        config = dataclasses.replace(config, optimizer=OptimizerConfig("sgd", peak_lr=0.05, grad_clip=0.3, average_decay=0.9))
     micro = config.global_batch_size // (world_size * accumulate)
     return resolve(dataclasses.replace(config, out=str(folder / name), micro_batch_size=micro), world_size)
 
@@ -150,8 +150,12 @@ def test_every_stage_is_plain_torch(config: TrainConfig, tmp_path: Path, world_s
     results = run_on_ranks(
         "tests.vitscale.test_zero:walk", world_size, {"cases": {n: case(c, stop_at=STEPS) for n, c in configs.items()}}, tmp_path
     )
-    reference = {name: np.array(plain_torch(configs[f"{name}-stage0-checkpoint0-accumulate1"], STEPS)) for name in ("adamw", "sgd")}
-    assert reference["adamw"][-1] < 0.9 * reference["adamw"][0], "the runs must learn, or equal losses would say little"
+    reference = {}
+    for name in ("adamw", "sgd"):
+        losses, norms = plain_torch(configs[f"{name}-stage0-checkpoint0-accumulate1"], STEPS)
+        reference[name] = np.array(losses)
+        assert min(losses[-3:]) < 0.95 * losses[0], "the runs must learn, or equal losses would say little"
+        assert max(norms) > 1.5 * config.optimizer.grad_clip > 0, "clipping must bind, or it would not be tested"
     for name, result in results.items():
         expected = reference[name.partition("-")[0]]
         np.testing.assert_allclose(losses_of(result, 0, STEPS), expected, rtol=TOLERANCE, err_msg=f"{name} at world size {world_size}")
