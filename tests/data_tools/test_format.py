@@ -178,7 +178,7 @@ def test_a_shard_that_goes_away_or_ends_early(packed: Dataset) -> None:
     (packed.path / packed.shard_names[0]).unlink()
     with (packed.path / packed.shard_names[1]).open("r+b") as file:
         file.truncate(600)
-    with pytest.raises(SampleError, match="No such file"):
+    with pytest.raises(FileNotFoundError, match=r"train-000000\.tar"):  # the machine's fault, not the sample's: nothing is substituted
         packed.read(0)
     with pytest.raises(SampleError, match="bytes at offset"):
         packed.read(5)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.config import PackConfig
+from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset
 from data_tools.pack import pack
 
@@ -194,7 +194,7 @@ def test_any_small_dataset(samples: list, per_shard: int, seed: int | None, scor
     good = {f"k{i}": sample for i, sample in enumerate(samples) if len(sample[0]) > 200}
     config = {"samples_per_shard": per_shard, "shuffle_seed": seed, "num_classes": 6}
     if not good:
-        with pytest.raises(ValueError, match="no usable image"):
+        with pytest.raises(PackError, match="no usable image"):
             pack_one(folder / "t.parquet", out=folder / "out", **config)
         assert not (folder / "out").exists()
         return
