@@ -89,7 +89,7 @@ class Road:
 ROADS = {
     "digits": Road(
         "handwritten digits", "tiny-digits", tuple("0123456789"), ("4", "6", "8", "9"), train_images=1_000, labelled_images=5,
-        held_out_images=1_000, size=8, pretrain_flags="--epochs 40", margin=0.03,
+        held_out_images=1_000, size=8, pretrain_flags="--epochs 60", margin=0.03,
     ),
     "fashion-mnist": Road(
         "Fashion-MNIST", "tiny-fashion", FASHION_CLASSES, ("dress", "coat", "shirt", "ankle-boot"), train_images=6_000, labelled_images=10,

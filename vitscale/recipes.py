@@ -299,7 +299,7 @@ def tiny_finetune() -> TrainConfig:
         checkpoint_every=100,
         model=ViTConfig(image_size=(28, 28)),
         preprocess=PreprocessConfig(crop_scale=(0.6, 1.0), flip=0.0, eval_crop=1.0),
-        optimizer=OptimizerConfig("sgd", peak_lr=0.03),
+        optimizer=OptimizerConfig("sgd", peak_lr=0.06),
         schedule=ScheduleConfig("cosine", warmup_steps=10),
         engine=EngineConfig(precision="fp32"),
     )
