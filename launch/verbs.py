@@ -21,7 +21,7 @@ from data_tools.config import PackConfig
 from data_tools.errors import UserError
 from launch.flags import UsageError, parse, take_recipe
 from launch.local import run_ranks, visible_gpus
-from vitscale.config import InitConfig, Interpolation, TrainConfig, fixed_by_checkpoint
+from vitscale.config import InitConfig, Interpolation, TrainConfig, fixed_by_checkpoint, settle_length
 from vitscale.recipes import FINETUNE, PRETRAIN, recipe
 
 CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder or an exported folder."
@@ -90,7 +90,7 @@ def pretrain(words: list[str]) -> None:
     name, rest = take_recipe(words, "pretrain", PRETRAIN)
     default = recipe(name, PRETRAIN)
     flags = parse(PretrainFlags, rest, f"pretrain {name}", PretrainFlags(default), f"Recipe {name}. {recipe_doc(name, PRETRAIN)}")
-    train(flags.config, flags.nproc, flags.json)
+    train(settle_length(flags.config, default), flags.nproc, flags.json)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def finetune(words: list[str]) -> None:
         if getattr(flags.config.preprocess, name) != getattr(default.preprocess, name):
             raise UsageError(f"--preprocess.{name} cannot be set in fine-tuning, where the checkpoint sets it; leave the flag out")
     init = InitConfig(flags.init, flags.init_weights, flags.interpolation)
-    train(dataclasses.replace(flags.config, init=init), flags.nproc, flags.json)
+    train(dataclasses.replace(settle_length(flags.config, default), init=init), flags.nproc, flags.json)
 
 
 def train(config: TrainConfig, nproc: int, as_json: bool) -> None:

@@ -55,7 +55,7 @@ def go_the_road(cwd: Path, train: Labelled, held_out: Labelled, pretrain_flags: 
 
 
 def test_a_subset_is_learned_far_beyond_guessing(splits: tuple[Labelled, Labelled], tmp_path: Path) -> None:
-    """600 training images a class, 2,000 held-out ones; guessing has 10 %. Measured: MEASURED."""
+    """600 training images a class, 2,000 held-out ones; guessing has 10 %."""
     train, held_out = (sample_classes(of, list(range(10)), count, seed=0) for of, count in zip(splits, (600, 200), strict=True))
     result = go_the_road(
         tmp_path,
@@ -70,7 +70,7 @@ def test_a_subset_is_learned_far_beyond_guessing(splits: tuple[Labelled, Labelle
 @pytest.mark.soak
 @pytest.mark.timeout(1500)
 def test_all_of_it_beats_logistic_regression(splits: tuple[Labelled, Labelled], tmp_path: Path) -> None:
-    """The recipe's own epochs and 1,000 steps of fine-tuning. Measured: MEASURED."""
+    """The recipe's own epochs and 1,000 steps of fine-tuning."""
     from sklearn.linear_model import LogisticRegression
 
     (train_images, train_labels), (test_images, test_labels) = splits

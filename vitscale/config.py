@@ -244,6 +244,16 @@ def total_steps(config: TrainConfig, num_samples: int) -> int:
     return config.steps or math.ceil(config.epochs * num_samples / config.global_batch_size)
 
 
+def settle_length(config: TrainConfig, recipe: TrainConfig) -> TrainConfig:
+    """A recipe gives epochs or steps; a user who sets only the other one means that one."""
+    if config.epochs and config.steps:
+        if config.steps != recipe.steps and config.epochs == recipe.epochs:
+            return dataclasses.replace(config, epochs=0.0)
+        if config.epochs != recipe.epochs and config.steps == recipe.steps:
+            return dataclasses.replace(config, steps=0)
+    return config
+
+
 def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """Micro-batches a rank an optimizer step. Raises ConfigError where the numbers do not divide."""
     unit = micro_batch_size * world_size
@@ -305,7 +315,7 @@ def check_config(config: TrainConfig, world_size: int) -> None:
     check_model(config.model)
     _check_ranges(config)
     if (config.epochs > 0) == (config.steps > 0):
-        raise ConfigError(f"epochs={config.epochs:g} and steps={config.steps}: set exactly one above 0, for example --epochs 90 --steps 0")
+        raise ConfigError(f"epochs={config.epochs:g} and steps={config.steps}: set exactly one above 0")
     grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size)
     if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
         raise ConfigError("precision=bf16 with zero_stage=0 has no fp32 gradient accumulation in DeepSpeed; --engine.zero-stage 1 has")

@@ -288,7 +288,7 @@ def tiny_fashion() -> TrainConfig:
 
 
 def tiny_finetune() -> TrainConfig:
-    """The paper's fine-tuning recipe at the scale of the two above: SGD, batch 64, the images' native resolution by --model.image-size."""
+    """The paper's fine-tuning recipe for tiny-digits and tiny-fashion: SGD, batch 64, native resolution by --model.image-size."""
     return TrainConfig(
         recipe="tiny-finetune",
         steps=100,

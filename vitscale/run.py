@@ -125,17 +125,14 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     run = Path(config.out)
     dataset = Dataset.open(config.data, check_shards=False)  # `resolve` has checked them
     if (run / "run.json").is_file():
-        if changes := refused_changes(read_config(run), config):
-            more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
-            raise RunError(
-                f"{run} holds a run with another setting: {changes[0]}{more}; give its own settings to resume it, or another --out"
-            )
         record = _read_json(run / "run.json")
         if record["dataset"]["hash"] != dataset.content_hash:
             raise RunError(
                 f"{run} was trained on a dataset with hash {record['dataset']['hash']}, {config.data} has {dataset.content_hash}; "
                 "--data must name the same dataset"
             )
+        if changes := refused_changes(read_config(run), config):
+            raise RunError(f"{run} holds a run with other settings: {', '.join(changes)}; give its own to resume it, or another --out")
     else:
         record = {
             "format_version": FORMAT_VERSION,
@@ -250,6 +247,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         values: dict[str, Any] = json.loads(file.read_bytes())
         return values
     except FileNotFoundError:
+        if not file.parent.exists():
+            raise RunError(f"{file.parent} does not exist; a run is what `vitscale pretrain --out RUN` makes") from None
         raise RunError(f"{file.parent} is not a run: it has no {file.name}; a run is what `vitscale pretrain --out RUN` makes") from None
     except ValueError as error:
         raise RunError(f"{file} is damaged ({error}); restore it") from None

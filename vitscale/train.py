@@ -115,7 +115,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         ends = step in (last_step, stop_at)
         saves = ends or step % config.checkpoint_every == 0
         evaluates = held_out is not None and (ends or (config.eval_every > 0 and step % config.eval_every == 0))
-        if saves or step % config.log_every == 0:
+        if saves or step % config.log_every == 0 or step == 1:  # the first tells how long the run will take
             dist.all_reduce(loss)
             mean_loss = loss.item() / world_size
             if not math.isfinite(mean_loss):
@@ -175,9 +175,9 @@ def _diverged(what: str, step: int) -> str:
 def _headline(config: TrainConfig, step: int, last_step: int, world_size: int, accumulate: int, parameters: int) -> str:
     begins = f"resumes at step {step}" if step else "starts"
     return (
-        f"{config.recipe} {begins}: {parameters:,} parameters, {last_step} steps of {config.global_batch_size} images = "
-        f"{world_size} ranks x {config.micro_batch_size} x {accumulate}, ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
-        f"run directory {config.out}"
+        f"{config.recipe} {begins} on {_device_name()}: {parameters:,} parameters, {config.model.num_tokens} tokens, {last_step} steps of "
+        f"{config.global_batch_size} images = {world_size} ranks x {config.micro_batch_size} x {accumulate}, "
+        f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, run directory {config.out}"
     )
 
 
