@@ -64,7 +64,7 @@ def test_a_subset_is_learned_far_beyond_guessing(splits: tuple[Labelled, Labelle
         "--epochs 8 --global-batch-size 64 --micro-batch-size 32 --schedule.warmup-steps 40 --preprocess.crop-scale 0.9 1",
         "--steps 100 --preprocess.crop-scale 0.9 1",
     )
-    assert result["top1"] > 0.65
+    assert result["top1"] > 0.6  # fifty points above guessing
 
 
 @pytest.mark.soak
