@@ -3,13 +3,12 @@
 import contextlib
 import io
 import re
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 from data_tools.errors import UserError
-from vitscale.config import TrainConfig
+from vitscale.recipes import Recipe, recipe_name
 
 Flags = TypeVar("Flags")
 
@@ -31,16 +30,16 @@ def parse(flags: type[Flags], words: list[str], verb: str, default: Flags | None
     raise UsageError(f"{first_sentence(box.getvalue())}; `vitscale {verb} --help` lists the flags")
 
 
-def take_recipe(words: list[str], verb: str, recipes: tuple[Callable[[], TrainConfig], ...]) -> tuple[str, list[str]]:
+def take_recipe(words: list[str], verb: str, recipes: tuple[Recipe[Any], ...]) -> tuple[str, list[str]]:
     """The recipe's name, which comes first, and the other words. Prints the recipes and exits where help is asked for without one."""
     if words and not words[0].startswith("-"):
         return words[0], words[1:]
     if words[:1] in (["-h"], ["--help"]):
         print(f"usage: vitscale {verb} RECIPE [FLAGS]; `vitscale {verb} RECIPE --help` tells the flags and the recipe's values\n")
         for recipe in recipes:
-            print(f"  {recipe.__name__.replace('_', '-'):<28} {(recipe.__doc__ or '').partition(chr(10))[0]}")
+            print(f"  {recipe_name(recipe):<28} {(recipe.__doc__ or '').partition(chr(10))[0]}")
         raise SystemExit(0)
-    names = ", ".join(recipe.__name__.replace("_", "-") for recipe in recipes)
+    names = ", ".join(recipe_name(recipe) for recipe in recipes)
     raise UsageError(f"`vitscale {verb}` needs a recipe as its first word; there are {names}")
 
 

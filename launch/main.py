@@ -9,7 +9,7 @@ import traceback
 
 from data_tools.errors import UserError
 from launch import verbs
-from launch.flags import UsageError
+from launch.flags import UsageError, parse
 from launch.local import LaunchError
 
 
@@ -33,6 +33,19 @@ def main() -> None:
         sys.exit("error: this is a fault of vitscale, not of what you gave it; please report the lines above")
 
 
+def quickstart(words: list[str]) -> None:
+    """The whole road on this machine in minutes, on real images."""
+    from launch.quickstart import QuickstartFlags
+    from launch.quickstart import quickstart as go
+
+    flags = parse(QuickstartFlags, words, "quickstart")
+    verbs.need("torch", "deepspeed", "safetensors", "sklearn")
+    go(flags)
+
+
+VERBS = verbs.VERBS | {"quickstart": quickstart}  # apart from the others, because it goes through them
+
+
 def dispatch(words: list[str]) -> None:
     """Runs the verb that the words begin with."""
     if not words or words[0] in ("-h", "--help"):
@@ -42,23 +55,23 @@ def dispatch(words: list[str]) -> None:
         print(importlib.metadata.version("vitscale"))
         return
     for length in (2, 1):  # `checkpoint show` is two words
-        verb = verbs.VERBS.get(" ".join(words[:length]))
+        verb = VERBS.get(" ".join(words[:length]))
         if verb:
             verb(words[length:])
             return
-    family = [name for name in verbs.VERBS if name.startswith(f"{words[0]} ")]
+    family = [name for name in VERBS if name.startswith(f"{words[0]} ")]
     if family and (len(words) == 1 or words[1] in ("-h", "--help")):
         print("\n".join(f"vitscale {name:<20} {_summary(name)}" for name in family))
         return
-    raise UsageError(f"`vitscale {' '.join(words[: 2 if family else 1])}` is not a verb; there are {', '.join(family or verbs.VERBS)}")
+    raise UsageError(f"`vitscale {' '.join(words[: 2 if family else 1])}` is not a verb; there are {', '.join(family or VERBS)}")
 
 
 def overview() -> str:
     """What `vitscale --help` prints."""
     head = "usage: vitscale VERB [FLAGS]\n\nPre-trains Vision Transformers: images to tar shards to checkpoints that others load.\n"
     tail = "\n`vitscale VERB --help` tells a verb's flags. --debug shows the traceback of an error."
-    return "\n".join([head, *(f"  {name:<20} {_summary(name)}" for name in verbs.VERBS), tail])
+    return "\n".join([head, *(f"  {name:<20} {_summary(name)}" for name in VERBS), tail])
 
 
 def _summary(verb: str) -> str:
-    return (verbs.VERBS[verb].__doc__ or "").partition("\n")[0]
+    return (VERBS[verb].__doc__ or "").partition("\n")[0]

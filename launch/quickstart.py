@@ -21,6 +21,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,22 +31,20 @@ import numpy.typing as npt
 from PIL import Image
 
 from launch.local import visible_gpus
-from launch.main import dispatch
-from launch.verbs import VerbError, print_json
+from launch.verbs import VERBS, VerbError, print_json
 from vitscale.metrics import duration
 from vitscale.run import is_finished, write_json
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
 
-Array = npt.NDArray[Any]
+Labelled = tuple[npt.NDArray[Any], npt.NDArray[Any]]  # uint8 images (n, height, width) and their labels (n,)
+
 RUNS = {"pretrain": "pre-trained, on its own classes", "finetune": "fine-tuned", "scratch": "from scratch"}
 # Of SGD (0.03, 0.1) and AdamW (3e-4, 1e-3, 3e-3), AdamW at 3e-3 was best for the model from scratch.
 SCRATCH_FLAGS = (
     "--epochs 0 --steps 100 --preprocess.crop-scale 0.6 1 --log-every 5 --eval-every 25 --schedule.warmup-steps 10 --optimizer.peak-lr 3e-3"
 )
-
-Labelled = tuple[Array, Array]  # uint8 images (n, height, width) and their labels (n,)
 
 
 @dataclass(frozen=True)
@@ -100,25 +99,29 @@ ROADS = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the road, as a user types it."""
+    """One command of the road."""
 
     name: str
-    command: str
-    makes: Path
-    """A dataset, a run, an export, or the file that the command's output goes to."""
+    verb: str
+    words: tuple[str, ...]
+    finished: Callable[[], bool]
+    """Whether what it makes is there, whole: all but a run is written beside and renamed into place."""
+    printed_to: Path | None = None
+    """The file that its output goes to."""
 
-    def finished(self) -> bool:
-        """Whether what it makes is there, whole: all but a run is written beside and renamed into place."""
-        return is_finished(self.makes) if " --out " in self.command else self.makes.exists()
+    @property
+    def command(self) -> str:
+        """What a user types for it."""
+        redirected = f" > {shlex.quote(str(self.printed_to))}" if self.printed_to else ""
+        return f"vitscale {self.verb} {shlex.join(self.words)}{redirected}"
 
     def run(self) -> None:
-        """Does what the command would do in a shell."""
-        words, _, printed_to = self.command.partition(" > ")
-        with contextlib.redirect_stdout(io.StringIO()) if printed_to else contextlib.nullcontext() as printed:
-            dispatch(shlex.split(words)[1:])
-        if printed:
+        """Does what the command would do in a shell; the file is written whole or not at all."""
+        with contextlib.redirect_stdout(io.StringIO()) if self.printed_to else contextlib.nullcontext() as printed:
+            VERBS[self.verb](list(self.words))
+        if printed and self.printed_to:
             result = json.loads(printed.getvalue())
-            write_json(self.makes, result)
+            write_json(self.printed_to, result)
             print(f"top-1 {result['top1']:.2%} of {result['samples']:,} held-out images")
 
 
@@ -180,34 +183,33 @@ def open_folder(out: Path, flags: QuickstartFlags) -> dict[str, Any]:
 
 def stages(out: Path, images: str, nproc: int, seed: int) -> list[Stage]:
     """The commands, in order. The model from scratch gets the steps, images, augmentation and resolution of the fine-tuned one."""
-    road, at = ROADS[images], shlex.quote(str(out))
-    both, size = f"--nproc {nproc}", f"--model.image-size {road.size} {road.size}"
-    downstream = f"--data {at}/data/downstream/train"
-    trained = {
-        "pretrain": f"pretrain {road.recipe} --data {at}/data/pretrain/train --out {at}/runs/pretrain {road.pretrain_flags} {both}",
-        "finetune": f"finetune tiny-finetune --init {at}/runs/pretrain {downstream} --out {at}/runs/finetune {size} {both}",
-        "scratch": f"pretrain {road.recipe} {downstream} --out {at}/runs/scratch {size} {SCRATCH_FLAGS} {both}",
-    }
+    road = ROADS[images]
+    size = ("--model.image-size", str(road.size), str(road.size))
+    pretrained = out / "runs/pretrain"
+
+    def pack(task: str, split: str) -> Stage:
+        made = out / "data" / task
+        words = (str(out / "images" / task / split), str(made), "--split", split)
+        return Stage(f"pack {task} {split}", "pack", words, (made / split).exists)
+
+    def train(name: str, verb: str, recipe: str, task: str, *flags: str) -> Stage:
+        run = out / "runs" / name
+        where = ("--data", str(out / "data" / task / "train"), "--out", str(run))
+        words = (recipe, *where, *flags, "--nproc", str(nproc), "--seed", str(seed))
+        return Stage(name, verb, words, lambda: is_finished(run))
+
+    def evaluate(name: str, task: str) -> Stage:
+        file = out / f"evaluation-{name}.json"
+        words = (str(out / "runs" / name), "--data", str(out / "data" / task / "val"), "--json")
+        return Stage(f"evaluate {name}", "evaluate", words, file.exists, file)
+
     return [
-        *(
-            Stage(
-                f"pack {task} {split}",
-                f"vitscale pack {at}/images/{task}/{split} {at}/data/{task} --split {split}",
-                out / "data" / task / split,
-            )
-            for task in ("pretrain", "downstream")
-            for split in ("train", "val")
-        ),
-        *(Stage(name, f"vitscale {command}", out / "runs" / name) for name, command in trained.items()),
-        *(
-            Stage(
-                f"evaluate {name}",
-                f"vitscale evaluate {at}/runs/{name} --data {at}/data/{task}/val --json > {at}/evaluation-{name}.json",
-                out / f"evaluation-{name}.json",
-            )
-            for name, task in zip(RUNS, ("pretrain", "downstream", "downstream"), strict=True)
-        ),
-        Stage("export", f"vitscale checkpoint export {at}/runs/finetune {at}/export", out / "export"),
+        *(pack(task, split) for task in ("pretrain", "downstream") for split in ("train", "val")),
+        train("pretrain", "pretrain", road.recipe, "pretrain", *road.pretrain_flags.split()),
+        train("finetune", "finetune", "tiny-finetune", "downstream", "--init", str(pretrained), *size),
+        train("scratch", "pretrain", road.recipe, "downstream", *size, *SCRATCH_FLAGS.split()),
+        *(evaluate(name, task) for name, task in zip(RUNS, ("pretrain", "downstream", "downstream"), strict=True)),
+        Stage("export", "checkpoint export", (str(out / "runs/finetune"), str(out / "export")), (out / "export").exists),
     ]
 
 

@@ -21,14 +21,17 @@ from data_tools.config import PackConfig
 from data_tools.errors import UserError
 from launch.flags import UsageError, parse, take_recipe
 from launch.local import run_ranks, visible_gpus
-from vitscale.config import InitConfig, Interpolation, TrainConfig, fixed_by_checkpoint, settle_length
-from vitscale.recipes import FINETUNE, PRETRAIN, recipe
+from vitscale.config import FinetuneConfig, TrainConfig, settle_length
+from vitscale.recipes import FINETUNE, PRETRAIN, Recipe, recipe, recipe_name
 
 CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder or an exported folder."
-Checkpoint = Annotated[Positional[str], tyro.conf.arg(help=CHECKPOINT)]
+Checkpoint = Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT", help=CHECKPOINT)]
 Json = Annotated[bool, tyro.conf.arg(help="Print the result as JSON.")]
 Weights = Annotated[Literal["average", "weight"], tyro.conf.arg(help="The average of the weights where there is one, or the raw weights.")]
 Processes = Annotated[int, tyro.conf.arg(help="Processes; 0 starts one a GPU, or one on a machine without.")]
+
+
+Verb = Callable[[list[str]], None]
 
 
 class VerbError(UserError):
@@ -97,11 +100,7 @@ def pretrain(words: list[str]) -> None:
 class FinetuneFlags:
     """Flags of `vitscale finetune`."""
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    init: Annotated[str, tyro.conf.arg(help=f"The checkpoint to start from. {CHECKPOINT}")]
-    init_weights: Weights = "average"
-    interpolation: Interpolation = "timm"
-    """How position embeddings go to the new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
     nproc: Processes = 0
     json: Json = False
 
@@ -110,18 +109,11 @@ def finetune(words: list[str]) -> None:
     """Train on from a checkpoint, with a new head, at another resolution."""
     name, rest = take_recipe(words, "finetune", FINETUNE)
     default = recipe(name, FINETUNE)
-    description = f"Recipe {name}. {recipe_doc(name, FINETUNE)}"
-    flags = parse(FinetuneFlags, rest, f"finetune {name}", FinetuneFlags(default, tyro.MISSING), description)
-    if changed := fixed_by_checkpoint(flags.config.model, default.model):
-        raise UsageError(f"--model.{changed} cannot be set in fine-tuning, where the checkpoint sets it; leave the flag out")
-    for name in ("mean", "std"):
-        if getattr(flags.config.preprocess, name) != getattr(default.preprocess, name):
-            raise UsageError(f"--preprocess.{name} cannot be set in fine-tuning, where the checkpoint sets it; leave the flag out")
-    init = InitConfig(flags.init, flags.init_weights, flags.interpolation)
-    train(dataclasses.replace(settle_length(flags.config, default), init=init), flags.nproc, flags.json)
+    flags = parse(FinetuneFlags, rest, f"finetune {name}", FinetuneFlags(default), f"Recipe {name}. {recipe_doc(name, FINETUNE)}")
+    train(settle_length(flags.config, default), flags.nproc, flags.json)
 
 
-def train(config: TrainConfig, nproc: int, as_json: bool) -> None:
+def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> None:
     """Starts or resumes a run on this machine and waits for its end."""
     from vitscale.run import locked, open_run, resolve, status
 
@@ -131,7 +123,7 @@ def train(config: TrainConfig, nproc: int, as_json: bool) -> None:
         raise UsageError(f"nproc={nproc} must be at least 1{most}; 0 starts one a GPU")
     need("torch", "deepspeed", "safetensors")
     nproc = nproc or max(1, gpus)
-    config = resolve(config, nproc)
+    config = resolve(asked, nproc)
     run = Path(config.out)
     with locked(run) as lock:
         if open_run(config, nproc):
@@ -225,8 +217,7 @@ class ExportFlags:
     """Writes a folder that timm loads, or plain safetensors with a JSON description."""
 
     checkpoint: Checkpoint
-    out: Positional[str]
-    """The folder to write; it must not exist."""
+    out: Annotated[Positional[str], tyro.conf.arg(metavar="OUT", help="The folder to write; it must not exist.")]
     to: Literal["timm", "safetensors"] = "timm"
     headless: bool = False
     """Leave out the head."""
@@ -258,8 +249,7 @@ def checkpoint_export(words: list[str]) -> None:
 class StatusFlags:
     """Shows how far a run is, and what it last measured."""
 
-    run: Positional[str]
-    """Run directory."""
+    run: Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help="Run directory.")]
     json: Json = False
 
 
@@ -284,20 +274,7 @@ def run_status(words: list[str]) -> None:
     print(f"checkpoints: {', '.join(found['checkpoints']) or 'none yet'}")
 
 
-# -- quickstart -------------------------------------------------------------------------------------------------------------------------
-
-
-def quickstart(words: list[str]) -> None:
-    """The whole road on this machine in minutes, on real images."""
-    from launch.quickstart import QuickstartFlags
-    from launch.quickstart import quickstart as run_quickstart
-
-    flags = parse(QuickstartFlags, words, "quickstart")
-    need("torch", "deepspeed", "safetensors", "sklearn")
-    run_quickstart(flags)
-
-
-VERBS: dict[str, Callable[[list[str]], None]] = {
+VERBS: dict[str, Verb] = {
     "pack": pack,
     "pretrain": pretrain,
     "finetune": finetune,
@@ -305,7 +282,6 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "checkpoint show": checkpoint_show,
     "checkpoint export": checkpoint_export,
     "run status": run_status,
-    "quickstart": quickstart,
 }
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -319,9 +295,9 @@ def need(*packages: str) -> None:
             raise VerbError(f"{package} is not installed; `pip install 'vitscale[{extras[package]}]'` brings it")
 
 
-def recipe_doc(name: str, recipes: tuple[Callable[[], TrainConfig], ...]) -> str:
+def recipe_doc(name: str, recipes: tuple[Recipe[Any], ...]) -> str:
     """The docstring of a recipe."""
-    return next(" ".join((r.__doc__ or "").split()) for r in recipes if r.__name__.replace("_", "-") == name)
+    return next(" ".join((function.__doc__ or "").split()) for function in recipes if recipe_name(function) == name)
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.verbs import VERBS
-from vitscale.recipes import FINETUNE, PRETRAIN
+from vitscale.recipes import FINETUNE, PRETRAIN, recipe_name
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -20,7 +20,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def test_commands_of_the_readme_are_verbs_with_their_recipes() -> None:
-    recipes = {function.__name__.replace("_", "-") for function in (*PRETRAIN, *FINETUNE)}
+    recipes = {recipe_name(function) for function in (*PRETRAIN, *FINETUNE)}
     commands = [shlex.split(line, comments=True) for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("vitscale ")]
     assert len(commands) >= 7
     for words in commands:
@@ -32,7 +32,7 @@ def test_commands_of_the_readme_are_verbs_with_their_recipes() -> None:
 
 def test_recipes_and_files_that_the_readme_names_exist() -> None:
     text = (ROOT / "README.md").read_text()
-    recipes = {function.__name__.replace("_", "-") for function in (*PRETRAIN, *FINETUNE)}
+    recipes = {recipe_name(function) for function in (*PRETRAIN, *FINETUNE)}
     named = set(re.findall(r"`((?:vit|finetune|tiny)-[a-z0-9-]+)`", text))
     assert named
     assert named <= recipes

@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen dataclass a part, made into command-line flags by tyro.
 
 Imports no torch, numpy or pyarrow, so that `--help` and every check of a config answer at once. A part of the program receives its
-own config and never the whole; `TrainConfig` is what a recipe returns, what RUN/config.json holds, and enough to repeat the run.
+own config and never the whole; `TrainConfig` is what RUN/config.json holds, and enough to repeat the run.
 
 `check_config` is the one place where a config is judged, before any process starts: each message gives the value, the rule and a value
 that would work.
@@ -12,7 +12,7 @@ import json
 import math
 import types
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -183,23 +183,21 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Where weights come from when they are not random (fine-tuning)."""
+    """Where the weights of a fine-tuning run come from: what `FinetuneConfig` says, and what that was found to be."""
 
     checkpoint: str
-    """A run, RUN@STEP, a step's folder or an exported folder."""
-    weights: Literal["average", "weight"] = "average"
-    """The average of the weights where the checkpoint holds one, or the raw weights."""
-    interpolation: Interpolation = "timm"
-    """How position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
-    folder: str = ""
+    weights: Literal["average", "weight"]
+    interpolation: Interpolation
+    folder: str
     """The folder that `checkpoint` named when the run started: a run's newest one may be another by now."""
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """A run: what a recipe returns and what RUN/config.json holds."""
+class RunConfig:
+    """What pre-training and fine-tuning set alike."""
 
-    recipe: Annotated[str, tyro.conf.Suppress]
+    recipe: Annotated[str, tyro.conf.Suppress] = ""
+    """The name that `recipes.recipe` found it by."""
     data: str = ""
     """Dataset directory of the training split."""
     eval_data: str = ""
@@ -223,15 +221,48 @@ class TrainConfig:
     """Steps between checkpoints; one is written at the end in any case."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept; 0 keeps all."""
-    model: ViTConfig = field(default_factory=ViTConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """A run: what a pre-training recipe returns, what fine-tuning resolves to, and what RUN/config.json holds."""
+
+    model: ViTConfig = field(default_factory=ViTConfig)
     init: Annotated[InitConfig | None, tyro.conf.Suppress] = None
-    """Weights to start from; set by finetune."""
+    """Weights to start from; set by fine-tuning."""
+
+
+@dataclass(frozen=True)
+class NewModelConfig:
+    """What fine-tuning sets of a model; depth, width, pooling and the rest are the checkpoint's."""
+
+    image_size: tuple[int, int] = (384, 384)
+    """Height and width in pixels; both multiples of the checkpoint's patch size."""
+    dropout: float = 0.0
+    """After the position embeddings, both MLP layers and the attention output."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last block, rising linearly from 0 at the first."""
+    head_bias: float = 0.0
+    """What the new head's biases start from."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """What a fine-tuning recipe returns; `run.resolve` makes a TrainConfig of it with what the checkpoint says."""
+
+    init: str = ""
+    """The checkpoint to start from: a run (its newest durable one), RUN@STEP, a step's folder or an exported folder."""
+    init_weights: Literal["average", "weight"] = "average"
+    """The average of the weights where the checkpoint holds one, or the raw weights."""
+    interpolation: Interpolation = "timm"
+    """How position embeddings go to the new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
+    model: NewModelConfig = field(default_factory=NewModelConfig)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -239,12 +270,15 @@ class TrainConfig:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def total_steps(config: TrainConfig, num_samples: int) -> int:
+def total_steps(config: RunConfig, num_samples: int) -> int:
     """Optimizer steps of a run over a dataset of `num_samples`."""
     return config.steps or math.ceil(config.epochs * num_samples / config.global_batch_size)
 
 
-def settle_length(config: TrainConfig, recipe: TrainConfig) -> TrainConfig:
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def settle_length(config: Config, recipe: Config) -> Config:
     """A recipe gives epochs or steps; a user who sets only the other one means that one."""
     if config.epochs and config.steps:
         if config.steps != recipe.steps and config.epochs == recipe.epochs:
@@ -278,21 +312,23 @@ def choose_order(stream: StreamConfig, num_samples: int, global_batch_size: int)
     return dataclasses.replace(stream, lanes=lanes, window=window)
 
 
-TAKEN_IN_FINE_TUNING = ("image_size", "dropout", "drop_path_rate", "head_bias")  # of the wanted model; the rest is the checkpoint's
-
-
-def fixed_by_checkpoint(wanted: ViTConfig, default: ViTConfig) -> str | None:
-    """The first setting of a model that a user changed though fine-tuning takes it from the checkpoint, with dashes."""
-    for f in dataclasses.fields(ViTConfig):
-        if f.name not in TAKEN_IN_FINE_TUNING and getattr(wanted, f.name) != getattr(default, f.name):
-            return f.name.replace("_", "-")
-    return None
-
-
-def fine_tuned_model(base: ViTConfig, wanted: ViTConfig, num_classes: int) -> ViTConfig:
+def fine_tuned_model(base: ViTConfig, new: NewModelConfig, num_classes: int) -> ViTConfig:
     """The model that fine-tuning makes of a checkpoint's: its body at a new image size, a new head, no representation layer."""
-    taken = {name: getattr(wanted, name) for name in TAKEN_IN_FINE_TUNING}
-    return dataclasses.replace(base, num_classes=num_classes, representation_size=0, **taken)
+    return dataclasses.replace(base, num_classes=num_classes, representation_size=0, **dataclasses.asdict(new))
+
+
+def fine_tuning_run(
+    asked: FinetuneConfig, base: ViTConfig, trained_with: PreprocessConfig, folder: str, num_classes: int
+) -> TrainConfig:  # fmt: skip
+    """The run that fine-tuning makes of a checkpoint in `folder`, of a model and its preprocessing. Raises ConfigError."""
+    for name in ("mean", "std"):
+        value, its = getattr(asked.preprocess, name), getattr(trained_with, name)
+        if value not in (its, getattr(PreprocessConfig(), name)):
+            raise ConfigError(f"preprocess.{name}={value}, but the checkpoint was trained with {its}; leave the flag out to take that")
+    shared = {f.name: getattr(asked, f.name) for f in dataclasses.fields(RunConfig)}
+    shared["preprocess"] = dataclasses.replace(asked.preprocess, mean=trained_with.mean, std=trained_with.std)
+    init = InitConfig(asked.init, asked.init_weights, asked.interpolation, folder)
+    return TrainConfig(**shared, model=fine_tuned_model(base, asked.model, num_classes), init=init)
 
 
 # What DeepSpeed's config may not be given through `engine.deepspeed`, and what to do instead.

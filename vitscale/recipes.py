@@ -1,4 +1,4 @@
-"""Recipes: functions that return a `TrainConfig`, found by name through `recipe(name)`.
+"""Recipes: functions that return a `TrainConfig` or, to fine-tune, a `FinetuneConfig`; found by name through `recipe`.
 
 Numbers come from "An Image is Worth 16x16 Words" (arXiv 2010.11929: table 3 for pre-training, table 4 and appendix B.1 for fine-tuning)
 and, where the paper is silent, from google-research/vision_transformer and google-research/big_vision, as each docstring says. Results
@@ -7,12 +7,16 @@ named here are the paper's, not ours. The `tiny` ones train on a CPU.
 A recipe's name is its function's with dashes. Imports no torch.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
 from vitscale.config import (
+    Config,
     ConfigError,
     EngineConfig,
+    FinetuneConfig,
+    NewModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     PreprocessConfig,
@@ -20,6 +24,8 @@ from vitscale.config import (
     TrainConfig,
     ViTConfig,
 )
+
+Recipe = Callable[[], Config]
 
 JFT_300M_CLASSES = 18_291
 IMAGENET_21K_CLASSES = 21_843
@@ -51,17 +57,11 @@ def vit(variant: str, **overrides: object) -> ViTConfig:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _pretrain(name: str, model: ViTConfig, *, micro_batch_size: int = 128, **parts: object) -> TrainConfig:
-    return TrainConfig(
-        recipe=name, model=model, global_batch_size=4096, micro_batch_size=micro_batch_size, **parts  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
-def _jft300m(name: str, variant: str, epochs: float, peak_lr: float, micro_batch_size: int = 128) -> TrainConfig:
+def _jft300m(variant: str, epochs: float, peak_lr: float, micro_batch_size: int = 128) -> TrainConfig:
     """Paper, table 3: linear decay to 0, weight decay 0.1, no dropout; head and loss as in big_vision (sigmoid, bias -10)."""
-    return _pretrain(
-        name,
-        vit(variant, num_classes=JFT_300M_CLASSES, head_bias=-10.0),
+    return TrainConfig(
+        model=vit(variant, num_classes=JFT_300M_CLASSES, head_bias=-10.0),
+        global_batch_size=4096,
         micro_batch_size=micro_batch_size,
         epochs=epochs,
         objective=ObjectiveConfig("sigmoid"),
@@ -72,27 +72,27 @@ def _jft300m(name: str, variant: str, epochs: float, peak_lr: float, micro_batch
 
 def vit_b32_jft300m() -> TrainConfig:
     """ViT-B/32 on a JFT-300M-like set, 7 epochs, lr 8e-4 (paper, table 3; fine-tuned it reached 80.73 on ImageNet, table 5)."""
-    return _jft300m("vit-b32-jft300m", "b32", epochs=7, peak_lr=8e-4, micro_batch_size=256)
+    return _jft300m("b32", epochs=7, peak_lr=8e-4, micro_batch_size=256)
 
 
 def vit_b16_jft300m() -> TrainConfig:
     """ViT-B/16 on a JFT-300M-like set, 7 epochs, lr 8e-4 (paper, table 3)."""
-    return _jft300m("vit-b16-jft300m", "b16", epochs=7, peak_lr=8e-4)
+    return _jft300m("b16", epochs=7, peak_lr=8e-4)
 
 
 def vit_l32_jft300m() -> TrainConfig:
     """ViT-L/32 on a JFT-300M-like set, 7 epochs, lr 6e-4 (paper, table 3)."""
-    return _jft300m("vit-l32-jft300m", "l32", epochs=7, peak_lr=6e-4)
+    return _jft300m("l32", epochs=7, peak_lr=6e-4)
 
 
 def vit_l16_jft300m() -> TrainConfig:
     """ViT-L/16 on a JFT-300M-like set, 14 epochs, lr 4e-4 (paper, table 3; fine-tuned: ImageNet 87.76, 680 TPUv3-core-days)."""
-    return _jft300m("vit-l16-jft300m", "l16", epochs=14, peak_lr=4e-4, micro_batch_size=64)
+    return _jft300m("l16", epochs=14, peak_lr=4e-4, micro_batch_size=64)
 
 
 def vit_l16_jft300m_7ep() -> TrainConfig:
     """ViT-L/16 on a JFT-300M-like set, 7 epochs, lr 4e-4 (paper, table 3)."""
-    return _jft300m("vit-l16-jft300m-7ep", "l16", epochs=7, peak_lr=4e-4, micro_batch_size=64)
+    return _jft300m("l16", epochs=7, peak_lr=4e-4, micro_batch_size=64)
 
 
 def vit_h14_jft300m() -> TrainConfig:
@@ -101,14 +101,14 @@ def vit_h14_jft300m() -> TrainConfig:
     Paper, table 3. Fine-tuned at 518 px it reached 88.55 on ImageNet, 94.55 on CIFAR-100, 77.63 on VTAB for 2,500 TPUv3-core-days
     (table 2).
     """
-    return _jft300m("vit-h14-jft300m", "h14", epochs=14, peak_lr=3e-4, micro_batch_size=32)
+    return _jft300m("h14", epochs=14, peak_lr=3e-4, micro_batch_size=32)
 
 
-def _imagenet21k(name: str, variant: str, epochs: float, micro_batch_size: int = 128) -> TrainConfig:
+def _imagenet21k(variant: str, epochs: float, micro_batch_size: int = 128) -> TrainConfig:
     """Paper, table 3: lr 1e-3 falling linearly (to 1e-5: vision_transformer), weight decay 0.03, dropout 0.1; sigmoid, bias -10."""
-    return _pretrain(
-        name,
-        vit(variant, num_classes=IMAGENET_21K_CLASSES, dropout=0.1, head_bias=-10.0),
+    return TrainConfig(
+        model=vit(variant, num_classes=IMAGENET_21K_CLASSES, dropout=0.1, head_bias=-10.0),
+        global_batch_size=4096,
         micro_batch_size=micro_batch_size,
         epochs=epochs,
         objective=ObjectiveConfig("sigmoid"),
@@ -119,39 +119,39 @@ def _imagenet21k(name: str, variant: str, epochs: float, micro_batch_size: int =
 
 def vit_b32_imagenet21k() -> TrainConfig:
     """ViT-B/32 on ImageNet-21k, 90 epochs (paper, table 3)."""
-    return _imagenet21k("vit-b32-imagenet21k", "b32", epochs=90, micro_batch_size=256)
+    return _imagenet21k("b32", epochs=90, micro_batch_size=256)
 
 
 def vit_b16_imagenet21k() -> TrainConfig:
     """ViT-B/16 on ImageNet-21k, 90 epochs (paper, table 3)."""
-    return _imagenet21k("vit-b16-imagenet21k", "b16", epochs=90)
+    return _imagenet21k("b16", epochs=90)
 
 
 def vit_l32_imagenet21k() -> TrainConfig:
     """ViT-L/32 on ImageNet-21k, 90 epochs (paper, table 3)."""
-    return _imagenet21k("vit-l32-imagenet21k", "l32", epochs=90)
+    return _imagenet21k("l32", epochs=90)
 
 
 def vit_l32_imagenet21k_30ep() -> TrainConfig:
     """ViT-L/32 on ImageNet-21k, 30 epochs (paper, table 3)."""
-    return _imagenet21k("vit-l32-imagenet21k-30ep", "l32", epochs=30)
+    return _imagenet21k("l32", epochs=30)
 
 
 def vit_l16_imagenet21k() -> TrainConfig:
     """ViT-L/16 on ImageNet-21k, 90 epochs (paper, table 3; fine-tuned: ImageNet 85.30, table 2)."""
-    return _imagenet21k("vit-l16-imagenet21k", "l16", epochs=90, micro_batch_size=64)
+    return _imagenet21k("l16", epochs=90, micro_batch_size=64)
 
 
 def vit_l16_imagenet21k_30ep() -> TrainConfig:
     """ViT-L/16 on ImageNet-21k, 30 epochs (paper, table 3)."""
-    return _imagenet21k("vit-l16-imagenet21k-30ep", "l16", epochs=30, micro_batch_size=64)
+    return _imagenet21k("l16", epochs=30, micro_batch_size=64)
 
 
-def _imagenet1k(name: str, variant: str, micro_batch_size: int = 128) -> TrainConfig:
+def _imagenet1k(variant: str, micro_batch_size: int = 128) -> TrainConfig:
     """Paper, table 3: 300 epochs, lr 3e-3 with cosine decay, weight decay 0.3, dropout 0.1; softmax over the single label."""
-    return _pretrain(
-        name,
-        vit(variant, num_classes=IMAGENET_1K_CLASSES, dropout=0.1),
+    return TrainConfig(
+        model=vit(variant, num_classes=IMAGENET_1K_CLASSES, dropout=0.1),
+        global_batch_size=4096,
         micro_batch_size=micro_batch_size,
         epochs=300,
         objective=ObjectiveConfig("softmax"),
@@ -162,43 +162,39 @@ def _imagenet1k(name: str, variant: str, micro_batch_size: int = 128) -> TrainCo
 
 def vit_b32_imagenet1k() -> TrainConfig:
     """ViT-B/32 on ImageNet-1k, 300 epochs (paper, table 3)."""
-    return _imagenet1k("vit-b32-imagenet1k", "b32", micro_batch_size=256)
+    return _imagenet1k("b32", micro_batch_size=256)
 
 
 def vit_b16_imagenet1k() -> TrainConfig:
     """ViT-B/16 on ImageNet-1k, 300 epochs (paper, table 3)."""
-    return _imagenet1k("vit-b16-imagenet1k", "b16")
+    return _imagenet1k("b16")
 
 
 def vit_l32_imagenet1k() -> TrainConfig:
     """ViT-L/32 on ImageNet-1k, 300 epochs (paper, table 3)."""
-    return _imagenet1k("vit-l32-imagenet1k", "l32")
+    return _imagenet1k("l32")
 
 
 def vit_l16_imagenet1k() -> TrainConfig:
     """ViT-L/16 on ImageNet-1k, 300 epochs (paper, table 3)."""
-    return _imagenet1k("vit-l16-imagenet1k", "l16", micro_batch_size=64)
+    return _imagenet1k("l16", micro_batch_size=64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Fine-tuning (paper, table 4 and appendix B.1): SGD with momentum 0.9, batch 512, clip 1, cosine to 0, no weight decay.
-# The model comes from the checkpoint; of `model` here only the image size and dropouts are used.
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _finetune(
-    name: str, *, steps: int, peak_lr: float, warmup_steps: int, image_size: int = 384, average_decay: float = 0.0
-) -> TrainConfig:
+def _finetune(*, steps: int, peak_lr: float, warmup_steps: int, image_size: int = 384, average_decay: float = 0.0) -> FinetuneConfig:
     """Warm-up lengths and evaluation at the full, squashed image: vision_transformer, vit_jax/configs/common.py and input_pipeline.py."""
-    return TrainConfig(
-        recipe=name,
+    return FinetuneConfig(
         steps=steps,
         global_batch_size=512,
         micro_batch_size=16,
         log_every=min(50, steps // 10),
         eval_every=max(100, steps // 10),
         checkpoint_every=max(100, steps // 10),
-        model=ViTConfig(image_size=(image_size, image_size)),
+        model=NewModelConfig(image_size=(image_size, image_size)),
         preprocess=PreprocessConfig(eval_crop=1.0),
         objective=ObjectiveConfig("softmax"),
         optimizer=OptimizerConfig("sgd", peak_lr=peak_lr, average_decay=average_decay),
@@ -206,44 +202,44 @@ def _finetune(
     )
 
 
-def finetune_imagenet_384() -> TrainConfig:
+def finetune_imagenet_384() -> FinetuneConfig:
     """ImageNet-1k at 384 px, 20 k steps; the paper's grid of peak lr is 0.003, 0.01, 0.03, 0.06 (table 4)."""
-    return _finetune("finetune-imagenet-384", steps=20_000, peak_lr=0.03, warmup_steps=500)
+    return _finetune(steps=20_000, peak_lr=0.03, warmup_steps=500)
 
 
-def finetune_imagenet_512() -> TrainConfig:
+def finetune_imagenet_512() -> FinetuneConfig:
     """ImageNet-1k at 512 px with Polyak averaging 0.9999: the paper's best for ViT-L/16 (87.76; appendix B.1.1)."""
-    return _finetune("finetune-imagenet-512", steps=20_000, peak_lr=0.03, warmup_steps=500, image_size=512, average_decay=0.9999)
+    return _finetune(steps=20_000, peak_lr=0.03, warmup_steps=500, image_size=512, average_decay=0.9999)
 
 
-def finetune_imagenet_518() -> TrainConfig:
+def finetune_imagenet_518() -> FinetuneConfig:
     """ImageNet-1k at 518 px with Polyak averaging 0.9999: the paper's best for ViT-H/14 (88.55; appendix B.1.1)."""
-    return _finetune("finetune-imagenet-518", steps=20_000, peak_lr=0.03, warmup_steps=500, image_size=518, average_decay=0.9999)
+    return _finetune(steps=20_000, peak_lr=0.03, warmup_steps=500, image_size=518, average_decay=0.9999)
 
 
-def finetune_cifar10() -> TrainConfig:
+def finetune_cifar10() -> FinetuneConfig:
     """CIFAR-10 at 384 px, 10 k steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4)."""
-    return _finetune("finetune-cifar10", steps=10_000, peak_lr=0.01, warmup_steps=500)
+    return _finetune(steps=10_000, peak_lr=0.01, warmup_steps=500)
 
 
-def finetune_cifar100() -> TrainConfig:
+def finetune_cifar100() -> FinetuneConfig:
     """CIFAR-100 at 384 px, 10 k steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4; H/14 JFT: 94.55)."""
-    return _finetune("finetune-cifar100", steps=10_000, peak_lr=0.01, warmup_steps=500)
+    return _finetune(steps=10_000, peak_lr=0.01, warmup_steps=500)
 
 
-def finetune_pets() -> TrainConfig:
+def finetune_pets() -> FinetuneConfig:
     """Oxford-IIIT Pets at 384 px, 500 steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4)."""
-    return _finetune("finetune-pets", steps=500, peak_lr=0.01, warmup_steps=100)
+    return _finetune(steps=500, peak_lr=0.01, warmup_steps=100)
 
 
-def finetune_flowers() -> TrainConfig:
+def finetune_flowers() -> FinetuneConfig:
     """Oxford Flowers-102 at 384 px, 500 steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4)."""
-    return _finetune("finetune-flowers", steps=500, peak_lr=0.01, warmup_steps=100)
+    return _finetune(steps=500, peak_lr=0.01, warmup_steps=100)
 
 
-def finetune_vtab() -> TrainConfig:
+def finetune_vtab() -> FinetuneConfig:
     """A VTAB task of 1,000 examples at 384 px, 2,500 steps, lr 0.01 for every task (table 4 and appendix B.1.1)."""
-    return _finetune("finetune-vtab", steps=2_500, peak_lr=0.01, warmup_steps=100)
+    return _finetune(steps=2_500, peak_lr=0.01, warmup_steps=100)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -254,7 +250,6 @@ def finetune_vtab() -> TrainConfig:
 def tiny_digits() -> TrainConfig:
     """A ViT of 0.1 M parameters on 6-pixel images in patches of 2, for 8-pixel handwritten digits."""
     return TrainConfig(
-        recipe="tiny-digits",
         epochs=60,
         global_batch_size=64,
         micro_batch_size=32,
@@ -272,7 +267,6 @@ def tiny_digits() -> TrainConfig:
 def tiny_fashion() -> TrainConfig:
     """A ViT of 0.1 M parameters on 20-pixel images in patches of 4, for the 28-pixel images of Fashion-MNIST."""
     return TrainConfig(
-        recipe="tiny-fashion",
         epochs=8,
         global_batch_size=64,
         micro_batch_size=32,
@@ -287,17 +281,16 @@ def tiny_fashion() -> TrainConfig:
     )
 
 
-def tiny_finetune() -> TrainConfig:
+def tiny_finetune() -> FinetuneConfig:
     """The paper's fine-tuning recipe for tiny-digits and tiny-fashion: SGD, batch 64, native resolution by --model.image-size."""
-    return TrainConfig(
-        recipe="tiny-finetune",
+    return FinetuneConfig(
         steps=100,
         global_batch_size=64,
         micro_batch_size=32,
         log_every=5,
         eval_every=25,
         checkpoint_every=100,
-        model=ViTConfig(image_size=(28, 28)),
+        model=NewModelConfig(image_size=(28, 28)),
         preprocess=PreprocessConfig(crop_scale=(0.6, 1.0), flip=0.0, eval_crop=1.0),
         optimizer=OptimizerConfig("sgd", peak_lr=0.06),
         schedule=ScheduleConfig("cosine", warmup_steps=10),
@@ -307,21 +300,28 @@ def tiny_finetune() -> TrainConfig:
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
-PRETRAIN: tuple[Callable[[], TrainConfig], ...] = (
+PRETRAIN: tuple[Recipe[TrainConfig], ...] = (
     vit_b32_jft300m, vit_b16_jft300m, vit_l32_jft300m, vit_l16_jft300m, vit_l16_jft300m_7ep, vit_h14_jft300m,
     vit_b32_imagenet21k, vit_b16_imagenet21k, vit_l32_imagenet21k, vit_l32_imagenet21k_30ep, vit_l16_imagenet21k, vit_l16_imagenet21k_30ep,
     vit_b32_imagenet1k, vit_b16_imagenet1k, vit_l32_imagenet1k, vit_l16_imagenet1k,
     tiny_digits, tiny_fashion,
 )  # fmt: skip
-FINETUNE: tuple[Callable[[], TrainConfig], ...] = (
+FINETUNE: tuple[Recipe[FinetuneConfig], ...] = (
     finetune_imagenet_384, finetune_imagenet_512, finetune_imagenet_518, finetune_cifar10, finetune_cifar100, finetune_pets,
     finetune_flowers, finetune_vtab, tiny_finetune,
 )  # fmt: skip
 
 
-def recipe(name: str, among: tuple[Callable[[], TrainConfig], ...]) -> TrainConfig:
+def recipe_name(function: Recipe[Config]) -> str:
+    """What a recipe is called on the command line."""
+    return function.__name__.replace("_", "-")
+
+
+def recipe(name: str, among: tuple[Recipe[Config], ...]) -> Config:
     """The recipe of that name. Raises ConfigError that lists the names there are."""
-    by_name = {function.__name__.replace("_", "-"): function for function in among}
+    by_name = {recipe_name(function): function for function in among}
     if name not in by_name:
-        raise ConfigError(f"no recipe is called {name!r}; there are {', '.join(by_name)}")
-    return by_name[name]()
+        near = difflib.get_close_matches(name, by_name, n=1)
+        guess = f" (perhaps {near[0]} was meant)" if near else ""
+        raise ConfigError(f"no recipe is called {name!r}{guess}; there are {', '.join(by_name)}")
+    return replace(by_name[name](), recipe=name)

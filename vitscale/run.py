@@ -24,10 +24,11 @@ from data_tools.errors import UserError
 from vitscale import checkpoint
 from vitscale.config import (
     ConfigError,
+    FinetuneConfig,
     TrainConfig,
     check_config,
     choose_order,
-    fine_tuned_model,
+    fine_tuning_run,
     from_dict,
     refused_changes,
     to_dict,
@@ -41,20 +42,17 @@ class RunError(UserError):
     """A run directory that cannot be used as asked; the message is one line for the user."""
 
 
-def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
+def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig:
     """Fills in what a config leaves to the dataset and the checkpoint, and checks everything that can be known before a start.
 
     Writes nothing. Raises ConfigError, DatasetError or CheckpointError.
     """
-    config = dataclasses.replace(config, out=config.out or f"runs/{config.recipe}")
-    if not config.data:
+    asked = dataclasses.replace(asked, out=asked.out or f"runs/{asked.recipe}")
+    if not asked.data:
         raise ConfigError("no dataset is given; --data DATASET names the directory of a training split, as `vitscale pack` writes it")
-    if config.init is None:
-        check_config(config, world_size)
-    dataset = _open_checked(Path(config.data))
-    if config.init is not None:
-        config = _resolve_init(config, dataset.num_classes)
-        check_config(config, world_size)
+    dataset = _open_checked(Path(asked.data))
+    config = _with_checkpoint(asked, dataset.num_classes) if isinstance(asked, FinetuneConfig) else asked
+    check_config(config, world_size)
     classes = config.model.num_classes or dataset.num_classes
     if classes != dataset.num_classes:
         raise ConfigError(
@@ -78,22 +76,18 @@ def resolve(config: TrainConfig, world_size: int) -> TrainConfig:
     )
 
 
-def _resolve_init(config: TrainConfig, num_classes: int) -> TrainConfig:
-    """The model that the checkpoint's becomes. A run that was started before has it written down, and needs the checkpoint no more."""
-    assert config.init is not None
-    run = Path(config.out)
+def _with_checkpoint(asked: FinetuneConfig, num_classes: int) -> TrainConfig:
+    """The run that fine-tuning makes of a checkpoint. One that was started before has it written down, and needs the checkpoint no more."""
+    if not asked.init:
+        raise ConfigError("no checkpoint is given; --init CHECKPOINT names a run, RUN@STEP, a step's folder or an exported folder")
+    run = Path(asked.out)
     base: TrainConfig | checkpoint.Description
     if (run / "run.json").is_file() and (started := read_config(run)).init is not None:
         base, folder = started, started.init.folder
     else:
-        base = checkpoint.describe(checkpoint.find_checkpoint(config.init.checkpoint))
+        base = checkpoint.describe(checkpoint.find_checkpoint(asked.init))
         folder = str(base.path)
-    return dataclasses.replace(
-        config,
-        init=dataclasses.replace(config.init, folder=folder),
-        model=fine_tuned_model(base.model, config.model, num_classes),
-        preprocess=dataclasses.replace(config.preprocess, mean=base.preprocess.mean, std=base.preprocess.std),
-    )
+    return fine_tuning_run(asked, base.model, base.preprocess, folder, num_classes)
 
 
 def _eval_data(config: TrainConfig, dataset: Dataset) -> str:

@@ -156,7 +156,11 @@ def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 def test_paths_with_spaces_are_quoted() -> None:
     commands = [stage.command for stage in stages(Path("my road"), "digits", 2, 0)]
-    assert "vitscale checkpoint export 'my road'/runs/finetune 'my road'/export" in commands
+    assert "vitscale checkpoint export 'my road/runs/finetune' 'my road/export'" in commands
+    assert (
+        "vitscale evaluate 'my road/runs/scratch' --data 'my road/data/downstream/val' --json > 'my road/evaluation-scratch.json'"
+        in commands
+    )
 
 
 def test_few_labelled_images_are_few_and_hang_on_the_seed() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.vitscale.models import random_images, random_vit, write_checkpoint
 from vitscale.checkpoint import CheckpointError
-from vitscale.config import ViTConfig, fine_tuned_model
+from vitscale.config import NewModelConfig, ViTConfig, fine_tuned_model
 from vitscale.finetune import METHODS, fine_tuned_weights, resample, resample_grid
 from vitscale.model import ViT
 
@@ -136,7 +136,7 @@ def test_norms_kept_are_those_measured() -> None:
 
 
 def new_model(old: ViTConfig, image_size: tuple[int, int], num_classes: int = 5) -> ViTConfig:
-    return fine_tuned_model(old, replace(ViTConfig(), image_size=image_size), num_classes)
+    return fine_tuned_model(old, NewModelConfig(image_size=image_size), num_classes)
 
 
 def tuned(tmp_path: Path, old: ViTConfig, new: ViTConfig, method: str = "timm") -> tuple[ViT, dict[str, Tensor]]:

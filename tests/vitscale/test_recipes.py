@@ -8,11 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vitscale.config import ConfigError, TrainConfig, ViTConfig, check_config, fine_tuned_model, grad_accum_steps, total_steps
+from vitscale.config import (
+    ConfigError,
+    InitConfig,
+    PreprocessConfig,
+    TrainConfig,
+    ViTConfig,
+    check_config,
+    fine_tuning_run,
+    grad_accum_steps,
+    total_steps,
+)
 from vitscale.flops import train_flops
 from vitscale.model import ViT
 from vitscale.optim import learning_rate
-from vitscale.recipes import FINETUNE, PRETRAIN, recipe, vit
+from vitscale.recipes import FINETUNE, PRETRAIN, recipe, recipe_name, vit
 
 Recipe = Callable[[], TrainConfig]
 JFT, I21K, I1K = 303_000_000, 14_197_122, 1_281_167  # images
@@ -54,7 +64,7 @@ TINY = {"tiny-digits", "tiny-fashion", "tiny-finetune"}
 
 
 def names(among: tuple[Recipe, ...]) -> list[str]:
-    return [function().recipe for function in among]
+    return [recipe_name(function) for function in among]
 
 
 def closed_form(model: ViTConfig) -> int:
@@ -79,12 +89,11 @@ def test_the_tables_here_name_every_recipe() -> None:
 
 
 @pytest.mark.parametrize("function", PRETRAIN + FINETUNE, ids=lambda f: f.__name__)
-def test_a_recipe_bears_its_functions_name_and_names_its_source(function: Recipe) -> None:
-    config = function()
-    assert config.recipe == function.__name__.replace("_", "-")
-    assert recipe(config.recipe, PRETRAIN + FINETUNE) == config
+def test_a_recipe_is_found_by_its_functions_name_and_names_its_source(function: Recipe) -> None:
+    name = function.__name__.replace("_", "-")
+    assert recipe(name, PRETRAIN + FINETUNE) == replace(function(), recipe=name)
     assert function.__doc__
-    if config.recipe not in TINY:
+    if name not in TINY:
         assert re.search(r"table \d|appendix [A-Z]|arXiv \d", function.__doc__)
 
 
@@ -195,12 +204,18 @@ def test_fine_tuning_is_table_4(name: str) -> None:
 @pytest.mark.parametrize("function", FINETUNE, ids=lambda f: f.__name__)
 def test_fine_tuning_passes_the_checks_once_a_checkpoint_is_known(function: Recipe) -> None:
     """The image size must suit the checkpoint's patches: 518 is for /14, the others for /16 and /32."""
-    config = function()
-    patch = 14 if config.model.image_size == (518, 518) else 4 if config.recipe in TINY else 16
+    asked = recipe(recipe_name(function), FINETUNE)
+    patch = 14 if asked.model.image_size == (518, 518) else 4 if asked.recipe in TINY else 16
     pretrained = replace(vit(f"l{patch}", num_classes=18_291, representation_size=1024, head_bias=-10.0), image_size=(14 * patch,) * 2)
-    model = fine_tuned_model(pretrained, config.model, num_classes=1000)
+    trained_with = PreprocessConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3), crop_scale=(0.2, 0.3))
+    config = fine_tuning_run(asked, pretrained, trained_with, "a/folder", num_classes=1000)
+    model = config.model
     for world_size in (1, 2):
-        check_config(replace(config, model=model), world_size)
+        check_config(config, world_size)
+    assert config.init == InitConfig(asked.init, asked.init_weights, asked.interpolation, "a/folder")
+    assert config.preprocess == replace(asked.preprocess, mean=trained_with.mean, std=trained_with.std)
+    for name in ("recipe", "steps", "global_batch_size", "optimizer", "schedule", "objective", "engine", "checkpoint_every"):
+        assert getattr(config, name) == getattr(asked, name)
     assert (model.num_classes, model.representation_size, model.head_bias) == (1000, 0, 0.0)
     assert (model.patch_size, model.image_size, model.width) == (patch, config.model.image_size, 1024)
     assert count(model) == closed_form(model)
@@ -210,7 +225,7 @@ def test_fine_tuning_passes_the_checks_once_a_checkpoint_is_known(function: Reci
 def test_518_pixels_do_not_fit_patches_of_16() -> None:
     config = recipe("finetune-imagenet-518", FINETUNE)
     with pytest.raises(ConfigError, match="518 is not a multiple of patch_size=16; 512 is"):
-        check_config(replace(config, model=fine_tuned_model(vit("l16"), config.model, 1000)), 1)
+        check_config(fine_tuning_run(config, vit("l16"), PreprocessConfig(), "", 1000), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -225,7 +240,7 @@ def test_tiny_ones_pass_the_checks_and_have_the_size_they_say(name: str, images:
         check_config(config, world_size)
     model = replace(config.model, num_classes=classes)
     assert count(model) == closed_form(model)
-    function = next(f for f in PRETRAIN if f().recipe == name)
+    function = next(f for f in PRETRAIN if recipe_name(f) == name)
     said = re.search(r"A ViT of ([\d.]+) M parameters", function.__doc__ or "")
     assert said
     assert round(count(model) / 1e6, 1) == float(said[1])
