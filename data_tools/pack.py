@@ -37,6 +37,7 @@ from PIL import Image
 from data_tools import dataset as fmt
 from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset
+from data_tools.durable import fsync
 from data_tools.keys import key_hashes
 from data_tools.sources import MAX_IMAGE_BYTES, Images, Listing, Reject, list_sources, needs_spool
 from data_tools.tar import TarWriter
@@ -348,17 +349,9 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) ->
 def _publish(partial: Path, target: Path) -> None:
     """Makes a finished directory durable and gives it its name."""
     for path in [*partial.rglob("*"), partial]:
-        _sync(path)
+        fsync(path)
     try:
         partial.rename(target)
     except OSError as error:
         raise PackError(f"{target} cannot be put in place: {error.strerror}; was it packed meanwhile?") from None
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(target.parent)

@@ -60,6 +60,7 @@ def pack(words: list[str]) -> None:
             f"`vitscale pack` needs SOURCE... and OUT, and was given {len(flags.paths)} path; `vitscale pack images/ dataset/` is one use"
         )
     from data_tools.pack import pack as pack_sources
+    from vitscale.metrics import counted
 
     config = dataclasses.replace(flags.config, sources=flags.paths[:-1], out=flags.paths[-1])
     with progress_bar("packing", quiet=flags.json) as update:
@@ -68,12 +69,11 @@ def pack(words: list[str]) -> None:
         print_json([dataclasses.asdict(result) for result in results])
         return
     for result in results:
-        print(
-            f"{result.path}: {result.samples:,} samples in {result.shards} shards, {result.classes} classes, {result.bytes / 1e6:,.1f} MB"
-        )
+        size = f"{counted(result.shards, 'shard')}, {result.classes} classes, {result.bytes / 1e6:,.1f} MB"
+        print(f"{result.path}: {counted(result.samples, 'sample')} in {size}")
         if result.rejects:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
-            print(f"{result.path}: {result.rejects:,} images left out ({reasons}); rejects.parquet names them")
+            print(f"{result.path}: {counted(result.rejects, 'image')} left out ({reasons}); rejects.parquet names them")
 
 
 # -- pretrain, finetune -----------------------------------------------------------------------------------------------------------------
@@ -115,6 +115,7 @@ def finetune(words: list[str]) -> None:
 
 def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> None:
     """Starts or resumes a run on this machine and waits for its end."""
+    from vitscale.checkpoint import committed
     from vitscale.run import locked, open_run, resolve, status
 
     gpus = visible_gpus()
@@ -132,7 +133,9 @@ def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> Non
             try:
                 run_ranks(run, nproc, lock, terminal=sys.stderr if as_json else sys.stdout)
             except KeyboardInterrupt:
-                print(f"\nstopped; the same command goes on from the newest checkpoint in {run}", file=sys.stderr)
+                saved = committed(run)
+                where = f"goes on from {saved[-1]}" if saved else "starts anew, because no checkpoint was written yet"
+                print(f"\nstopped; the same command {where}", file=sys.stderr)
                 raise
     if as_json:
         print_json(status(run))
@@ -256,16 +259,15 @@ class StatusFlags:
 def run_status(words: list[str]) -> None:
     """How far a run is."""
     flags = parse(StatusFlags, words, "run status")
-    from vitscale.metrics import duration
+    from vitscale.metrics import counted, duration
     from vitscale.run import status
 
     found = status(Path(flags.run))
     if flags.json:
         print_json(found)
         return
-    print(
-        f"{found['run']}: {found['recipe']}, {found['state']} at step {found['step']} of {found['total_steps']}, {found['starts']} starts"
-    )
+    starts = counted(found["starts"], "start")
+    print(f"{found['run']}: {found['recipe']}, {found['state']} at step {found['step']} of {found['total_steps']}, {starts}")
     if last := found["last"]:
         left = f", {duration(last['seconds_left'])} left" if found["state"] == "running" else ""
         print(f"loss {last['loss']:.4f}, epoch {last['epoch']:.2f}, {last['images_per_second']:,.0f} img/s{left}")

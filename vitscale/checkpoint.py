@@ -15,12 +15,13 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from data_tools.durable import fsync
 from data_tools.errors import UserError
 from vitscale.config import ConfigError, ObjectiveConfig, PreprocessConfig, ViTConfig, from_dict
 
@@ -62,13 +63,14 @@ class Description:
     """What a folder of weights says of itself."""
 
     path: Path
+    """The folder."""
     model: ViTConfig
     preprocess: PreprocessConfig
     objective: ObjectiveConfig
     class_names: tuple[str, ...] | None
     samples_seen: int
     step: int
-    tensors: tuple[TensorEntry, ...]
+    tensors: tuple[TensorEntry, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -245,37 +247,25 @@ def check_tensors(description: Description, expected: dict[str, tuple[int, ...]]
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def write_description(
-    path: Path, *, model: ViTConfig, preprocess: PreprocessConfig, objective: ObjectiveConfig, class_names: tuple[str, ...] | None,
-    samples_seen: int, step: int, tensors: Iterable[TensorEntry],
-) -> None:  # fmt: skip
+def write_description(file: Path, description: Description) -> None:
     """Writes checkpoint.json or an export's description."""
-    values = {
-        "format_version": FORMAT_VERSION,
-        "model": asdict(model),
-        "preprocess": asdict(preprocess),
-        "objective": asdict(objective),
-        "class_names": list(class_names) if class_names else None,
-        "samples_seen": samples_seen,
-        "step": step,
-        "skipped": [],  # ranges of positions that the run left out; none can be yet
-        "tensors": [asdict(t) for t in tensors],
-    }
-    path.write_text(json.dumps(values, indent=1))
+    values = asdict(description)
+    del values["path"]  # a folder may be moved
+    # "skipped": ranges of positions that the run left out; none can be yet
+    file.write_text(json.dumps({"format_version": FORMAT_VERSION, "skipped": [], **values}, indent=1))
 
 
-def save(
-    run: Path, engine: "Engine", *, model: ViTConfig, preprocess: PreprocessConfig, objective: ObjectiveConfig,
-    class_names: tuple[str, ...] | None, samples_seen: int, step: int,
-) -> Path:  # fmt: skip
-    """Writes the checkpoint of a step. A collective; the leader of each node writes its share of the tensors, whole ones."""
+def save(run: Path, engine: "Engine", about: Description) -> Path:
+    """Writes the checkpoint of a step, `about` with the engine's tensors, and returns its folder.
+
+    A collective; the leader of each node writes its share of the tensors, whole ones.
+    """
     import torch.distributed as dist
-    from safetensors.torch import save_file
 
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     node, local_rank = divmod(dist.get_rank(), ranks_per_node)
     num_nodes = dist.get_world_size() // ranks_per_node
-    hidden = partial_folder(run, step)
+    hidden = partial_folder(run, about.step)
     if dist.get_rank() == 0:
         for leftover in hidden.parent.glob(".step-*.partial"):
             shutil.rmtree(leftover)
@@ -294,20 +284,29 @@ def save(
     checksums: dict[str, str] = {}
     if local_rank == 0 and mine:
         file = hidden / f"node-{node:04d}.safetensors"
-        save_file(mine, file)
-        _sync(file)
+        write_tensors(file, mine)
+        fsync(file)
         checksums[file.name] = file_checksum(file)
     gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(gathered, checksums)
     if dist.get_rank() == 0:
         file = hidden / "checkpoint.json"
-        write_description(
-            file, model=model, preprocess=preprocess, objective=objective, class_names=class_names, samples_seen=samples_seen, step=step,
-            tensors=entries,
-        )  # fmt: skip
+        write_description(file, replace(about, tensors=tuple(entries)))
         commit(hidden, {name: value for part in gathered for name, value in part.items()} | {file.name: file_checksum(file)})
     dist.barrier()
-    return step_folder(run, step)
+    return step_folder(run, about.step)
+
+
+def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
+    """Writes a safetensors file, or leaves none and raises CheckpointError, as on a full disk."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        file.unlink(missing_ok=True)
+        raise CheckpointError(f"{file} cannot be written ({error}); what was saved before it is whole") from None
 
 
 def partial_folder(run: Path, step: int) -> Path:
@@ -330,12 +329,12 @@ def publish(hidden: Path, folder: Path, checksums: dict[str, str]) -> None:
     files = {name: {"size": (hidden / name).stat().st_size, "xxh3_128": checksum} for name, checksum in sorted(checksums.items())}
     (hidden / "COMMIT.json").write_text(json.dumps({"files": files}, indent=1))
     for file in hidden.iterdir():
-        _sync(file)
-    _sync(hidden)
+        fsync(file)
+    fsync(hidden)
     if folder.exists():  # one that did not verify, or that a run was taken back to before
         shutil.rmtree(folder)
     hidden.rename(folder)
-    _sync(folder.parent)
+    fsync(folder.parent)
 
 
 def prune(run: Path, keep: int, step: int) -> None:
@@ -359,14 +358,6 @@ def file_checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first(names: list[str]) -> str:

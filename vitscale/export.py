@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vitscale import checkpoint
@@ -53,19 +52,12 @@ def export(description: Description, kind: str, out: Path, *, to: str, headless:
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        save_file({name: w.contiguous() for name, w in weights.items()}, hidden / WEIGHTS_FILE, metadata={"format": "pt"})
-        checkpoint.write_description(
-            hidden / checkpoint.EXPORT_DESCRIPTION,
-            model=exported,
-            preprocess=description.preprocess,
-            objective=description.objective,
-            class_names=class_names,
-            samples_seen=description.samples_seen,
-            step=description.step,
-            tensors=[
-                TensorEntry(name, checkpoint.WEIGHT, tuple(w.shape), (Piece(WEIGHTS_FILE, 0, w.numel()),)) for name, w in weights.items()
-            ],
+        checkpoint.write_tensors(hidden / WEIGHTS_FILE, {name: weight.contiguous() for name, weight in weights.items()})
+        entries = (
+            TensorEntry(name, checkpoint.WEIGHT, tuple(w.shape), (Piece(WEIGHTS_FILE, 0, w.numel()),)) for name, w in weights.items()
         )
+        about = dataclasses.replace(description, model=exported, class_names=class_names, tensors=tuple(entries))
+        checkpoint.write_description(hidden / checkpoint.EXPORT_DESCRIPTION, about)
         if class_names:
             (hidden / "classes.txt").write_text("".join(f"{name}\n" for name in class_names))
         if to == "timm":

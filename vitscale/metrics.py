@@ -68,6 +68,11 @@ def duration(seconds: float) -> str:
     return f"{seconds}s"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things for people: 1 shard, 1,200 shards."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

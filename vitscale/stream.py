@@ -182,27 +182,27 @@ def _readable(dataset: Dataset, sample: int) -> Image.Image | str:
 def _prepare_ahead(jobs: Iterator[_Job], dataset: Dataset, image_size: tuple[int, int], workers: int, prefetch: int) -> Iterator[Batch]:
     """Batches in the order of the jobs, `prefetch` of them in the making while one is used; a thread's error is raised in its turn."""
     pool = ThreadPoolExecutor(threads(workers), thread_name_prefix="stream")
-    started: deque[tuple[_Job, images.Pixels, npt.NDArray[np.bool_], list[Future[None]]]] = deque()
+    started: deque[tuple[keyed.UInt64, images.Pixels, npt.NDArray[np.bool_], Int64, list[Future[None]]]] = deque()
 
     def start(job: _Job) -> None:
         size = len(job.samples)
-        images_BHWC, valid_B = np.zeros((size, *image_size, 3), dtype=np.uint8), np.zeros(size, dtype=np.bool_)
+        images_BHWC, valid_B, samples_B = np.zeros((size, *image_size, 3), np.uint8), np.zeros(size, np.bool_), job.samples.copy()
 
         def fill(piece: Int64) -> None:
             for i in piece.tolist():
-                job.samples[i], pixels = job.view(i)
+                samples_B[i], pixels = job.view(i)
                 if pixels is not None:
                     images_BHWC[i], valid_B[i] = pixels, True
 
         pieces = np.array_split(np.arange(size), min(threads(workers), size))
-        started.append((job, images_BHWC, valid_B, [pool.submit(fill, piece) for piece in pieces]))
+        started.append((job.keys, images_BHWC, valid_B, samples_B, [pool.submit(fill, piece) for piece in pieces]))
 
     def finish() -> Batch:
-        job, images_BHWC, valid_B, futures = started.popleft()
+        keys, images_BHWC, valid_B, samples_B, futures = started.popleft()
         for future in futures:
             future.result()
-        labels_BL, scores_BL = dataset.labels(job.samples)
-        return Batch(images_BHWC, labels_BL, scores_BL, job.keys.view(np.int64), valid_B, job.samples)
+        labels_BL, scores_BL = dataset.labels(samples_B)
+        return Batch(images_BHWC, labels_BL, scores_BL, keys.view(np.int64), valid_B, samples_B)
 
     try:
         for job in jobs:

@@ -27,7 +27,7 @@ from vitscale.engine import Engine, device, init_distributed
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
 from vitscale.flops import peak_flops, train_flops
-from vitscale.metrics import Metrics, progress_line
+from vitscale.metrics import Metrics, counted, progress_line
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
@@ -140,10 +140,10 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
             if metrics:
                 metrics.log({"step": step, "samples_seen": samples_seen} | _eval_fields(result), _eval_line(step, result))
         if saves:
-            saved = checkpoint.save(
-                run, engine, model=config.model, preprocess=config.preprocess, objective=config.objective,
-                class_names=dataset.class_names, samples_seen=samples_seen, step=step,
-            )  # fmt: skip
+            about = checkpoint.Description(
+                run, config.model, config.preprocess, config.objective, dataset.class_names, samples_seen=samples_seen, step=step
+            )
+            saved = checkpoint.save(run, engine, about)
             if metrics:
                 checkpoint.prune(run, config.keep_checkpoints, step)
                 metrics.say(f"saved {saved}")
@@ -176,7 +176,7 @@ def _headline(config: TrainConfig, step: int, last_step: int, world_size: int, a
     begins = f"resumes at step {step}" if step else "starts"
     return (
         f"{config.recipe} {begins} on {_device_name()}: {parameters:,} parameters, {config.model.num_tokens} tokens, {last_step} steps of "
-        f"{config.global_batch_size} images = {world_size} ranks x {config.micro_batch_size} x {accumulate}, "
+        f"{config.global_batch_size} images = {counted(world_size, 'rank')} x {config.micro_batch_size} x {accumulate}, "
         f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, run directory {config.out}"
     )
 

@@ -5,6 +5,7 @@ Everything is killed for real. What a test waits for is a line of output or the 
 
 import os
 import re
+import resource
 import select
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from tests.launch.test_command import SMALL, VITSCALE, vitscale
 from vitscale.run import read_metrics
 
+LIMIT = 20_000  # bytes: less than a checkpoint has, more than logs and metrics
 LONG = [*SMALL, "--steps", "40", "--checkpoint-every", "10", "--keep-checkpoints", "0", "--nproc", "2", "--eval-data", "none"]
 
 
@@ -89,7 +91,7 @@ def test_ctrl_c_ends_all_ranks(dataset: Path, tmp_path: Path) -> None:
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate()
     assert run.returncode == 130
-    assert "the same command goes on from the newest checkpoint" in errors
+    assert "the same command starts anew, because no checkpoint was written yet" in errors
     assert "Traceback" not in errors
     wait_until_gone(ranks)
 
@@ -129,7 +131,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(dataset: Path, t
     run = start(dataset, out)
     wait_for_line(run, "step 25/40")
     run.send_signal(signal.SIGINT)
-    run.communicate()
+    _, errors = run.communicate()
+    assert f"the same command goes on from {out}/checkpoints/step-00000020" in errors
     file = out / "checkpoints" / "step-00000020" / "node-0000.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 0x10
@@ -139,6 +142,25 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(dataset: Path, t
     assert again.returncode == 0, errors
     assert "step-00000020: node-0000.safetensors does not have the checksum" in output
     assert "resumes at step 10" in output
+    assert [line["loss"] for line in read_metrics(out) if "loss" in line] == whole
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk_ends_the_run_in_one_line(dataset: Path, tmp_path: Path, whole: list[float]) -> None:
+    """The kernel refuses the bytes over a limit for the size of a file, as it refuses those over a full disk."""
+    out = tmp_path / "run"
+    resource.prlimit(os.getpid(), resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
+    try:
+        run = start(dataset, out)
+    finally:
+        resource.prlimit(os.getpid(), resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    _, errors = run.communicate()
+    assert run.returncode == 1
+    assert "Traceback" not in errors
+    assert re.match(r"error: .*node-0000.safetensors cannot be written \(.*File too large.*\); what was saved before it is whole\n", errors)
+    assert not [file for file in (out / "checkpoints").rglob("*") if file.is_file()]
+    again = start(dataset, out)
+    again.communicate()
+    assert again.returncode == 0
     assert [line["loss"] for line in read_metrics(out) if "loss" in line] == whole
 
 

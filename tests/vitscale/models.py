@@ -89,9 +89,7 @@ def write_checkpoint(
     entries = [
         TensorEntry(name, kind, tuple(t.shape), (Piece("node-0000.safetensors", 0, t.numel()),)) for (name, kind), t in tensors.items()
     ]
-    checkpoint.write_description(
-        hidden / "checkpoint.json", model=model.config, preprocess=preprocess or PreprocessConfig(), objective=ObjectiveConfig(),
-        class_names=class_names, samples_seen=4096, step=2, tensors=entries,
-    )  # fmt: skip
+    about = Description(folder, model.config, preprocess or PreprocessConfig(), ObjectiveConfig(), class_names, 4096, 2, tuple(entries))
+    checkpoint.write_description(hidden / "checkpoint.json", about)
     checkpoint.publish(hidden, folder, {file.name: checkpoint.file_checksum(file) for file in hidden.iterdir()})
     return checkpoint.describe(folder)

@@ -15,10 +15,12 @@ from tests.conftest import with_engine
 from tests.distributed import run_on_ranks
 from tests.vitscale.test_zero import STOP, case, losses_of, variant
 from vitscale import checkpoint
-from vitscale.config import EngineConfig, OptimizerConfig, TrainConfig, ViTConfig
+from vitscale.config import EngineConfig, OptimizerConfig, TrainConfig, ViTConfig, from_dict, to_dict
 from vitscale.engine import Engine, deepspeed_config
 from vitscale.evaluate import load_model
 from vitscale.model import ViT, initialize
+from vitscale.run import open_run
+from vitscale.train import train
 
 MODEL = ViTConfig(depth=2, width=16, mlp_dim=20, num_heads=2, patch_size=4, image_size=(8, 8), num_classes=3)
 SGD = OptimizerConfig("sgd", peak_lr=0.1, momentum=0.0, grad_clip=0.0, average_decay=0.75)
@@ -122,6 +124,34 @@ def test_bf16_trains_and_goes_on_bitwise_with_dropout(bf16: TrainConfig, tmp_pat
         weights = checkpoint.TensorReader(ends[0]).whole("blocks.0.attn.qkv.weight", checkpoint.WEIGHT)
         assert not torch.equal(weights, weights.bfloat16().float()), "the checkpoint must hold fp32 masters"
         assert ends[0].kinds == ("weight", "exp_avg", "exp_avg_sq", "average")
+
+
+def dropout_seeds(payload: dict[str, Any]) -> list[list[int]]:
+    """What torch's generator was seeded with at each training forward of a run, a list a rank."""
+    config: TrainConfig = from_dict(TrainConfig, payload["config"])
+    if dist.get_rank() == 0:
+        Path(config.out).mkdir()
+        open_run(config, dist.get_world_size())
+    dist.barrier()
+    seeds: list[int] = []
+    forward = Engine.forward
+
+    def spy(engine: Engine, *inputs: torch.Tensor) -> torch.Tensor:
+        seeds.append(torch.initial_seed())
+        return forward(engine, *inputs)
+
+    Engine.forward = spy  # type: ignore[method-assign]
+    train(config, stop_at=4)
+    of_ranks: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, seeds)
+    return of_ranks
+
+
+def test_dropout_differs_between_steps_micro_batches_and_ranks(bf16: TrainConfig, tmp_path: Path) -> None:
+    config = variant(bf16, tmp_path, "run", accumulate=2, world_size=2, zero_stage=1)
+    of_ranks = run_on_ranks("tests.vitscale.test_engine:dropout_seeds", 2, {"config": to_dict(config)}, tmp_path)
+    assert [len(seeds) for seeds in of_ranks] == [4 * 2, 4 * 2]
+    assert len(set(itertools.chain(*of_ranks))) == 2 * 4 * 2
 
 
 def first_checkpoint(payload: dict[str, Any]) -> dict[str, Any]:
