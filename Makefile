@@ -23,7 +23,7 @@ bench: $(VENV)/installed  ## a training step against peers, synthetic data
 	$(BIN)/python benchmarks/train_step.py
 
 soak: $(VENV)/installed  ## the long proofs, in full
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak -rP  # -rP prints the figures that they reach
 
 peers: $(PEERS)/installed  ## side by side with timm, which needs torchvision and so the CUDA build of torch
 	$(PEERS)/bin/python -m pytest -m peers

@@ -252,6 +252,11 @@ class Dataset:
                 out[wanted] = block
         return labels, scores
 
+    def score_range(self) -> tuple[float, float]:
+        """The smallest and the largest score of any label; a label without a score has 1. Reads the whole column."""
+        scores = [batch["scores"][batch["scores_starts"][0] : batch["scores_starts"][-1]] for batch in self._batches]
+        return min((float(s.min()) for s in scores if len(s)), default=1.0), max((float(s.max()) for s in scores if len(s)), default=1.0)
+
     def key(self, sample: int) -> str:
         """The sample's key, from samples/*.parquet."""
         shard = self._shard_number(sample)

@@ -1,4 +1,4 @@
-"""What makes a file or a folder survive the loss of power; datasets and checkpoints are published with it."""
+"""Files and folders that are there whole or not at all, whatever ends the process or the machine."""
 
 import os
 from pathlib import Path
@@ -11,3 +11,20 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Gives a file new contents in one step."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text, encoding="utf-8")
+    fsync(beside)
+    beside.replace(path)
+    fsync(path.parent)
+
+
+def publish_folder(hidden: Path, folder: Path) -> None:
+    """Gives a finished folder its name in one step; nothing may bear it. Raises OSError."""
+    for path in [*hidden.rglob("*"), hidden]:
+        fsync(path)
+    hidden.rename(folder)
+    fsync(folder.parent)

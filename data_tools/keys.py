@@ -24,7 +24,7 @@ def clean_key(raw: str) -> str:
     """A safe key from any text: A-Z a-z 0-9 _ - only, at most 80 characters.
 
     Slashes become "_". If anything else has to change, a hash of the raw text is appended, so that different texts keep
-    different keys. Two texts can still meet ("a/b" and "a_b"): see `sources.unique_keys`.
+    different keys. Two texts can still meet ("a/b" and "a_b"): see `unique_keys`.
     """
     flat = raw.replace("/", "_")
     key = re.sub(r"[^A-Za-z0-9_-]+", "_", flat)
@@ -41,7 +41,7 @@ def hashed_key(raw: str, salt: str) -> str:
 
 
 def unique_keys(raw_keys: pa.Array, salt: Callable[[int], str]) -> pa.Array:
-    """`tar.clean_key` of each text; those that meet get a hash of their salt, which names the row, instead."""
+    """`clean_key` of each text; those that meet get a hash of their salt, which names the row, instead."""
     texts = (clean_key(raw) for raw in _texts(raw_keys))
     keys = pa.concat_arrays([pa.array(chunk, pa.large_string()) for chunk in _chunks(texts)])
     attempt = 0

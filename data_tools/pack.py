@@ -37,7 +37,7 @@ from PIL import Image
 from data_tools import dataset as fmt
 from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset
-from data_tools.durable import fsync
+from data_tools.durable import publish_folder
 from data_tools.keys import key_hashes
 from data_tools.sources import MAX_IMAGE_BYTES, Images, Listing, Reject, list_sources, needs_spool
 from data_tools.tar import TarWriter
@@ -102,7 +102,10 @@ def pack(config: PackConfig, progress: Progress | None = None) -> tuple[PackResu
             for split, rows in plans.items():
                 results.append(_write_split(partials[split], split, rows, listing, images, config, tally))
         for split, partial in partials.items():
-            _publish(partial, out / split)
+            try:
+                publish_folder(partial, out / split)
+            except OSError as error:
+                raise PackError(f"{out / split} cannot be put in place: {error.strerror}; was it packed meanwhile?") from None
     except BaseException:
         for partial in partials.values():
             shutil.rmtree(partial, ignore_errors=True)
@@ -344,14 +347,3 @@ class _SamplesWriter(ExitStack):
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Makes a finished directory durable and gives it its name."""
-    for path in [*partial.rglob("*"), partial]:
-        fsync(path)
-    try:
-        partial.rename(target)
-    except OSError as error:
-        raise PackError(f"{target} cannot be put in place: {error.strerror}; was it packed meanwhile?") from None
-    fsync(target.parent)

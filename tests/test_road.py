@@ -78,5 +78,6 @@ def test_all_of_it_beats_logistic_regression(splits: tuple[Labelled, Labelled], 
     rival = LogisticRegression(max_iter=100).fit(pixels, train_labels).score(test_pixels, test_labels)
     assert rival > 0.83  # it reaches 0.844 elsewhere: no straw man
     result = go_the_road(tmp_path, *splits, "", "--steps 1000 --schedule.warmup-steps 50 --log-every 50 --preprocess.crop-scale 1 1")
+    print(f"10,000 test images: fine-tuned {result['top1']:.2%}, logistic regression on the same pixels {rival:.2%}")
     assert result["samples"] == 10_000
     assert result["top1"] > rival + 0.02

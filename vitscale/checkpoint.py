@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from data_tools.durable import fsync
+from data_tools.durable import fsync, publish_folder, replace_file
 from data_tools.errors import UserError
 from vitscale.config import ConfigError, ObjectiveConfig, PreprocessConfig, ViTConfig, from_dict
 
@@ -161,6 +161,8 @@ def describe(folder: Path) -> Description:
         values = json.loads(file.read_text())
         if values["format_version"] != FORMAT_VERSION:
             raise CheckpointError(f"{file} has format version {values['format_version']}; this vitscale reads {FORMAT_VERSION}")
+        if values["skipped"]:
+            raise CheckpointError(f"{file} skips positions {values['skipped']}, which this vitscale cannot; use a newer one")
         return Description(
             path=folder,
             model=from_dict(ViTConfig, values["model"], "model"),
@@ -227,6 +229,18 @@ def piece_key(name: str, kind: str, offset: int) -> str:
     return f"{kind}/{name}/{offset}"
 
 
+def read_weights(description: Description, kind: str, shapes: dict[str, tuple[int, ...]]) -> "dict[str, Tensor]":
+    """All weights of a model with these shapes. Raises CheckpointError where a tensor is missing, extra or of another shape.
+
+    Args:
+        kind: `average` (where there is one) or `weight`.
+    """
+    kind = description.preferred(kind)
+    check_tensors(description, shapes, [kind])
+    reader = TensorReader(description)
+    return {name: reader.whole(name, kind) for name in shapes}
+
+
 def check_tensors(description: Description, expected: dict[str, tuple[int, ...]], kinds: Iterable[str]) -> None:
     """Every expected tensor there with its shape, and none besides. Raises CheckpointError that names the first that differ."""
     for kind in kinds:
@@ -258,7 +272,8 @@ def write_description(file: Path, description: Description) -> None:
 def save(run: Path, engine: "Engine", about: Description) -> Path:
     """Writes the checkpoint of a step, `about` with the engine's tensors, and returns its folder.
 
-    A collective; the leader of each node writes its share of the tensors, whole ones.
+    A collective; the leader of each node writes its share of the tensors, whole ones. Raises CheckpointError or OSError on a rank that
+    cannot write, and leaves the others waiting for it: the rank must end.
     """
     import torch.distributed as dist
 
@@ -319,22 +334,16 @@ def commit(hidden: Path, checksums: dict[str, str]) -> None:
     """Makes a written checkpoint durable and points `latest` at it."""
     folder = hidden.with_name(hidden.name.removeprefix(".").removesuffix(".partial"))
     publish(hidden, folder, checksums)
-    pointer = folder.parent / ".latest.partial"
-    pointer.write_text(folder.name + "\n")
-    pointer.rename(folder.parent / "latest")
+    replace_file(folder.parent / "latest", folder.name + "\n")
 
 
 def publish(hidden: Path, folder: Path, checksums: dict[str, str]) -> None:
     """Gives a written folder its COMMIT.json, syncs it and renames it into place."""
     files = {name: {"size": (hidden / name).stat().st_size, "xxh3_128": checksum} for name, checksum in sorted(checksums.items())}
     (hidden / "COMMIT.json").write_text(json.dumps({"files": files}, indent=1))
-    for file in hidden.iterdir():
-        fsync(file)
-    fsync(hidden)
     if folder.exists():  # one that did not verify, or that a run was taken back to before
         shutil.rmtree(folder)
-    hidden.rename(folder)
-    fsync(folder.parent)
+    publish_folder(hidden, folder)
 
 
 def prune(run: Path, keep: int, step: int) -> None:

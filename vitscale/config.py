@@ -87,12 +87,9 @@ class ViTConfig:
 
 
 @dataclass(frozen=True)
-class PreprocessConfig:
-    """What turns image bytes into the model's input; an export carries it."""
+class ViewConfig:
+    """What of an image the model sees."""
 
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Of each channel of pixels in [0, 1]; 0.5 with a deviation of 0.5 is the paper's range [-1, 1]."""
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Antialiased, as Pillow does it."""
     crop_scale: tuple[float, float] = (0.05, 1.0)
@@ -103,6 +100,15 @@ class PreprocessConfig:
     """Chance of a mirrored training image."""
     eval_crop: float = 0.875
     """Side of the central evaluation crop over the side the image is resized to; 1 resizes the image to the model's size, squashed."""
+
+
+@dataclass(frozen=True)
+class PreprocessConfig(ViewConfig):
+    """What turns image bytes into the model's input; an export carries it."""
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Of each channel of pixels in [0, 1]; 0.5 with a deviation of 0.5 is the paper's range [-1, 1]."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the work is laid over devices; changes nothing that is learned beyond rounding."""
+    """How the work is laid over devices; but for the precision, it changes nothing that is learned beyond rounding."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 1 partitions the optimizer, 2 gradients too, 3 weights too. 1 is enough up to 2 B parameters."""
@@ -187,7 +193,7 @@ class InitConfig:
 
     checkpoint: str
     weights: Literal["average", "weight"]
-    interpolation: Interpolation
+    position_interpolation: Interpolation
     folder: str
     """The folder that `checkpoint` named when the run started: a run's newest one may be another by now."""
 
@@ -221,7 +227,6 @@ class RunConfig:
     """Steps between checkpoints; one is written at the end in any case."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept; 0 keeps all."""
-    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -234,6 +239,7 @@ class TrainConfig(RunConfig):
     """A run: what a pre-training recipe returns, what fine-tuning resolves to, and what RUN/config.json holds."""
 
     model: ViTConfig = field(default_factory=ViTConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     init: Annotated[InitConfig | None, tyro.conf.Suppress] = None
     """Weights to start from; set by fine-tuning."""
 
@@ -260,9 +266,10 @@ class FinetuneConfig(RunConfig):
     """The checkpoint to start from: a run (its newest durable one), RUN@STEP, a step's folder or an exported folder."""
     init_weights: Literal["average", "weight"] = "average"
     """The average of the weights where the checkpoint holds one, or the raw weights."""
-    interpolation: Interpolation = "timm"
+    position_interpolation: Interpolation = "timm"
     """How position embeddings go to the new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
     model: NewModelConfig = field(default_factory=NewModelConfig)
+    preprocess: ViewConfig = field(default_factory=ViewConfig)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -320,15 +327,11 @@ def fine_tuned_model(base: ViTConfig, new: NewModelConfig, num_classes: int) -> 
 def fine_tuning_run(
     asked: FinetuneConfig, base: ViTConfig, trained_with: PreprocessConfig, folder: str, num_classes: int
 ) -> TrainConfig:  # fmt: skip
-    """The run that fine-tuning makes of a checkpoint in `folder`, of a model and its preprocessing. Raises ConfigError."""
-    for name in ("mean", "std"):
-        value, its = getattr(asked.preprocess, name), getattr(trained_with, name)
-        if value not in (its, getattr(PreprocessConfig(), name)):
-            raise ConfigError(f"preprocess.{name}={value}, but the checkpoint was trained with {its}; leave the flag out to take that")
+    """The run that fine-tuning makes of a checkpoint in `folder`, of a model and its preprocessing."""
     shared = {f.name: getattr(asked, f.name) for f in dataclasses.fields(RunConfig)}
-    shared["preprocess"] = dataclasses.replace(asked.preprocess, mean=trained_with.mean, std=trained_with.std)
-    init = InitConfig(asked.init, asked.init_weights, asked.interpolation, folder)
-    return TrainConfig(**shared, model=fine_tuned_model(base, asked.model, num_classes), init=init)
+    preprocess = PreprocessConfig(**dataclasses.asdict(asked.preprocess), mean=trained_with.mean, std=trained_with.std)
+    init = InitConfig(asked.init, asked.init_weights, asked.position_interpolation, folder)
+    return TrainConfig(**shared, model=fine_tuned_model(base, asked.model, num_classes), preprocess=preprocess, init=init)
 
 
 # What DeepSpeed's config may not be given through `engine.deepspeed`, and what to do instead.
@@ -340,6 +343,8 @@ DEEPSPEED_OURS = {
     "gradient_clipping": "use --optimizer.grad-clip",
     "bf16": "use --engine.precision",
     "fp16": "use --engine.precision",
+    "amp": "use --engine.precision",
+    "torch_autocast": "use --engine.precision",
     "data_types": "use --engine.precision",
     "optimizer": "use --optimizer.name",
     "scheduler": "use --schedule.kind",
@@ -424,19 +429,21 @@ def _check_ranges(config: TrainConfig) -> None:
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
 MAY_CHANGE = (
     "data", "eval_data", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "stream.workers",
-    "stream.prefetch", "stream.max_unusable", "engine.zero_stage", "engine.checkpoint_every_n_blocks", "engine.deepspeed", "init.folder",
+    "stream.prefetch", "stream.max_unusable", "engine.zero_stage", "engine.checkpoint_every_n_blocks",
+    "engine.deepspeed.zero_optimization", "init.folder",
 )  # fmt: skip
 
 
-def refused_changes(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """The settings that differ and may not, a line each: `name: old -> new`."""
+def changes(old: TrainConfig, new: TrainConfig) -> dict[str, str]:
+    """The settings that differ, as {name: "old -> new"}."""
     before, after = _flatten(to_dict(old)), _flatten(to_dict(new))
-    allowed = tuple(f"{name}." for name in MAY_CHANGE)
-    return [
-        f"{name}: {before.get(name)} -> {after.get(name)}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and not f"{name}.".startswith(allowed)
-    ]
+    names = sorted(before.keys() | after.keys())
+    return {name: f"{before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)}
+
+
+def may_change(name: str) -> bool:
+    """Whether a setting may be another when a run is resumed."""
+    return f"{name}.".startswith(tuple(f"{allowed}." for allowed in MAY_CHANGE))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -451,7 +458,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
-    """The dataclass `cls` from what `to_dict` gave. Raises ConfigError on unknown or missing fields."""
+    """The dataclass `cls` from what `to_dict` gave; a field that is not there has its default. Raises ConfigError on unknown fields."""
     hints = get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(values.keys() - known):

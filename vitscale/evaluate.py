@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_tools.dataset import Dataset, DatasetError
-from vitscale.checkpoint import CheckpointError, Description, TensorReader, check_tensors
+from vitscale.checkpoint import CheckpointError, Description, read_weights
 from vitscale.config import ObjectiveConfig, PreprocessConfig
-from vitscale.model import ViT, normalize
+from vitscale.model import ViT, normalize, parameter_shapes
 from vitscale.objective import correct_at, per_sample_loss
 from vitscale.stream import evaluation_batches
 
@@ -39,7 +39,7 @@ def evaluate(
     objective: ObjectiveConfig, *, device: torch.device, batch_size: int, workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:  # fmt: skip
-    """Evaluates over all ranks of the process group, or alone where there is none.
+    """Evaluates over all ranks of the process group, or alone where there is none. Raises DatasetError where no sample can be read.
 
     Args:
         forward: normalised fp32 images (B, C, H, W) to logits (B, K), in evaluation mode; called equally often on every rank.
@@ -79,13 +79,8 @@ def load_model(description: Description, kind: str) -> ViT:
     Args:
         kind: `average` (where there is one) or `weight`.
     """
-    with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in ViT(description.model).named_parameters()}
-    kind = description.preferred(kind)
-    check_tensors(description, shapes, [kind])
-    reader = TensorReader(description)
     model = ViT(description.model)
-    model.load_state_dict({name: reader.whole(name, kind) for name in shapes})
+    model.load_state_dict(read_weights(description, kind, parameter_shapes(description.model)))
     return model.eval()
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitscale.checkpoint import CheckpointError, Description, TensorReader, check_tensors
+from vitscale.checkpoint import CheckpointError, Description, read_weights
 from vitscale.config import ViTConfig
-from vitscale.model import ViT, initialize_parameter
+from vitscale.model import initialize_parameter, parameter_shapes
 
 # By whose code: how it resamples. Norm kept from 16x16 to 37x37 differs by up to 20% between them, so a name is part of a recipe.
 METHODS: dict[str, dict[str, object]] = {
@@ -29,19 +29,14 @@ def fine_tuned_weights(description: Description, kind: str, model: ViTConfig, me
     Raises CheckpointError where a tensor of the checkpoint is missing, extra or of another shape.
     """
     old = description.model
-    with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in ViT(old).named_parameters()}
-        wanted = {name: tuple(p.shape) for name, p in ViT(model).named_parameters()}
-    kind = description.preferred(kind)
-    check_tensors(description, expected, [kind])
-    reader = TensorReader(description)
+    before, wanted = read_weights(description, kind, parameter_shapes(old)), parameter_shapes(model)
     weights = {}
     for name, shape in wanted.items():
         if name.startswith("head."):
             weights[name] = torch.empty(shape)
             initialize_parameter(name, weights[name], seed, model)
         else:
-            weights[name] = resample(name, reader.whole(name, kind), old, model, method)
+            weights[name] = resample(name, before[name], old, model, method)
         if tuple(weights[name].shape) != shape:
             raise CheckpointError(f"{description.path}: {name} has shape {tuple(weights[name].shape)}, the model's has {shape}")
     return weights

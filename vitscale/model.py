@@ -248,6 +248,12 @@ def relative_offsets(grid: tuple[int, int], class_token: bool) -> tuple[Tensor, 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
+def parameter_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter by its name, without making any."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in ViT(config).named_parameters()}
+
+
 @torch.no_grad()
 def initialize(model: ViT, seed: int) -> None:
     """The initialisation of google-research/vision_transformer (models_vit.py), each parameter drawn from its own generator."""
@@ -295,7 +301,10 @@ def lecun_normal_(value: Tensor, generator: torch.Generator) -> None:
 
 
 def keyed_uniform(keys_B: Tensor, draw: int) -> Tensor:
-    """The draw-th number in [0, 1) of each key (int64), in float32: SplitMix64's finaliser in two's-complement arithmetic."""
+    """The draw-th number in [0, 1) of each key (int64), in float32: SplitMix64's finaliser in two's-complement arithmetic.
+
+    Another sequence than `keyed.uniform` draws from the same key, so what the model draws never meets what the stream draws.
+    """
     x = keys_B + _signed((draw + 1) * 0x9E3779B97F4A7C15)
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)

@@ -22,6 +22,7 @@ from vitscale.config import (
     PreprocessConfig,
     ScheduleConfig,
     TrainConfig,
+    ViewConfig,
     ViTConfig,
 )
 
@@ -195,7 +196,7 @@ def _finetune(*, steps: int, peak_lr: float, warmup_steps: int, image_size: int 
         eval_every=max(100, steps // 10),
         checkpoint_every=max(100, steps // 10),
         model=NewModelConfig(image_size=(image_size, image_size)),
-        preprocess=PreprocessConfig(eval_crop=1.0),
+        preprocess=ViewConfig(eval_crop=1.0),
         objective=ObjectiveConfig("softmax"),
         optimizer=OptimizerConfig("sgd", peak_lr=peak_lr, average_decay=average_decay),
         schedule=ScheduleConfig("cosine", warmup_steps=warmup_steps),
@@ -291,7 +292,7 @@ def tiny_finetune() -> FinetuneConfig:
         eval_every=25,
         checkpoint_every=100,
         model=NewModelConfig(image_size=(28, 28)),
-        preprocess=PreprocessConfig(crop_scale=(0.6, 1.0), flip=0.0, eval_crop=1.0),
+        preprocess=ViewConfig(crop_scale=(0.6, 1.0), flip=0.0, eval_crop=1.0),
         optimizer=OptimizerConfig("sgd", peak_lr=0.06),
         schedule=ScheduleConfig("cosine", warmup_steps=10),
         engine=EngineConfig(precision="fp32"),

@@ -20,17 +20,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_tools.dataset import Dataset, DatasetError
+from data_tools.durable import replace_file
 from data_tools.errors import UserError
 from vitscale import checkpoint
 from vitscale.config import (
     ConfigError,
     FinetuneConfig,
     TrainConfig,
+    changes,
     check_config,
     choose_order,
     fine_tuning_run,
     from_dict,
-    refused_changes,
+    may_change,
     to_dict,
     total_steps,
 )
@@ -61,6 +63,12 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
         )
     if dataset.num_samples == 0:
         raise DatasetError(f"{config.data} holds no samples; a run needs at least one")
+    if config.objective.soft_targets:
+        low, high = dataset.score_range()
+        if not 0 <= low <= high <= 1:
+            raise ConfigError(
+                f"soft_targets needs scores in [0, 1], {config.data} has them in [{low:g}, {high:g}]; scale them and pack again"
+            )
     steps = total_steps(config, dataset.num_samples)
     if config.schedule.warmup_steps >= steps:
         raise ConfigError(
@@ -117,30 +125,36 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     Raises RunError where the directory holds something else; it is left as it was.
     """
     run = Path(config.out)
-    dataset = Dataset.open(config.data, check_shards=False)  # `resolve` has checked them
+    trained_on = _identity(config.data)
+    held_out = None if config.eval_data == "none" else _identity(config.eval_data)
+    changed: dict[str, str] = {}
     if (run / "run.json").is_file():
         record = _read_json(run / "run.json")
-        if record["dataset"]["hash"] != dataset.content_hash:
-            raise RunError(
-                f"{run} was trained on a dataset with hash {record['dataset']['hash']}, {config.data} has {dataset.content_hash}; "
-                "--data must name the same dataset"
-            )
-        if changes := refused_changes(read_config(run), config):
-            raise RunError(f"{run} holds a run with other settings: {', '.join(changes)}; give its own to resume it, or another --out")
+        if record["format_version"] != FORMAT_VERSION:
+            raise RunError(f"{run}/run.json has format version {record['format_version']}; this vitscale reads {FORMAT_VERSION}")
+        for flag, before, now in (("data", record["dataset"], trained_on), ("eval-data", record["held_out"], held_out)):
+            if before and now and before["hash"] != now["hash"]:
+                raise RunError(f"{run} has --{flag} with hash {before['hash']}, {now['path']} has {now['hash']}; give the same dataset")
+        changed = changes(read_config(run), config)
+        if refused := [f"{name}: {change}" for name, change in changed.items() if not may_change(name)]:
+            raise RunError(f"{run} holds a run with other settings: {', '.join(refused)}; give its own to resume it, or another --out")
     else:
         record = {
             "format_version": FORMAT_VERSION,
-            "dataset": {"path": config.data, "name": dataset.name, "hash": dataset.content_hash, "samples": dataset.num_samples},
-            "total_steps": total_steps(config, dataset.num_samples),
+            "dataset": trained_on,
+            "held_out": held_out,
+            "total_steps": total_steps(config, trained_on["samples"]),
             "starts": [],
         }
     if is_finished(run):
         return True
+    record["held_out"] = record["held_out"] or held_out
     record["starts"].append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": platform.node(),
             "world_size": world_size,
+            "changed": changed,
             "commit": _git_commit(),
             "versions": _versions(),
         }
@@ -148,6 +162,12 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     write_json(run / "config.json", to_dict(config))
     write_json(run / "run.json", record)  # last: its presence is what makes a directory a run
     return False
+
+
+def _identity(path: str) -> dict[str, Any]:
+    """What a run remembers of a dataset; `resolve` has checked its files."""
+    dataset = Dataset.open(path, check_shards=False)
+    return {"path": path, "name": dataset.name, "hash": dataset.content_hash, "samples": dataset.num_samples}
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -181,12 +201,19 @@ def locked(run: Path) -> Iterator[TextIO]:
 
 
 def is_finished(run: Path) -> bool:
-    """Whether the checkpoint of a run's last step is there, whole."""
+    """Whether the checkpoint of a run's last step is there, whole, and was evaluated if anything is held out."""
     if not (run / "run.json").is_file():
         return False
     last_step = _read_json(run / "run.json")["total_steps"]
     folder = checkpoint.step_folder(run, last_step)
-    return folder.is_dir() and checkpoint.verify(folder) is None
+    if not folder.is_dir() or checkpoint.verify(folder) is not None:
+        return False
+    return read_config(run).eval_data == "none" or was_evaluated(run, last_step)
+
+
+def was_evaluated(run: Path, step: int) -> bool:
+    """Whether metrics.jsonl holds an evaluation of a step."""
+    return any(line["step"] == step for line in read_metrics(run) if "eval_loss" in line)
 
 
 def status(run: Path) -> dict[str, Any]:
@@ -222,9 +249,7 @@ def cut_back(run: Path, step: int, samples_seen: int) -> None:
     for name, field, last in (("metrics.jsonl", "step", step), ("quarantine.jsonl", "position", samples_seen - 1)):
         file = run / name
         if file.is_file():
-            beside = file.with_name(f".{name}.partial")
-            beside.write_text("".join(json.dumps(line) + "\n" for line in _read_lines(file) if line[field] <= last))
-            beside.replace(file)
+            replace_file(file, "".join(json.dumps(line) + "\n" for line in _read_lines(file) if line[field] <= last))
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
@@ -249,10 +274,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Replaces a file at once."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(values, indent=1) + "\n")
-    beside.replace(path)
+    """Replaces a file in one step."""
+    replace_file(path, json.dumps(values, indent=1) + "\n")
 
 
 def _lock(file: TextIO, kind: int) -> bool:

@@ -6,6 +6,7 @@ Follow one batch from here: `stream.py` (which samples, and their pixels) -> `mo
 `samples_seen` is the only clock: with it, the seed and the checkpoint's tensors a run continues exactly where it was.
 """
 
+import contextlib
 import ctypes
 import math
 import os
@@ -31,7 +32,7 @@ from vitscale.metrics import Metrics, counted, progress_line
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
-from vitscale.run import cut_back, read_config
+from vitscale.run import cut_back, read_config, was_evaluated
 from vitscale.stream import TrainStream
 
 
@@ -42,9 +43,11 @@ class TrainingError(UserError):
 def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     """Trains from the newest durable checkpoint, or from the start, to the end. Needs a process group (`engine.init_distributed`).
 
+    Raises TrainingError where the run diverges, and what the parts raise; a rank that fails must end, for the others wait for it.
+
     Args:
         config: resolved (`run.resolve`), of a run directory that exists.
-        stop_at: the step to stop after, with a checkpoint, as if the run had been interrupted there; None runs to the end.
+        stop_at: the step to stop after, with a checkpoint; None runs to the end.
     """
     rank, world_size, run = dist.get_rank(), dist.get_world_size(), Path(config.out)
 
@@ -54,17 +57,15 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     last_step = total_steps(config, dataset.num_samples)
 
     # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------
-    folder, faults = _take_up(run)
+    folder, faults, evaluated = _take_up(config)
     model = ViT(config.model, config.engine.checkpoint_every_n_blocks)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     resumed = checkpoint.describe(folder) if folder else None
     if resumed:
-        reader = checkpoint.TensorReader(resumed)
-        checkpoint.check_tensors(resumed, shapes, [checkpoint.WEIGHT])
-        model.load_state_dict({name: reader.whole(name, checkpoint.WEIGHT) for name in shapes})
-    elif config.init:
-        source = checkpoint.describe(checkpoint.find_checkpoint(config.init.folder))
-        model.load_state_dict(fine_tuned_weights(source, config.init.weights, config.model, config.init.interpolation, config.seed))
+        model.load_state_dict(checkpoint.read_weights(resumed, checkpoint.WEIGHT, shapes))
+    elif init := config.init:
+        source = checkpoint.describe(Path(init.folder))  # rank 0 has checked that it is whole
+        model.load_state_dict(fine_tuned_weights(source, init.weights, config.model, init.position_interpolation, config.seed))
     else:
         initialize(model, config.seed)
 
@@ -73,7 +74,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     engine = Engine(model, config.engine, config.optimizer, micro_batch_size=config.micro_batch_size, grad_accum_steps=accumulate)
     if resumed:
         checkpoint.check_tensors(resumed, shapes, engine.kinds)
-        engine.load(reader.stretch, resumed.samples_seen // config.global_batch_size)
+        engine.load(checkpoint.TensorReader(resumed).stretch, resumed.samples_seen // config.global_batch_size)
 
     # -- The loop ---------------------------------------------------------------------------------------------------------------------
     samples_seen = resumed.samples_seen if resumed else 0
@@ -87,14 +88,14 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
     ).micro_batches(samples_seen)  # fmt: skip
+    if held_out and step > 0 and _due(step, last_step, config.eval_every) and not evaluated:  # the last start ended before it was
+        _evaluate(engine, held_out, config, metrics, step, samples_seen)
     since_time, since_step = time.perf_counter(), step
     while step < last_step and step != stop_at:
         lr = learning_rate(step, last_step, config.optimizer.peak_lr, config.schedule)
         loss = torch.zeros((), device=device())
         for micro in range(accumulate):
             batch = next(batches)
-            if config.objective.soft_targets and not 0 <= batch.scores_BL.min() <= batch.scores_BL.max() <= 1:
-                raise TrainingError("objective.soft_targets needs scores in [0, 1], and the dataset has others; pack it with scaled scores")
             images_BHWC, labels_BL, scores_BL, keys_B = (
                 torch.from_numpy(a).to(device(), non_blocking=True)
                 for a in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.keys_B)
@@ -112,9 +113,8 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         samples_seen += config.global_batch_size
         step = samples_seen // config.global_batch_size
 
-        ends = step in (last_step, stop_at)
-        saves = ends or step % config.checkpoint_every == 0
-        evaluates = held_out is not None and (ends or (config.eval_every > 0 and step % config.eval_every == 0))
+        saves = step == stop_at or _due(step, last_step, config.checkpoint_every)
+        evaluates = held_out is not None and _due(step, last_step, config.eval_every)
         if saves or step % config.log_every == 0 or step == 1:  # the first tells how long the run will take
             dist.all_reduce(loss)
             mean_loss = loss.item() / world_size
@@ -131,15 +131,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
                     line["mfu"] = train_flops(config.model) * rate / world_size / peak
                 metrics.log(line, progress_line(line, last_step))
             since_time, since_step = time.perf_counter(), step
-        if evaluates and held_out:
-            with engine.evaluation():
-                result = evaluate(
-                    engine.forward, held_out, config.model.image_size, config.preprocess, config.objective, device=device(),
-                    batch_size=config.micro_batch_size, workers=config.stream.workers,
-                )  # fmt: skip
-            if metrics:
-                metrics.log({"step": step, "samples_seen": samples_seen} | _eval_fields(result), _eval_line(step, result))
-        if saves:
+        if saves:  # before the evaluation, which may be long
             about = checkpoint.Description(
                 run, config.model, config.preprocess, config.objective, dataset.class_names, samples_seen=samples_seen, step=step
             )
@@ -147,6 +139,8 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
             if metrics:
                 checkpoint.prune(run, config.keep_checkpoints, step)
                 metrics.say(f"saved {saved}")
+        if evaluates and held_out:
+            _evaluate(engine, held_out, config, metrics, step, samples_seen)
         if evaluates or saves:
             since_time, since_step = time.perf_counter(), step
     if metrics:
@@ -157,15 +151,38 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _take_up(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest durable checkpoint, or None, and what is wrong with newer ones. Rank 0 looks, and cuts the run's records back to it."""
-    found: list[tuple[Path | None, list[str]]] = [(None, [])]
+def _take_up(config: TrainConfig) -> tuple[Path | None, list[str], bool]:
+    """The newest durable checkpoint or None, what is wrong with newer ones, and whether its step was evaluated.
+
+    Rank 0 looks, checks what is fine-tuned, and cuts the run's records back to the checkpoint.
+    """
+    found: list[tuple[Path | None, list[str], bool]] = [(None, [], False)]
     if dist.get_rank() == 0:
-        found = [checkpoint.newest_durable(run)]
-        description = checkpoint.describe(found[0][0]) if found[0][0] else None
+        run = Path(config.out)
+        folder, faults = checkpoint.newest_durable(run)
+        description = checkpoint.describe(folder) if folder else None
+        if not description and config.init:
+            checkpoint.find_checkpoint(config.init.folder)
         cut_back(run, description.step if description else 0, description.samples_seen if description else 0)
+        found = [(folder, faults, bool(description and was_evaluated(run, description.step)))]
     dist.broadcast_object_list(found, src=0, device=device())
     return found[0]
+
+
+def _due(step: int, last_step: int, every: int) -> bool:
+    """Whether something that happens at the end, and `every` steps where that is above 0, happens after this step."""
+    return step == last_step or (every > 0 and step % every == 0)
+
+
+def _evaluate(engine: Engine, held_out: Dataset, config: TrainConfig, metrics: Metrics | None, step: int, samples_seen: int) -> None:
+    """Evaluates the weights as they are, or their average, and tells the result."""
+    with engine.evaluation():
+        result = evaluate(
+            engine.forward, held_out, config.model.image_size, config.preprocess, config.objective, device=device(),
+            batch_size=config.micro_batch_size, workers=config.stream.workers,
+        )  # fmt: skip
+    if metrics:
+        metrics.log({"step": step, "samples_seen": samples_seen} | _eval_fields(result), _eval_line(step, result))
 
 
 def _diverged(what: str, step: int) -> str:
@@ -213,7 +230,8 @@ def main() -> None:
         text = f"error: {error}" if isinstance(error, UserError | OSError) else traceback.format_exc()
         print(text, file=sys.stderr, flush=True)
         if file := os.environ.get("VITSCALE_ERROR_FILE"):
-            Path(file).write_text(text)
+            with contextlib.suppress(OSError):
+                Path(file).write_text(text)
         status = 1
     # Not by the front door: peers may hang in a collective that this rank will never join, and even after a good end threads of torch now
     # and then abort the interpreter's exit ("terminate called without an active exception"). All files are closed and committed by now.

@@ -88,7 +88,7 @@ BAD_INPUT = {
     "finetune tiny-finetune --data DATA/train --out TMP/r --init DATA/train": "holds no durable checkpoint",
     "finetune tiny-finetune --data DATA/train --out TMP/r --init RUN": "28 is not a multiple of patch_size=8; 32 is",
     "finetune tiny-finetune --data DATA/train --out TMP/r --init RUN --model.depth 4": "--model.depth, 4",
-    "finetune tiny-finetune --data DATA/train --out TMP/r --init RUN --preprocess.mean 0 0 0": "trained with (0.5, 0.5, 0.5)",
+    "finetune tiny-finetune --data DATA/train --out TMP/r --init RUN --preprocess.mean 0 0 0": "--preprocess.mean, 0, 0, 0",
     "pretrain tiny-digits --data DATA/train --out TMP/r --optimizer.betas 0.9 1.0": "must both lie in [0, 1)",
     "pretrain tiny-digits --data DATA/train --out TMP/r --engine.deepspeed {\"gradient_clipping\":3}": "use --optimizer.grad-clip",
     "evaluate RUN --data TMP": "is not a dataset",

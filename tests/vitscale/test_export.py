@@ -132,7 +132,7 @@ def test_a_failure_in_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("vitscale.export.save_file", fail)
+    monkeypatch.setattr("vitscale.checkpoint.write_tensors", fail)
     with pytest.raises(OSError, match="no space left"):
         exported(tmp_path, random_vit(SMALL), "safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000002"}

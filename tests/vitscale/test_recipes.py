@@ -212,8 +212,9 @@ def test_fine_tuning_passes_the_checks_once_a_checkpoint_is_known(function: Reci
     model = config.model
     for world_size in (1, 2):
         check_config(config, world_size)
-    assert config.init == InitConfig(asked.init, asked.init_weights, asked.interpolation, "a/folder")
-    assert config.preprocess == replace(asked.preprocess, mean=trained_with.mean, std=trained_with.std)
+    assert config.init == InitConfig(asked.init, asked.init_weights, asked.position_interpolation, "a/folder")
+    assert (config.preprocess.mean, config.preprocess.std) == (trained_with.mean, trained_with.std)
+    assert {name: getattr(config.preprocess, name) for name in vars(asked.preprocess)} == vars(asked.preprocess)
     for name in ("recipe", "steps", "global_batch_size", "optimizer", "schedule", "objective", "engine", "checkpoint_every"):
         assert getattr(config, name) == getattr(asked, name)
     assert (model.num_classes, model.representation_size, model.head_bias) == (1000, 0, 0.0)

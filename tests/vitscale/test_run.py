@@ -1,0 +1,123 @@
+"""The run directory: what may change on a resume, what is refused, what is remembered, and that an evaluation is not lost to a kill."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_tools.config import PackConfig
+from data_tools.pack import pack
+from tests.conftest import with_engine, write_images
+from tests.launch.test_command import SMALL, vitscale
+from vitscale.config import ConfigError, ObjectiveConfig, TrainConfig, ViTConfig, changes, may_change
+from vitscale.run import RunError, is_finished, locked, open_run, read_config, read_metrics, resolve
+
+
+def begin(config: TrainConfig, world_size: int = 1) -> TrainConfig:
+    """What a start does before its ranks."""
+    config = resolve(config, world_size)
+    with locked(Path(config.out)):
+        open_run(config, world_size)
+    return config
+
+
+def last_start(config: TrainConfig) -> dict:
+    return json.loads((Path(config.out) / "run.json").read_text())["starts"][-1]
+
+
+def test_what_changes_on_a_resume_is_remembered(config: TrainConfig) -> None:
+    begun = begin(config)
+    assert last_start(config)["changed"] == {}
+    again = begin(replace(with_engine(config, zero_stage=2), micro_batch_size=12), 2)
+    assert last_start(config)["changed"] == {"engine.zero_stage": "0 -> 2", "micro_batch_size": "4 -> 12"}
+    assert (begun != again, read_config(Path(config.out))) == (True, again)
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [
+        ({"zero_optimization": {"reduce_bucket_size": 1000}}, True),
+        ({"prescale_gradients": True}, False),
+        ({"zero_optimization_of_mine": 1}, False),
+    ],
+)
+def test_of_deepspeeds_settings_only_those_of_zero_may_change(config: TrainConfig, settings: dict, allowed: bool) -> None:
+    (name,) = changes(config, with_engine(config, deepspeed=settings))
+    assert may_change(name) == allowed
+    begin(config)
+    if allowed:
+        begin(with_engine(config, deepspeed=settings))
+    else:
+        with pytest.raises(RunError, match="holds a run with other settings: engine"):
+            begin(with_engine(config, deepspeed=settings))
+
+
+@pytest.mark.parametrize("name", ["seed", "steps", "model.depth", "optimizer.peak_lr", "engine.precision", "stream.lanes", "init.weights"])
+def test_what_is_learned_may_not_change(name: str) -> None:
+    assert not may_change(name)
+
+
+def test_another_held_out_set_is_refused(config: TrainConfig, dataset: Path, tmp_path: Path) -> None:
+    """One that lies elsewhere is the same; none may become one, and one none."""
+    (other,) = pack(PackConfig((str(write_images(tmp_path / "images", 20, 7)),), str(tmp_path / "other"), split="val"))
+    begin(config)  # with none
+    begin(replace(config, eval_data=str(dataset / "val")))
+    moved = shutil.copytree(dataset / "val", tmp_path / "moved")
+    begin(replace(config, eval_data=str(moved)))
+    begin(config)
+    with pytest.raises(RunError, match=r"has --eval-data with hash \w+, .*other/val has \w+; give the same dataset"):
+        begin(replace(config, eval_data=str(other.path)))
+
+
+def test_a_record_of_another_version_is_not_touched(config: TrainConfig) -> None:
+    begin(config)
+    file = Path(config.out) / "run.json"
+    text = file.read_text().replace('"format_version": 1', '"format_version": 2')
+    file.write_text(text)
+    with pytest.raises(RunError, match="has format version 2; this vitscale reads 1"):
+        begin(config)
+    assert file.read_text() == text
+
+
+def test_scores_that_cannot_weigh_the_loss_are_refused_before_a_start(tmp_path: Path) -> None:
+    images = [file.read_bytes() for file in sorted(write_images(tmp_path / "images", 6, 0).rglob("*.png"))]
+    for scores, said in (([[0.5], [1.5]] * 3, r"\[0.5, 1.5\]"), ([[-1.0], None] * 3, r"\[-1, -1\]"), ([[0.25], None] * 3, None)):
+        table = pa.table({"image": images, "labels": [[0], [1]] * 3, "scores": scores})
+        pq.write_table(table, tmp_path / "table.parquet")
+        (packed,) = pack(PackConfig((str(tmp_path / "table.parquet"),), str(tmp_path / f"out{said}")))
+        model = ViTConfig(depth=1, width=8, mlp_dim=8, num_heads=1, patch_size=8, image_size=(8, 8))
+        asked = TrainConfig(
+            data=str(packed.path), out=str(tmp_path / "run"), steps=1, global_batch_size=6, micro_batch_size=6, model=model,
+            objective=ObjectiveConfig("sigmoid", soft_targets=True),
+        )  # fmt: skip
+        if said:
+            with pytest.raises(ConfigError, match=f"soft_targets needs scores in \\[0, 1\\], .* has them in {said}"):
+                resolve(asked, 1)
+        else:
+            resolve(asked, 1)
+
+
+def test_an_evaluation_that_a_kill_took_is_made_up_for(dataset: Path, tmp_path: Path) -> None:
+    """A checkpoint is written before the evaluation of its step; without it a run is not finished."""
+    command = ("pretrain", "tiny-digits", "--data", dataset / "train", "--out", tmp_path / "run", *SMALL, "--eval-every", "3")
+    assert vitscale(*command).returncode == 0
+    whole = read_metrics(tmp_path / "run")
+    evaluations = [line["step"] for line in whole if "eval_loss" in line]
+    assert evaluations == [3, 6]
+    for killed_at in evaluations:
+        lines = whole[: next(i for i, line in enumerate(whole) if "eval_loss" in line and line["step"] == killed_at)]
+        (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if killed_at == 3:
+            shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
+        assert not is_finished(tmp_path / "run")
+        assert vitscale(*command).returncode == 0
+        assert is_finished(tmp_path / "run")
+        again = read_metrics(tmp_path / "run")
+        assert [line["step"] for line in again] == [line["step"] for line in whole]
+        for name in ("loss", "eval_loss", "eval_top1"):
+            assert np.array_equal([line[name] for line in again if name in line], [line[name] for line in whole if name in line])
