@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, whatever ends the process or the machine."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -24,7 +25,22 @@ def replace_file(path: Path, text: str) -> None:
 
 def publish_folder(hidden: Path, folder: Path) -> None:
     """Gives a finished folder its name in one step; nothing may bear it. Raises OSError."""
-    for path in [*hidden.rglob("*"), hidden]:
-        fsync(path)
-    hidden.rename(folder)
-    fsync(folder.parent)
+    publish_folders({hidden: folder})
+
+
+def publish_folders(names: Mapping[Path, Path]) -> None:
+    """Gives finished folders their names, all or none of them; what takes long is done before the first. Raises OSError."""
+    for hidden in names:
+        for path in [*hidden.rglob("*"), hidden]:
+            fsync(path)
+    named: list[Path] = []
+    try:
+        for hidden, folder in names.items():
+            hidden.rename(folder)
+            named.append(hidden)
+    except BaseException:
+        for hidden in named:
+            names[hidden].rename(hidden)
+        raise
+    for folder in {folder.parent for folder in names.values()}:
+        fsync(folder)

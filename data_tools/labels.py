@@ -71,10 +71,10 @@ def number_labels(
         num_classes = min(max(num_classes, 0), 2**31 - 1)  # labels outside are named below
     if config.num_classes not in (None, num_classes):
         raise PackError(f"num_classes={config.num_classes}, but {where} has {num_classes} classes; leave num_classes out")
-    if sibling is not None and (sibling.num_classes != num_classes or (sibling.class_names or names) != names):
+    if sibling is not None and (sibling.num_classes != num_classes or sibling.class_names != names):
+        named_there = f"use class_names={sibling.path / 'classes.txt'}" if sibling.class_names else "which are numbers: give numbers"
         raise PackError(
-            f"the classes of {where} are not those of {sibling.path}, and splits of one dataset share them; "
-            f"use class_names={sibling.path / 'classes.txt'} or another OUT"
+            f"the classes of {where} are not those of {sibling.path}, and splits of one dataset share them; {named_there} or another OUT"
         )
     if not len(labels) and not num_classes:
         raise PackError("no sample has a label, so the number of classes is unknown; give num_classes")

@@ -37,7 +37,7 @@ from PIL import Image
 from data_tools import dataset as fmt
 from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset
-from data_tools.durable import publish_folder
+from data_tools.durable import publish_folders
 from data_tools.keys import key_hashes
 from data_tools.sources import MAX_IMAGE_BYTES, Images, Listing, Reject, list_sources, needs_spool
 from data_tools.tar import TarWriter
@@ -101,11 +101,10 @@ def pack(config: PackConfig, progress: Progress | None = None) -> tuple[PackResu
             results = []
             for split, rows in plans.items():
                 results.append(_write_split(partials[split], split, rows, listing, images, config, tally))
-        for split, partial in partials.items():
-            try:
-                publish_folder(partial, out / split)
-            except OSError as error:
-                raise PackError(f"{out / split} cannot be put in place: {error.strerror}; was it packed meanwhile?") from None
+        try:
+            publish_folders({partial: out / split for split, partial in partials.items()})
+        except OSError as error:
+            raise PackError(f"{', '.join(splits)} cannot be put in place: {error}; was it packed meanwhile?") from None
     except BaseException:
         for partial in partials.values():
             shutil.rmtree(partial, ignore_errors=True)

@@ -43,6 +43,11 @@ def take_recipe(words: list[str], verb: str, recipes: tuple[Recipe[Any], ...]) -
     raise UsageError(f"`vitscale {verb}` needs a recipe as its first word; there are {names}")
 
 
+def given(words: list[str], *flags: str) -> set[str]:
+    """Which of the flags stand among the words."""
+    return {flag for flag in flags if any(word.partition("=")[0] == f"--{flag}" for word in words)}
+
+
 def first_sentence(box: str) -> str:
     """What tyro's framed message says before its first rule, and the flag that it guesses was meant."""
     lines = [line.strip("│ \n") for line in box.splitlines()[1:]]

@@ -5,6 +5,7 @@ writes to a file of its own, from which the one line or the traceback is shown.
 """
 
 import contextlib
+import itertools
 import os
 import random
 import select
@@ -28,7 +29,8 @@ def visible_gpus() -> int:
     """GPUs that processes started here would see."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([device for device in visible.split(",") if device.strip()])
+        devices = [device.strip() for device in visible.split(",")]
+        return len(list(itertools.takewhile(lambda device: device not in ("", "-1"), devices)))  # CUDA's rule: what follows is not seen
     if shutil.which("nvidia-smi") is None:
         return 0
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)

@@ -19,7 +19,7 @@ from tyro.conf import Positional
 
 from data_tools.config import PackConfig
 from data_tools.errors import UserError
-from launch.flags import UsageError, parse, take_recipe
+from launch.flags import UsageError, given, parse, take_recipe
 from launch.local import run_ranks, visible_gpus
 from vitscale.config import FinetuneConfig, TrainConfig, settle_length
 from vitscale.recipes import FINETUNE, PRETRAIN, Recipe, recipe, recipe_name
@@ -93,7 +93,7 @@ def pretrain(words: list[str]) -> None:
     name, rest = take_recipe(words, "pretrain", PRETRAIN)
     default = recipe(name, PRETRAIN)
     flags = parse(PretrainFlags, rest, f"pretrain {name}", PretrainFlags(default), f"Recipe {name}. {recipe_doc(name, PRETRAIN)}")
-    train(settle_length(flags.config, default), flags.nproc, flags.json)
+    train(settle_length(flags.config, given(rest, "epochs", "steps")), flags.nproc, flags.json)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def finetune(words: list[str]) -> None:
     name, rest = take_recipe(words, "finetune", FINETUNE)
     default = recipe(name, FINETUNE)
     flags = parse(FinetuneFlags, rest, f"finetune {name}", FinetuneFlags(default), f"Recipe {name}. {recipe_doc(name, FINETUNE)}")
-    train(settle_length(flags.config, default), flags.nproc, flags.json)
+    train(settle_length(flags.config, given(rest, "epochs", "steps")), flags.nproc, flags.json)
 
 
 def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> None:
@@ -167,7 +167,7 @@ def evaluate(words: list[str]) -> None:
     from vitscale.checkpoint import describe, find_checkpoint
 
     description = describe(find_checkpoint(flags.checkpoint))
-    dataset = Dataset.open(flags.data)
+    dataset = Dataset.open_checked(flags.data)
     need("torch", "safetensors")
     from vitscale.evaluate import evaluate_checkpoint
 

@@ -109,21 +109,25 @@ def newest_durable(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def verify(folder: Path) -> str | None:
-    """None if a checkpoint is whole, otherwise what is wrong with it in one line."""
+    """None if a checkpoint is whole, otherwise what is wrong with it in one line. An OSError is the machine's, not the checkpoint's."""
     try:
-        files = json.loads((folder / "COMMIT.json").read_text())["files"]
-        if not files.keys() & {"checkpoint.json", EXPORT_DESCRIPTION}:
-            return f"{folder}: COMMIT.json does not list the description; the file is damaged"
-        for name, entry in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{folder}: {name} is missing"
-            if path.stat().st_size != entry["size"]:
-                return f"{folder}: {name} has {path.stat().st_size} bytes, COMMIT.json says {entry['size']}"
-            if file_checksum(path) != entry["xxh3_128"]:
-                return f"{folder}: {name} does not have the checksum in COMMIT.json; the file is damaged"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = {
+            name: (entry["size"], entry["xxh3_128"]) for name, entry in json.loads((folder / "COMMIT.json").read_text())["files"].items()
+        }
+    except FileNotFoundError:
+        return f"{folder}: COMMIT.json is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder}: COMMIT.json cannot be read ({error})"
+    if not files.keys() & {"checkpoint.json", EXPORT_DESCRIPTION}:
+        return f"{folder}: COMMIT.json does not list the description; the file is damaged"
+    for name, (size, checksum) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{folder}: {name} is missing"
+        if path.stat().st_size != size:
+            return f"{folder}: {name} has {path.stat().st_size} bytes, COMMIT.json says {size}"
+        if file_checksum(path) != checksum:
+            return f"{folder}: {name} does not have the checksum in COMMIT.json; the file is damaged"
     return None
 
 

@@ -285,13 +285,12 @@ def total_steps(config: RunConfig, num_samples: int) -> int:
 Config = TypeVar("Config", bound=RunConfig)
 
 
-def settle_length(config: Config, recipe: Config) -> Config:
-    """A recipe gives epochs or steps; a user who sets only the other one means that one."""
-    if config.epochs and config.steps:
-        if config.steps != recipe.steps and config.epochs == recipe.epochs:
-            return dataclasses.replace(config, epochs=0.0)
-        if config.epochs != recipe.epochs and config.steps == recipe.steps:
-            return dataclasses.replace(config, steps=0)
+def settle_length(config: Config, given: set[str]) -> Config:
+    """A recipe sets epochs or steps; a user who gives only the other one means that one."""
+    if given == {"epochs"}:
+        return dataclasses.replace(config, steps=0)
+    if given == {"steps"}:
+        return dataclasses.replace(config, epochs=0.0)
     return config
 
 
@@ -337,11 +336,14 @@ def fine_tuning_run(
 # What DeepSpeed's config may not be given through `engine.deepspeed`, and what to do instead.
 DEEPSPEED_OURS = {
     "zero_optimization.stage": "use --engine.zero-stage",
+    "zero_optimization.offload_optimizer": "the optimizer's state stays on the devices",
+    "zero_optimization.offload_param": "the weights stay on the devices",
     "train_batch_size": "use --global-batch-size",
     "train_micro_batch_size_per_gpu": "use --micro-batch-size",
     "gradient_accumulation_steps": "it follows from --global-batch-size and --micro-batch-size",
     "gradient_clipping": "use --optimizer.grad-clip",
     "bf16": "use --engine.precision",
+    "bfloat16": "use --engine.precision",
     "fp16": "use --engine.precision",
     "amp": "use --engine.precision",
     "torch_autocast": "use --engine.precision",
@@ -360,6 +362,8 @@ def check_config(config: TrainConfig, world_size: int) -> None:
     grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size)
     if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
         raise ConfigError("precision=bf16 with zero_stage=0 has no fp32 gradient accumulation in DeepSpeed; --engine.zero-stage 1 has")
+    if not isinstance(config.engine.deepspeed.get("zero_optimization", {}), dict):
+        raise ConfigError("engine.deepspeed sets zero_optimization to something else than a mapping; use --engine.zero-stage")
     for name in _flatten(config.engine.deepspeed):
         for ours, instead in DEEPSPEED_OURS.items():
             if f"{name}.".startswith(f"{ours}."):
@@ -412,9 +416,11 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ConfigError(f"{name}={_lookup(config, name):g} must lie in (0, 1)")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas={config.optimizer.betas} must both lie in [0, 1), as 0.9 0.999 do")
-    for name in ("preprocess.flip", "objective.label_smoothing", "optimizer.average_decay", "optimizer.momentum"):
-        if not 0 <= _lookup(config, name) <= 1:
-            raise ConfigError(f"{name}={_lookup(config, name):g} must lie in [0, 1]")
+    if not 0 <= config.preprocess.flip <= 1:
+        raise ConfigError(f"preprocess.flip={config.preprocess.flip:g} must lie in [0, 1]")
+    for name in ("objective.label_smoothing", "optimizer.average_decay", "optimizer.momentum"):
+        if not 0 <= _lookup(config, name) < 1:
+            raise ConfigError(f"{name}={_lookup(config, name):g} must lie in [0, 1)")
     for name, most in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
         low_end, high_end = getattr(config.preprocess, name)
         if not 0 < low_end <= high_end <= most:

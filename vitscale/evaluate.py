@@ -93,8 +93,12 @@ def evaluate_checkpoint(
             f"{description.path} has a head of {description.model.num_classes} classes, {dataset.path} has {dataset.num_classes}; "
             "fine-tune the checkpoint on these classes first"
         )
-    if None not in (description.class_names, dataset.class_names) and description.class_names != dataset.class_names:
-        raise CheckpointError(f"{description.path} was trained on other class names than {dataset.path} has; pack with its --class-names")
+    if description.class_names != dataset.class_names:
+        names = ["no class names" if not of.class_names else f"{of.class_names[0]}, ..." for of in (description, dataset)]
+        raise CheckpointError(
+            f"{description.path} was trained on {names[0]}, {dataset.path} has {names[1]}: labels may mean other classes; pack it with the "
+            "--class-names of the training split, or without"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(description, kind).to(device)
     return evaluate(

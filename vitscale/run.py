@@ -52,7 +52,7 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
     asked = dataclasses.replace(asked, out=asked.out or f"runs/{asked.recipe}")
     if not asked.data:
         raise ConfigError("no dataset is given; --data DATASET names the directory of a training split, as `vitscale pack` writes it")
-    dataset = _open_checked(Path(asked.data))
+    dataset = Dataset.open_checked(asked.data)
     config = _with_checkpoint(asked, dataset.num_classes) if isinstance(asked, FinetuneConfig) else asked
     check_config(config, world_size)
     classes = config.model.num_classes or dataset.num_classes
@@ -74,6 +74,12 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
         raise ConfigError(
             f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of the run's {steps} steps; "
             f"--schedule.warmup-steps {steps // 10} works"
+        )
+    warmup, cooldown = config.schedule.warmup_steps, config.schedule.cooldown_steps
+    if warmup + cooldown > steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={warmup} and schedule.cooldown_steps={cooldown} take more than the run's {steps} steps; "
+            f"--schedule.cooldown-steps {steps - warmup} works"
         )
     eval_data = _eval_data(config, dataset)
     return dataclasses.replace(
@@ -104,19 +110,21 @@ def _eval_data(config: TrainConfig, dataset: Dataset) -> str:
     path = Path(config.eval_data) if config.eval_data else Path(config.data).parent / "val"
     if not config.eval_data and (not (path / "dataset.json").is_file() or path.resolve() == Path(config.data).resolve()):
         return "none"
-    held_out = _open_checked(path)
+    held_out = Dataset.open_checked(path)
     if held_out.num_classes != dataset.num_classes or held_out.class_names != dataset.class_names:
         raise DatasetError(
             f"{path} has {held_out.num_classes} classes and {config.data} has {dataset.num_classes}, or their names differ; "
             "pack both with the same --class-names, or pass --eval-data none"
         )
+    if config.objective.soft_targets:
+        _check_scores(held_out)
     return str(path)
 
 
-def _open_checked(path: Path) -> Dataset:
-    """A dataset whose labels are known to be as they were packed, where hashing the index takes seconds."""
-    index = path / "index.arrow"
-    return Dataset.open(path, check_index=index.is_file() and index.stat().st_size < 2**30)
+def _check_scores(dataset: Dataset) -> None:
+    low, high = dataset.score_range()
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"soft_targets needs scores in [0, 1], {dataset.path} has them in [{low:g}, {high:g}]; scale them and pack again")
 
 
 def open_run(config: TrainConfig, world_size: int) -> bool:
@@ -135,7 +143,8 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
         for flag, before, now in (("data", record["dataset"], trained_on), ("eval-data", record["held_out"], held_out)):
             if before and now and before["hash"] != now["hash"]:
                 raise RunError(f"{run} has --{flag} with hash {before['hash']}, {now['path']} has {now['hash']}; give the same dataset")
-        changed = changes(read_config(run), config)
+        begun = bool(read_metrics(run) or checkpoint.committed(run))  # one that failed before its first step may still become another
+        changed = changes(read_config(run), config) if begun else {}
         if refused := [f"{name}: {change}" for name, change in changed.items() if not may_change(name)]:
             raise RunError(f"{run} holds a run with other settings: {', '.join(refused)}; give its own to resume it, or another --out")
     else:
@@ -146,7 +155,7 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
             "total_steps": total_steps(config, trained_on["samples"]),
             "starts": [],
         }
-    if is_finished(run):
+    if is_finished(run, config.eval_data):
         return True
     record["held_out"] = record["held_out"] or held_out
     record["starts"].append(
@@ -200,15 +209,15 @@ def locked(run: Path) -> Iterator[TextIO]:
         yield file
 
 
-def is_finished(run: Path) -> bool:
-    """Whether the checkpoint of a run's last step is there, whole, and was evaluated if anything is held out."""
+def is_finished(run: Path, eval_data: str | None = None) -> bool:
+    """Whether the checkpoint of a run's last step is there, whole, and was evaluated if anything is held out (None: as the run has it)."""
     if not (run / "run.json").is_file():
         return False
     last_step = _read_json(run / "run.json")["total_steps"]
     folder = checkpoint.step_folder(run, last_step)
     if not folder.is_dir() or checkpoint.verify(folder) is not None:
         return False
-    return read_config(run).eval_data == "none" or was_evaluated(run, last_step)
+    return (eval_data or read_config(run).eval_data) == "none" or was_evaluated(run, last_step)
 
 
 def was_evaluated(run: Path, step: int) -> bool:
@@ -223,8 +232,10 @@ def status(run: Path) -> dict[str, Any]:
     lines = read_metrics(run)
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
-    with open(run / "run.lock") as file:
-        running = not _lock(file, fcntl.LOCK_SH)
+    running = False
+    if (run / "run.lock").is_file():
+        with open(run / "run.lock") as file:
+            running = not _lock(file, fcntl.LOCK_SH)
     return {
         "run": str(run),
         "recipe": config.recipe,

@@ -86,9 +86,12 @@ class TrainStream:
         self._lock = threading.Lock()
         self._order = lru_cache(maxsize=2)(self._epoch_order)  # a step may cross from one epoch into the next
 
-    def micro_batches(self, samples_seen: int) -> Iterator[Batch]:
-        """Endless micro-batches of this rank from `samples_seen` on, in order."""
-        return _prepare_ahead(self._jobs(samples_seen), self.dataset, self.image_size, self.config.workers, self.config.prefetch)
+    def micro_batches(self, samples_seen: int, end: int | None = None) -> Iterator[Batch]:
+        """Micro-batches of this rank from `samples_seen` on, in order, up to `end` (a whole number of steps) or without end.
+
+        Raises StreamError where too many samples are unusable, and OSError where they cannot be read.
+        """
+        return _prepare_ahead(self._jobs(samples_seen, end), self.dataset, self.image_size, self.config.workers, self.config.prefetch)
 
     def samples_at(self, positions: Int64) -> Int64:
         """Numbers of the samples at positions counted through all epochs."""
@@ -98,8 +101,8 @@ class TrainStream:
             samples[epochs == epoch] = self._order(epoch).samples_at(places[epochs == epoch])
         return samples
 
-    def _jobs(self, samples_seen: int) -> Iterator[_Job]:
-        while True:
+    def _jobs(self, samples_seen: int, end: int | None) -> Iterator[_Job]:
+        while end is None or samples_seen < end:
             share = positions_of_rank(
                 samples_seen, self.global_batch_size, self.rank, self.world_size, self.dataset.num_samples, self.config.lanes
             )

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from data_tools.dataset import Dataset
 from data_tools.errors import UserError
 from vitscale import checkpoint, keyed
+from vitscale.checkpoint import CheckpointError
 from vitscale.config import TrainConfig, grad_accum_steps, total_steps
 from vitscale.engine import Engine, device, init_distributed
 from vitscale.evaluate import Evaluation, evaluate
@@ -32,7 +33,7 @@ from vitscale.metrics import Metrics, counted, progress_line
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
-from vitscale.run import cut_back, read_config, was_evaluated
+from vitscale.run import cut_back, read_config, read_metrics, was_evaluated
 from vitscale.stream import TrainStream
 
 
@@ -87,7 +88,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     batches = TrainStream(
         dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
-    ).micro_batches(samples_seen)  # fmt: skip
+    ).micro_batches(samples_seen, last_step * config.global_batch_size)  # fmt: skip
     if held_out and step > 0 and _due(step, last_step, config.eval_every) and not evaluated:  # the last start ended before it was
         _evaluate(engine, held_out, config, metrics, step, samples_seen)
     since_time, since_step = time.perf_counter(), step
@@ -161,6 +162,13 @@ def _take_up(config: TrainConfig) -> tuple[Path | None, list[str], bool]:
         run = Path(config.out)
         folder, faults = checkpoint.newest_durable(run)
         description = checkpoint.describe(folder) if folder else None
+        reached = max((line["step"] for line in read_metrics(run)), default=0)
+        if not description and reached > config.checkpoint_every:  # nobody wants weeks of training begun anew without a word
+            found_there = "; ".join(faults) or "none is there"
+            raise CheckpointError(
+                f"metrics.jsonl tells of step {reached}, yet {run}/checkpoints has no whole one ({found_there}); restore one, or give "
+                "another --out to start anew"
+            )
         if not description and config.init:
             checkpoint.find_checkpoint(config.init.folder)
         cut_back(run, description.step if description else 0, description.samples_seen if description else 0)

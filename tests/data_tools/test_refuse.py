@@ -195,3 +195,15 @@ def test_a_signal_in_mid_pack(number: signal.Signals, photos: Path, tmp_path: Pa
         with pytest.raises(DatasetError, match="is not a dataset"):
             Dataset.open(left)
     assert pack_one(tmp_path / "t.parquet", out=tmp_path / "out").num_samples == 20
+
+
+def test_names_do_not_join_a_split_whose_classes_are_numbers(tmp_path: Path) -> None:
+    """Twelve of each, but sorted as text `10` is the third name: the same labels would mean other classes."""
+    images = [make_image(i) for i in range(12)]
+    pq.write_table(pa.table({"image": images, "label": list(range(12))}), tmp_path / "numbers.parquet")
+    write_files(tmp_path / "names", {f"{i}/image.jpg": image for i, image in enumerate(images)})
+    pack_one(tmp_path / "numbers.parquet", out=tmp_path / "out")
+    before = tree(tmp_path / "out")
+    with pytest.raises(PackError, match=r"the classes of the labels found are not those of .*out/train"):
+        pack_one(tmp_path / "names", out=tmp_path / "out", split="val")
+    assert tree(tmp_path / "out") == before

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.local import visible_gpus
 from tests.launch.test_command import SMALL, VITSCALE, vitscale
 from vitscale.run import read_metrics
 
@@ -162,6 +163,14 @@ def test_a_checkpoint_that_does_not_fit_the_disk_ends_the_run_in_one_line(datase
     again.communicate()
     assert again.returncode == 0
     assert [line["loss"] for line in read_metrics(out) if "loss" in line] == whole
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("0,-1,1", 1), (" 0, 1", 2), ("GPU-8a,GPU-9b", 2)]
+)
+def test_visible_gpus_are_those_that_cuda_would_show(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == count
 
 
 def test_another_dataset_is_refused_on_resume(dataset: Path, tmp_path: Path) -> None:

@@ -13,11 +13,22 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
+from tests.distributed import run_on_ranks
 from tests.vitscale.models import random_images, random_vit, write_checkpoint
-from vitscale.checkpoint import CheckpointError
-from vitscale.config import NewModelConfig, ViTConfig, fine_tuned_model
+from tests.vitscale.test_zero import case
+from vitscale.checkpoint import CheckpointError, describe, find_checkpoint, read_weights
+from vitscale.config import (
+    EngineConfig,
+    FinetuneConfig,
+    NewModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    ViTConfig,
+    fine_tuned_model,
+)
 from vitscale.finetune import METHODS, fine_tuned_weights, resample, resample_grid
-from vitscale.model import ViT
+from vitscale.model import ViT, parameter_shapes
+from vitscale.run import resolve
 
 Matrix = npt.NDArray[np.float64]
 SMALL = ViTConfig(depth=2, width=32, mlp_dim=64, num_heads=4, patch_size=4, image_size=(16, 24), num_classes=7, representation_size=16)
@@ -242,3 +253,40 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     wider = replace(SMALL, mlp_dim=128)
     with pytest.raises(CheckpointError, match=r"mlp\.fc1\.weight has shape \(64, 32\), the model's has \(128, 32\)"):
         fine_tuned_weights(replace(description, model=wider), "weight", new_model(wider, (32, 20)), "timm", 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "method"), [("weight", "paper"), ("average", "timm")])
+def test_a_run_starts_from_what_was_asked_for(dataset: Path, tmp_path: Path, kind: str, method: str) -> None:
+    """Raw weights or the average, interpolated by the named method: what a step at learning rate 0 leaves as it was."""
+    source = write_checkpoint(tmp_path / "source", random_vit(SMALL, 1), average=random_vit(SMALL, 2))
+    asked = FinetuneConfig(
+        data=str(dataset / "train"), out=str(tmp_path / "run"), init=str(source.path), init_weights=kind, position_interpolation=method,
+        steps=9, global_batch_size=8, micro_batch_size=8, model=NewModelConfig(image_size=(32, 32)), eval_data="none", seed=5,
+        optimizer=OptimizerConfig("sgd", peak_lr=0.1), schedule=ScheduleConfig(warmup_steps=2), engine=EngineConfig(precision="fp32"),
+    )  # type: ignore[arg-type] # fmt: skip
+    config = resolve(asked, 1)
+    run_on_ranks("tests.vitscale.test_zero:walk", 1, {"cases": {"run": case(config, stop_at=1)}}, tmp_path)
+    trained = describe(find_checkpoint(str(tmp_path / "run")))
+    found = read_weights(trained, "weight", parameter_shapes(config.model))
+    for name, weight in fine_tuned_weights(source, kind, config.model, method, seed=5).items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_a_source_that_was_damaged_since_it_was_chosen_is_refused(dataset: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", random_vit(SMALL))
+    asked = FinetuneConfig(
+        data=str(dataset / "train"), out=str(tmp_path / "run"), init=str(source.path), steps=9, global_batch_size=8, micro_batch_size=8,
+        model=NewModelConfig(image_size=(32, 32)), eval_data="none", engine=EngineConfig(precision="fp32"),
+    )  # fmt: skip
+    config = resolve(asked, 1)
+    file = source.path / "node-0000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(AssertionError, match=r"CheckpointError: .*node-0000.safetensors does not have the checksum"):
+        run_on_ranks("tests.vitscale.test_zero:walk", 1, {"cases": {"run": case(config, stop_at=1)}}, tmp_path)

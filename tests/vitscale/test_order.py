@@ -48,6 +48,32 @@ def test_a_window_is_one_stretch_of_the_list_of_shards(order: EpochOrder) -> Non
                 assert sorted(places[start:end]) == list(range(min(places[start:end]), min(places[start:end]) + end - start))
 
 
+@pytest.mark.parametrize(("lanes", "window"), [(1, 1000), (4, 100)])
+def test_samples_are_shuffled_within_windows_and_anew_each_epoch(lanes: int, window: int) -> None:
+    """One shard of 1,000, so that nothing but windows is shuffled: neighbours come apart, and no epoch is like another."""
+    epochs = [EpochOrder(np.array([1000]), seed, epoch, lanes, window) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    orders = [order.samples_at(np.arange(1000)) for order in epochs]
+    for order in orders:
+        assert np.mean(np.abs(np.diff(order[::lanes])) == 1) < 0.05
+    for one, other in itertools.combinations(orders, 2):
+        assert np.mean(one == other) < 0.05
+
+
+def test_the_order_is_what_it_was() -> None:
+    """It is part of the identity of every run: a change of these numbers takes runs that exist to other images."""
+    small = EpochOrder(np.array([5, 0, 3, 4]), seed=7, epoch=2, lanes=2, window=3)
+    assert small.samples_at(np.arange(12)).tolist() == [0, 9, 1, 10, 2, 6, 3, 5, 4, 11, 8, 7]
+    large = EpochOrder(np.full(30_000, 10_000), seed=7, epoch=2, lanes=1024, window=256)
+    assert large.samples_at(np.array([0, 1, 4095, 4096, 150_000_000, 299_999_999])).tolist() == [
+        288060000,
+        245592969,
+        2957094,
+        288060167,
+        141526596,
+        36850136,
+    ]
+
+
 @given(orders(), st.data())
 def test_a_substitute_stands_in_the_same_window_and_later_in_others(order: EpochOrder, data: st.DataObject) -> None:
     position = data.draw(st.integers(0, len(order) - 1))

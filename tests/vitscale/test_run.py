@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.config import PackConfig
+from data_tools.dataset import Dataset, DatasetError
 from data_tools.pack import pack
 from tests.conftest import with_engine, write_images
 from tests.launch.test_command import SMALL, vitscale
 from vitscale.config import ConfigError, ObjectiveConfig, TrainConfig, ViTConfig, changes, may_change
-from vitscale.run import RunError, is_finished, locked, open_run, read_config, read_metrics, resolve
+from vitscale.run import RunError, cut_back, is_finished, locked, open_run, read_config, read_metrics, resolve
 
 
 def begin(config: TrainConfig, world_size: int = 1) -> TrainConfig:
@@ -23,7 +24,13 @@ def begin(config: TrainConfig, world_size: int = 1) -> TrainConfig:
     config = resolve(config, world_size)
     with locked(Path(config.out)):
         open_run(config, world_size)
+    log(config, {"step": 1, "samples_seen": config.global_batch_size, "loss": 1.0})  # from the first step on a run is bound to its settings
     return config
+
+
+def log(config: TrainConfig, *lines: dict) -> None:
+    with (Path(config.out) / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def last_start(config: TrainConfig) -> dict:
@@ -60,6 +67,72 @@ def test_of_deepspeeds_settings_only_those_of_zero_may_change(config: TrainConfi
 @pytest.mark.parametrize("name", ["seed", "steps", "model.depth", "optimizer.peak_lr", "engine.precision", "stream.lanes", "init.weights"])
 def test_what_is_learned_may_not_change(name: str) -> None:
     assert not may_change(name)
+
+
+def test_a_run_that_failed_before_its_first_step_may_become_another(config: TrainConfig) -> None:
+    begin(config)
+    (Path(config.out) / "metrics.jsonl").unlink()
+    begin(replace(config, seed=3))
+    assert read_config(Path(config.out)).seed == 3
+    with pytest.raises(RunError, match="seed: 3 -> 4"):
+        begin(replace(config, seed=4))
+
+
+def test_labels_that_were_changed_are_refused(config: TrainConfig, dataset: Path, tmp_path: Path) -> None:
+    """A flipped bit among the labels has no checksum of its own: the whole index is hashed at a start and before an evaluation."""
+    damaged = shutil.copytree(dataset, tmp_path / "damaged")
+    for split in ("train", "val"):
+        file = damaged / split / "index.arrow"
+        content = bytearray(file.read_bytes())
+        opened = Dataset.open(damaged / split)
+        first = opened.labels(np.arange(opened.num_samples))[0].astype(np.int32).tobytes()
+        at = content.index(first[:60])
+        content[at] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"train/index.arrow was changed"):
+        resolve(replace(config, data=str(damaged / "train")), 1)
+    with pytest.raises(DatasetError, match=r"val/index.arrow was changed"):
+        resolve(replace(config, eval_data=str(damaged / "val")), 1)
+
+
+def test_a_held_out_set_with_other_class_names_is_refused(config: TrainConfig, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 10, 3)
+    (images / "class-4").rename(images / "klasse-4")
+    (other,) = pack(PackConfig((str(images),), str(tmp_path / "other"), split="val"))
+    with pytest.raises(DatasetError, match="or their names differ"):
+        resolve(replace(config, eval_data=str(other.path)), 1)
+
+
+def test_records_are_cut_back_to_the_checkpoint(config: TrainConfig) -> None:
+    begin(config)
+    run, batch = Path(config.out), config.global_batch_size
+    log(config, *({"step": step, "loss": 1.0} for step in (2, 3)), {"step": 3, "eval_loss": 1.0})
+    positions = [0, 2 * batch - 1, 2 * batch, 9 * batch]
+    (run / "quarantine.jsonl").write_text("".join(json.dumps({"position": p}) + "\n" for p in positions) + '{"posi')
+    cut_back(run, 2, 2 * batch)
+    assert [line["step"] for line in read_metrics(run)] == [1, 2]
+    assert [json.loads(line)["position"] for line in (run / "quarantine.jsonl").read_text().splitlines()] == positions[:2]
+
+
+@pytest.mark.parametrize("how", ["all damaged", "gone", "unreadable"])
+def test_weeks_of_training_are_not_begun_anew_for_want_of_a_checkpoint(dataset: Path, tmp_path: Path, how: str) -> None:
+    command = ("pretrain", "tiny-digits", "--data", dataset / "train", "--out", tmp_path / "run", "--eval-data", "none", *SMALL)
+    assert vitscale(*command, "--checkpoint-every", "2").returncode == 0
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")  # so that it is not finished
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    if how == "gone":
+        (tmp_path / "run/checkpoints").rename(tmp_path / "elsewhere")
+    for folder in (tmp_path / "run/checkpoints").glob("step-*"):
+        file = folder / ("COMMIT.json" if how == "unreadable" else "checkpoint.json")
+        file.unlink()
+        if how == "unreadable":
+            file.symlink_to("/proc/self/mem")  # reading it from the start is a real EIO
+        else:
+            file.write_bytes(b"{}")
+    done = vitscale(*command, "--checkpoint-every", "2")
+    assert (done.returncode, done.stderr.count("Traceback")) == (1, 0)
+    assert ("Input/output error" in done.stderr) if how == "unreadable" else ("metrics.jsonl tells of step 6, yet" in done.stderr)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
 def test_another_held_out_set_is_refused(config: TrainConfig, dataset: Path, tmp_path: Path) -> None:
@@ -100,6 +173,9 @@ def test_scores_that_cannot_weigh_the_loss_are_refused_before_a_start(tmp_path: 
                 resolve(asked, 1)
         else:
             resolve(asked, 1)
+            held_out = replace(asked, eval_data=str(tmp_path / r"out\[0.5, 1.5\]/train"))
+            with pytest.raises(ConfigError, match=r"soft_targets needs scores in \[0, 1\], .*out.*/train has them in \[0.5, 1.5\]"):
+                resolve(held_out, 1)
 
 
 def test_an_evaluation_that_a_kill_took_is_made_up_for(dataset: Path, tmp_path: Path) -> None:
@@ -109,9 +185,9 @@ def test_an_evaluation_that_a_kill_took_is_made_up_for(dataset: Path, tmp_path: 
     whole = read_metrics(tmp_path / "run")
     evaluations = [line["step"] for line in whole if "eval_loss" in line]
     assert evaluations == [3, 6]
-    for killed_at in evaluations:
-        lines = whole[: next(i for i, line in enumerate(whole) if "eval_loss" in line and line["step"] == killed_at)]
-        (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for killed_at, keep in ((3, 0), (3, 1), (6, 0)):  # before the evaluation was told, and after
+        end = next(i for i, line in enumerate(whole) if "eval_loss" in line and line["step"] == killed_at)
+        (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in whole[: end + keep]))
         if killed_at == 3:
             shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
         assert not is_finished(tmp_path / "run")

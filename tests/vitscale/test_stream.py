@@ -169,6 +169,20 @@ def test_too_much_damage_stops_the_run(damaged: tuple[Dataset, set[int]], tmp_pa
         deque(itertools.islice(batches, 12), maxlen=0)
 
 
+def test_only_what_is_used_is_told_of_and_earlier_starts_count(damaged: tuple[Dataset, set[int]], tmp_path: Path) -> None:
+    """Nothing is read past the end that was asked for, and a budget is for the whole run."""
+    dataset, broken = damaged
+    for batch in stream(dataset, tmp_path, batch=12).micro_batches(0, 48):
+        assert len(batch.samples_B) == 12
+    told = [json.loads(line)["position"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    order = stream(dataset, tmp_path, batch=12).samples_at(np.arange(48))
+    assert sorted(told) == [position for position, sample in enumerate(order.tolist()) if sample in broken]
+    assert 0 < len(told) < 3, "the damage must lie on both sides of the end"
+    again = stream(dataset, tmp_path, batch=12, config=StreamConfig(workers=2, max_unusable=2)).micro_batches(48, 132)
+    with pytest.raises(StreamError, match=r"3 unusable samples are over stream.max_unusable=2"):
+        deque(again, maxlen=0)
+
+
 def test_evaluation_leaves_damage_out(damaged: tuple[Dataset, set[int]]) -> None:
     dataset, broken = damaged
     batches = evaluation_batches(dataset, IMAGE_SIZE, PREPROCESS, batch_size=10, rank=0, world_size=1, workers=2)

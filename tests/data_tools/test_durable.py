@@ -1,0 +1,86 @@
+"""Files and folders that appear at once: a child is ended at each of its touches of the disk."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.durable import publish_folders, replace_file
+
+
+def ends_at(last: int, count: Iterator[int], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which ends the process instead of being called the `last`-th time of all that share the count."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(count) == last:
+            os._exit(9)
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def killed_everywhere(action: Callable[[], object], touches: list[tuple[Any, str]]) -> Iterator[int]:
+    """Runs the action in children, each ended one touch later than the one before, until one comes through; yields after each."""
+    for last in itertools.count(1):
+        if (child := os.fork()) == 0:
+            count = itertools.count(1)
+            for owner, name in touches:
+                setattr(owner, name, ends_at(last, count, getattr(owner, name)))
+            action()
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        yield last
+        if ended == 0:
+            return
+        assert ended == 9
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    file = tmp_path / "file.json"
+    file.write_text("old")
+    seen = []
+    for _ in killed_everywhere(
+        lambda: replace_file(file, "new"), [(os, "fsync"), (Path, "rename"), (Path, "replace"), (Path, "write_text")]
+    ):
+        seen.append(file.read_text())
+    assert len(seen) >= 5, "written, synced, renamed, and the folder synced"
+    assert (seen[0], seen[-1]) == ("old", "new")
+    assert set(seen) == {"old", "new"}
+
+
+def test_a_file_and_its_folder_are_synced_around_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def spy_on_sync(descriptor: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        sync(descriptor)
+
+    def spy_on_replace(self: Path, target: Path) -> Path:
+        events.append(f"{self.name} -> {target.name}")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", spy_on_sync)
+    monkeypatch.setattr(Path, "replace", spy_on_replace)
+    replace_file(tmp_path / "a.json", "text")
+    assert events == ["sync .a.json.partial", ".a.json.partial -> a.json", f"sync {tmp_path.name}"]
+
+
+def test_folders_get_their_names_together_or_not_at_all(tmp_path: Path) -> None:
+    """Where one name is taken nothing has changed, whatever has been renamed by then."""
+    names = {tmp_path / f".{name}": tmp_path / name for name in ("train", "val")}
+    for hidden in names:
+        (hidden / "deep").mkdir(parents=True)
+        (hidden / "deep/file").write_text(hidden.name)
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/other").write_text("here already")
+    with pytest.raises(OSError, match="val"):
+        publish_folders(names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".train", ".val", "val"]
+    (tmp_path / "val/other").unlink()
+    (tmp_path / "val").rmdir()
+    publish_folders(names)
+    assert {path.name: (path / "deep/file").read_text() for path in tmp_path.iterdir()} == {"train": ".train", "val": ".val"}
