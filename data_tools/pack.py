@@ -62,6 +62,7 @@ class PackResult:
     rejects: int
     reasons: dict[str, int]
     classes: int
+    empty_classes: tuple[str, ...]  # names or numbers of those that no sample of the split has
     bytes: int  # of all tars
     seconds: float
     content_hash: str
@@ -251,6 +252,7 @@ def _write_split(
     manifest: list[dict[str, Any]] = []
     rejects: list[dict[str, Any]] = []
     max_labels, num_samples = 1, 0
+    used = np.zeros(listing.num_classes, dtype=bool)
     wanted = images.read(rows.tolist())
     with _IndexWriter(folder) as index, _SamplesWriter(folder) as samples:
         for number, start in enumerate(range(0, len(rows), config.samples_per_shard)):
@@ -263,6 +265,7 @@ def _write_split(
             counts = {"samples": len(shard.index), "bytes": shard.bytes, "first_sample": num_samples}
             manifest.append({"name": name, "checksum": shard.checksum, **counts})
             num_samples += len(shard.index)
+            used[[label for row in shard.index for label in row["labels"]]] = True
             max_labels = max([max_labels, *(len(row["labels"]) for row in shard.index)])
     reasons = dict(Counter(reject["reason"] for reject in rejects).most_common())
     if not num_samples:
@@ -302,6 +305,7 @@ def _write_split(
         rejects=len(rejects),
         reasons=reasons,
         classes=listing.num_classes,
+        empty_classes=tuple(listing.class_names[i] if listing.class_names else str(i) for i in np.flatnonzero(~used)),
         bytes=sum(entry["bytes"] for entry in manifest),
         seconds=time.monotonic() - started,
         content_hash=header["content_hash"],

@@ -3,6 +3,7 @@
 Exit status: 0 success, 1 a failure (one line; a traceback with --debug), 2 words that make no sense, 130 Ctrl-C.
 """
 
+import difflib
 import importlib.metadata
 import sys
 import traceback
@@ -63,7 +64,10 @@ def dispatch(words: list[str]) -> None:
     if family and (len(words) == 1 or words[1] in ("-h", "--help")):
         print("\n".join(f"vitscale {name:<20} {_summary(name)}" for name in family))
         return
-    raise UsageError(f"`vitscale {' '.join(words[: 2 if family else 1])}` is not a verb; there are {', '.join(family or VERBS)}")
+    typed = " ".join(words[: 2 if family else 1])
+    near = difflib.get_close_matches(typed, VERBS, n=1)
+    guess = f" (perhaps `vitscale {near[0]}` was meant)" if near else ""
+    raise UsageError(f"`vitscale {typed}` is not a verb{guess}; there are {', '.join(family or VERBS)}")
 
 
 def overview() -> str:

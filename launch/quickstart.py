@@ -175,6 +175,8 @@ def open_folder(out: Path, flags: QuickstartFlags) -> dict[str, Any]:
     if flags.images == "fashion-mnist" and not FASHION_MNIST.is_dir():
         raise VerbError(f"{FASHION_MNIST} is not there; install Debian's package dataset-fashion-mnist, or use --images digits")
     images = ("fashion-mnist" if FASHION_MNIST.is_dir() else "digits") if flags.images == "auto" else flags.images
+    if (flags.images, images) == ("auto", "digits"):
+        print(f"scikit-learn's digits are used: Debian's package dataset-fashion-mnist ({FASHION_MNIST}) is not there", file=sys.stderr)
     state = {"images": images, "seed": flags.seed, "seconds": {}}
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, state)

@@ -71,6 +71,8 @@ def pack(words: list[str]) -> None:
     for result in results:
         size = f"{counted(result.shards, 'shard')}, {result.classes} classes, {result.bytes / 1e6:,.1f} MB"
         print(f"{result.path}: {counted(result.samples, 'sample')} in {size}")
+        if empty := result.empty_classes:
+            print(f"{result.path}: {counted(len(empty), 'class')} without an image: {', '.join(empty[:5])}{', ...' if empty[5:] else ''}")
         if result.rejects:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
             print(f"{result.path}: {counted(result.rejects, 'image')} left out ({reasons}); rejects.parquet names them")
@@ -273,7 +275,8 @@ def run_status(words: list[str]) -> None:
         print(f"loss {last['loss']:.4f}, epoch {last['epoch']:.2f}, {last['images_per_second']:,.0f} img/s{left}")
     if evaluation := found["evaluation"]:
         print(f"held out at step {evaluation['step']}: top-1 {evaluation['eval_top1']:.2%}, loss {evaluation['eval_loss']:.4f}")
-    print(f"checkpoints: {', '.join(found['checkpoints']) or 'none yet'}")
+    goes_on = f"; the same command goes on from {found['checkpoints'][-1]}" if found["checkpoints"] and found["state"] == "stopped" else ""
+    print(f"checkpoints: {', '.join(found['checkpoints']) or 'none yet'}{goes_on}")
 
 
 VERBS: dict[str, Verb] = {

@@ -145,14 +145,16 @@ def find_checkpoint(spec: str) -> Path:
             raise CheckpointError(f"{run} has no checkpoint of step {int(step)}; {_there_are(steps)}")
     if not path.exists():
         raise CheckpointError(f"{spec} does not exist; a checkpoint is a run, RUN@STEP, a step's folder or an exported folder")
+    if path.is_file():
+        raise CheckpointError(f"{spec} is a file; give the folder that it lies in: {path.parent}")
     if any((path / name).is_file() for name in (EXPORT_DESCRIPTION, "checkpoint.json", "COMMIT.json")):
         if problem := verify(path):
             raise CheckpointError(problem)
         return path
     newest, faults = newest_durable(path)
     if newest is None:
-        found = f"{len(faults)} damaged ones: {faults[0]}" if faults else "none"
-        raise CheckpointError(f"{spec} holds no durable checkpoint ({found}); give a run that has written one, or an exported folder")
+        found = f" ({len(faults)} damaged: {faults[0]})" if faults else ""
+        raise CheckpointError(f"{spec} holds no durable checkpoint{found}; give a run that has written one, or an exported folder")
     for fault in faults:
         print(f"warning: {fault}; {newest.name} is used", file=sys.stderr)
     return newest
@@ -321,8 +323,11 @@ def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    file.touch()
+    mode = file.stat().st_mode  # as the user's umask has it; safetensors lets nobody else read what it writes
     try:
         save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(mode)
     except SafetensorError as error:
         file.unlink(missing_ok=True)
         raise CheckpointError(f"{file} cannot be written ({error}); what was saved before it is whole") from None

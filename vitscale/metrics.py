@@ -26,9 +26,10 @@ class Metrics:
                     self._board.add_scalar(name, value, values["step"])
 
     def say(self, text: str) -> None:
-        """A line for the person at the terminal alone."""
-        with contextlib.suppress(BrokenPipeError):  # `vitscale pretrain ... | head` must not end the run
-            print(text, file=self._terminal, flush=True)
+        """A line for the person at the terminal, and for the log where that is another file."""
+        for file in {self._terminal, sys.stdout}:
+            with contextlib.suppress(BrokenPipeError):  # `vitscale pretrain ... | head` must not end the run
+                print(text, file=file, flush=True)
 
     def close(self) -> None:
         """Writes what is buffered."""
@@ -70,7 +71,7 @@ def duration(seconds: float) -> str:
 
 def counted(number: int, noun: str) -> str:
     """A number of things for people: 1 shard, 1,200 shards."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def _tensorboard(folder: Path, step: int) -> Any:

@@ -324,5 +324,7 @@ def recipe(name: str, among: tuple[Recipe[Config], ...]) -> Config:
     if name not in by_name:
         near = difflib.get_close_matches(name, by_name, n=1)
         guess = f" (perhaps {near[0]} was meant)" if near else ""
+        if name in {recipe_name(function) for function in (*PRETRAIN, *FINETUNE)}:
+            guess = " for this verb, but for the other of pretrain and finetune"
         raise ConfigError(f"no recipe is called {name!r}{guess}; there are {', '.join(by_name)}")
     return replace(by_name[name](), recipe=name)

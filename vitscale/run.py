@@ -140,11 +140,15 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
         record = _read_json(run / "run.json")
         if record["format_version"] != FORMAT_VERSION:
             raise RunError(f"{run}/run.json has format version {record['format_version']}; this vitscale reads {FORMAT_VERSION}")
+        started = read_config(run)
+        if started.recipe != config.recipe:
+            raise RunError(f"{run} holds a run of {started.recipe}, not of {config.recipe}; give another --out")
         for flag, before, now in (("data", record["dataset"], trained_on), ("eval-data", record["held_out"], held_out)):
             if before and now and before["hash"] != now["hash"]:
-                raise RunError(f"{run} has --{flag} with hash {before['hash']}, {now['path']} has {now['hash']}; give the same dataset")
+                was, is_now = (f"{of['name']} ({of['samples']:,} samples, hash {of['hash'][:12]})" for of in (before, now))
+                raise RunError(f"{run} was begun with --{flag} {before['path']}, {was}; {now['path']} is {is_now}; give the same dataset")
         begun = bool(read_metrics(run) or checkpoint.committed(run))  # one that failed before its first step may still become another
-        changed = changes(read_config(run), config) if begun else {}
+        changed = changes(started, config) if begun else {}
         if refused := [f"{name}: {change}" for name, change in changed.items() if not may_change(name)]:
             raise RunError(f"{run} holds a run with other settings: {', '.join(refused)}; give its own to resume it, or another --out")
     else:

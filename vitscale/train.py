@@ -24,7 +24,7 @@ from data_tools.dataset import Dataset
 from data_tools.errors import UserError
 from vitscale import checkpoint, keyed
 from vitscale.checkpoint import CheckpointError
-from vitscale.config import TrainConfig, grad_accum_steps, total_steps
+from vitscale.config import TrainConfig, ViTConfig, grad_accum_steps, total_steps
 from vitscale.engine import Engine, device, init_distributed
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
@@ -62,10 +62,12 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     model = ViT(config.model, config.engine.checkpoint_every_n_blocks)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     resumed = checkpoint.describe(folder) if folder else None
+    origin = ""
     if resumed:
         model.load_state_dict(checkpoint.read_weights(resumed, checkpoint.WEIGHT, shapes))
     elif init := config.init:
         source = checkpoint.describe(Path(init.folder))  # rank 0 has checked that it is whole
+        origin = _origin(source, config.model)
         model.load_state_dict(fine_tuned_weights(source, init.weights, config.model, init.position_interpolation, config.seed))
     else:
         initialize(model, config.seed)
@@ -85,6 +87,8 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         for fault in faults:
             metrics.say(f"warning: {fault}; {f'{folder.name} is used' if folder else 'the run starts anew'}")
         metrics.say(_headline(config, step, last_step, world_size, accumulate, sum(math.prod(s) for s in shapes.values())))
+        if origin:
+            metrics.say(origin)
     batches = TrainStream(
         dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
@@ -199,11 +203,22 @@ def _diverged(what: str, step: int) -> str:
 
 def _headline(config: TrainConfig, step: int, last_step: int, world_size: int, accumulate: int, parameters: int) -> str:
     begins = f"resumes at step {step}" if step else "starts"
+    work = f"{config.global_batch_size} images = {counted(world_size, 'rank')} x {config.micro_batch_size} x {accumulate}"
     return (
-        f"{config.recipe} {begins} on {_device_name()}: {parameters:,} parameters, {config.model.num_tokens} tokens, {last_step} steps of "
-        f"{config.global_batch_size} images = {counted(world_size, 'rank')} x {config.micro_batch_size} x {accumulate}, "
-        f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, run directory {config.out}"
+        f"{config.recipe} {begins} on {_device_name()}: {parameters:,} parameters, {_pixels(config.model)} in {config.model.num_tokens} "
+        f"tokens, {last_step} steps of {work}, ZeRO {config.engine.zero_stage}, {config.engine.precision}, run directory {config.out}"
     )
+
+
+def _origin(source: checkpoint.Description, model: ViTConfig) -> str:
+    """What fine-tuning makes of a checkpoint, in a line."""
+    grids = " -> ".join("x".join(map(str, m.grid)) for m in (source.model, model))
+    head = f"a new head of {model.num_classes} classes in place of {source.model.num_classes or 'none'}"
+    return f"from {source.path}: {_pixels(source.model)} -> {_pixels(model)}, {grids} patches, {head}"
+
+
+def _pixels(model: ViTConfig) -> str:
+    return f"{model.image_size[0]}x{model.image_size[1]} pixels"
 
 
 def _eval_fields(result: Evaluation) -> dict[str, float]:

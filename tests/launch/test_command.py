@@ -59,8 +59,8 @@ def test_help_imports_nothing_heavy() -> None:
 
 # What is typed, where DATA, RUN and TMP stand for a dataset, a finished run and an empty folder; and what the one line must say.
 BAD_INPUT = {
-    "pretrian": "`vitscale pretrian` is not a verb; there are pack, pretrain",
-    "checkpoint shwo RUN": "is not a verb; there are checkpoint show, checkpoint export",
+    "pretrian": "(perhaps `vitscale pretrain` was meant); there are pack, pretrain, finetune, evaluate",
+    "checkpoint shwo RUN": "is not a verb (perhaps `vitscale checkpoint show` was meant); there are checkpoint show, checkpoint export",
     "pretrain": "needs a recipe as its first word; there are vit-b32-jft300m",
     "pretrain vit-h15": "no recipe is called 'vit-h15'; there are",
     "pretrain tiny-digits": "no dataset is given; --data",
@@ -194,3 +194,20 @@ def test_the_finished_run_is_left_alone(run: Path, dataset: Path) -> None:
     assert done.returncode == 0
     assert "is finished" in done.stderr
     assert {name: entry for name, entry in tree(run).items() if name != "run.lock"} == {n: e for n, e in before.items() if n != "run.lock"}
+
+
+def test_an_export_can_be_read_by_whom_the_user_allows(run: Path, tmp_path: Path) -> None:
+    assert vitscale("checkpoint", "export", run, tmp_path / "exported").returncode == 0
+    modes = {
+        file.name: file.stat().st_mode & 0o777 for folder in (tmp_path / "exported", run) for file in folder.rglob("*") if file.is_file()
+    }
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+def test_the_log_tells_what_the_terminal_told(dataset: Path, tmp_path: Path) -> None:
+    done = vitscale("pretrain", "tiny-digits", "--data", dataset / "train", "--out", tmp_path / "run", *SMALL)
+    (log,) = (tmp_path / "run/logs").iterdir()
+    assert [line for line in done.stdout.splitlines() if line] == [line for line in log.read_text().splitlines() if line in done.stdout]
+    assert "tiny-digits starts on cpu" in done.stdout

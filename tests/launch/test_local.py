@@ -185,4 +185,4 @@ def test_another_dataset_is_refused_on_resume(dataset: Path, tmp_path: Path) -> 
         )
     again = vitscale("pretrain", "tiny-digits", "--data", tmp_path / "other" / "train", "--out", tmp_path / "run", *LONG)
     assert again.returncode == 1
-    assert "has --data with hash" in again.stderr
+    assert "was begun with --data" in again.stderr

@@ -143,7 +143,7 @@ def test_another_held_out_set_is_refused(config: TrainConfig, dataset: Path, tmp
     moved = shutil.copytree(dataset / "val", tmp_path / "moved")
     begin(replace(config, eval_data=str(moved)))
     begin(config)
-    with pytest.raises(RunError, match=r"has --eval-data with hash \w+, .*other/val has \w+; give the same dataset"):
+    with pytest.raises(RunError, match=r"--eval-data .*val \(37 samples, hash \w+\); .*other/val is images \(20 samples"):
         begin(replace(config, eval_data=str(other.path)))
 
 
