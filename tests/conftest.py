@@ -1,6 +1,7 @@
 """What tests of several packages share: a small packed dataset of real pixels and a configuration that trains on it in a second."""
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from vitscale.config import (
 )
 
 NUM_CLASSES = 5
+
+# Tests that run in the background of a shell are started with Ctrl-C ignored, and would hand that down to what they interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write_images(folder: Path, count: int, seed: int, num_classes: int = NUM_CLASSES) -> Path:
