@@ -6,6 +6,7 @@ writes to a file of its own, from which the one line or the traceback is shown.
 
 import contextlib
 import itertools
+import math
 import os
 import random
 import select
@@ -64,29 +65,31 @@ def run_ranks(run: Path, nproc: int, lock: TextIO, terminal: TextIO) -> None:
                         start_new_session=True,  # the user's Ctrl-C reaches the launcher alone, which ends the ranks in order
                     )
                 )
-            failed = _wait(ranks)
+            ended_badly = _wait(ranks)
         finally:
             _end(ranks)
             os.close(terminal_fd)
-        if failed is not None:
+        if ended_badly:
+            failed = min(ended_badly, key=lambda rank: _cause(ranks[rank].returncode, error_files[rank]))
             raise LaunchError(f"{_last_words(ranks[failed].returncode, error_files[failed])}\n(rank {failed}; all output is in {log})")
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
-    """Returns None when all ranks are done, or the rank that failed first."""
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Returns the ranks that were found to have failed first, one or some at once, or none when all are done."""
     poll = select.poll()
     running = {os.pidfd_open(process.pid): rank for rank, process in enumerate(ranks)}
     for descriptor in running:
         poll.register(descriptor, select.POLLIN)
     try:
         while running:
+            ended = []
             for descriptor, _ in poll.poll():
                 poll.unregister(descriptor)
-                rank = running.pop(descriptor)
+                ended.append(running.pop(descriptor))
                 os.close(descriptor)
-                if ranks[rank].wait() != 0:
-                    return rank
-        return None
+            if failed := [rank for rank in ended if ranks[rank].wait() != 0]:
+                return failed
+        return []
     finally:
         for descriptor in running:
             os.close(descriptor)
@@ -98,6 +101,11 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
         process.wait()
+
+
+def _cause(status: int, error_file: Path) -> tuple[bool, float]:
+    """Sorts ranks that failed together: a killed one first, then by when they said why. The others failed for want of the first."""
+    return status >= 0, error_file.stat().st_mtime if error_file.is_file() else math.inf
 
 
 def _last_words(status: int, error_file: Path) -> str:
