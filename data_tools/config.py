@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 from tyro.conf import Suppress  # the command line takes these as positional words
 
@@ -26,7 +27,7 @@ class PackConfig:
     """Packs images and labels into a dataset directory: OUT/train and OUT/val, or one split of them."""
 
     sources: Annotated[tuple[str, ...], Suppress]
-    """A folder of class folders, Parquet or Arrow (Feather, IPC file or stream) tables, or folders of such tables."""
+    """A folder of class folders; Parquet, Arrow (Feather, IPC), CSV, TSV or JSONL tables; WebDataset tars; or folders of tables or tars."""
 
     out: Annotated[str, Suppress]
     """Folder that gets a subfolder for each split. Existing splits are never touched."""
@@ -71,8 +72,41 @@ class PackConfig:
     write_cls: bool = False
     """Also write KEY.cls, the first label, for single-label readers (1,024 bytes more a sample)."""
 
+    jobs: int = 0
+    """Processes that read, check and write images; 0 takes the cores there are. The result does not depend on it."""
+
+    task: str | None = None
+    """I/N, I from 0: do this share of the shards only, as one of N tasks on any machines that see OUT. The same command without --task does
+    what is left and puts the dataset together."""
+
+    check_images: Literal["decode", "header"] = "decode"
+    """decode: in full, as nothing less finds every damaged image; header: format, size and end marker, many times as fast."""
+
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected unread (decompression bombs)."""
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources by their last names, wherever they lie."""
+        return [Path(source).resolve().name for source in self.sources]
+
+    @property
+    def dataset_name(self) -> str:
+        """The name that dataset.json gets."""
+        return self.name if self.name is not None else self.source_names[0]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are made."""
+        return ("train", "val") if self.val_fraction else (self.split,)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which of how many shares of the shards to do."""
+        if self.task is None:
+            return 0, 1
+        number, _, count = self.task.partition("/")
+        return int(number), int(count)
 
     def check(self) -> None:
         """Raises PackError for a value that cannot work, whatever the files say."""
@@ -86,6 +120,10 @@ class PackConfig:
             raise PackError(f"val_fraction makes train and val, so split={self.split!r} cannot be given too; leave one out")
         if self.samples_per_shard < 1:
             raise PackError(f"samples_per_shard={self.samples_per_shard} must be at least 1; 10000 is usual")
+        if self.jobs < 0:
+            raise PackError(f"jobs={self.jobs} must be at least 0; 0 takes the cores there are")
+        if self.task is not None and not (re.fullmatch(r"\d{1,6}/[1-9]\d{0,5}", self.task) and self.share[0] < self.share[1]):
+            raise PackError(f"task={self.task} must be I/N with 0 <= I < N; 0/4 is the first of four")
         if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 2**64:
             raise PackError(f"shuffle_seed={self.shuffle_seed} must be None or in 0..2**64-1; 0 would work")
         if self.num_classes is not None and not 1 <= self.num_classes < 2**31:

@@ -170,7 +170,7 @@ class Dataset:
         self.shard_sizes: np.ndarray = manifest["samples"].to_numpy()
         self.shard_bytes: np.ndarray = manifest["bytes"].to_numpy()
         self.first_samples: np.ndarray = manifest["first_sample"].to_numpy()
-        # The mapped index as numpy views, a few hundred record batches at most (about a million rows each).
+        # The mapped index as numpy views, a few hundred record batches at most.
         reader = pa.ipc.open_file(pa.memory_map(str(path / "index.arrow")))
         if not reader.schema.equals(INDEX_SCHEMA):
             raise DatasetError(f"{path / 'index.arrow'} has columns {reader.schema.names}, not {INDEX_SCHEMA.names}")
@@ -257,6 +257,13 @@ class Dataset:
                     block[~filled & (labels[wanted] >= 0)] = 1
                 out[wanted] = block
         return labels, scores
+
+    def used_classes(self) -> np.ndarray:
+        """For each class whether any sample has it (bool). Reads the whole column."""
+        used = np.zeros(self.num_classes, dtype=bool)
+        for batch in self._batches:
+            used[batch["labels"][batch["labels_starts"][0] : batch["labels_starts"][-1]]] = True
+        return used
 
     def score_range(self) -> tuple[float, float]:
         """The smallest and the largest score of any label; a label without a score has 1. Reads the whole column."""

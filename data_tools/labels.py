@@ -40,58 +40,71 @@ def read_class_names(path: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def number_labels(
-    labels: pa.Array,
-    starts: np.ndarray,
-    class_folders: set[str],
-    config: PackConfig,
-    sibling: Dataset | None,
-    source_of: Callable[[int], str],
-) -> tuple[tuple[str, ...] | None, int, np.ndarray]:
-    """Class names, number of classes, and the flat labels as int32, all checked."""
-    named = pa.types.is_large_string(labels.type)
+@dataclass(frozen=True)
+class Found:
+    """What the listing saw of labels: their names, or the largest of those that are numbers; None where there are none."""
+
+    names: frozenset[str] | None
+    largest: int | None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a dataset, and where they come from, for errors."""
+
+    names: tuple[str, ...] | None
+    number: int
+    where: str
+
+
+def settle_classes(found: Found, config: PackConfig, sibling: Dataset | None) -> Classes:
+    """The classes that the config, another split of the same output or the labels themselves give. Raises PackError."""
     names, where = None, "the labels found"
     if config.class_names is not None:
         names, where = read_class_names(config.class_names), config.class_names
     elif sibling is not None and sibling.class_names is not None:
         names, where = sibling.class_names, str(sibling.path / "classes.txt")
-    elif named:
-        names = tuple(sorted({*pc.unique(labels).to_pylist(), *class_folders}))
+    elif found.names is not None:
+        names = tuple(sorted(found.names))
     if names is not None:
         _check_class_names(names, where)
 
     if names is not None:
-        num_classes = len(names)
+        number = len(names)
     elif config.num_classes is not None:
-        num_classes, where = config.num_classes, "num_classes"
+        number, where = config.num_classes, "num_classes"
     elif sibling is not None:
-        num_classes, where = sibling.num_classes, str(sibling.path)
+        number, where = sibling.num_classes, str(sibling.path)
     else:
-        num_classes = pc.max(labels).as_py() + 1 if len(labels) else 0
-        num_classes = min(max(num_classes, 0), 2**31 - 1)  # labels outside are named below
-    if config.num_classes not in (None, num_classes):
-        raise PackError(f"num_classes={config.num_classes}, but {where} has {num_classes} classes; leave num_classes out")
-    if sibling is not None and (sibling.num_classes != num_classes or sibling.class_names != names):
+        number = min(max((found.largest if found.largest is not None else -1) + 1, 0), 2**31 - 1)  # labels outside are named later
+    if config.num_classes not in (None, number):
+        raise PackError(f"num_classes={config.num_classes}, but {where} has {number} classes; leave num_classes out")
+    if sibling is not None and (sibling.num_classes != number or sibling.class_names != names):
         named_there = f"use class_names={sibling.path / 'classes.txt'}" if sibling.class_names else "which are numbers: give numbers"
         raise PackError(
             f"the classes of {where} are not those of {sibling.path}, and splits of one dataset share them; {named_there} or another OUT"
         )
-    if not len(labels) and not num_classes:
+    if not number and found.largest is None:
         raise PackError("no sample has a label, so the number of classes is unknown; give num_classes")
+    return Classes(names, number, where)
 
-    if named:
-        numbers = pc.index_in(labels, value_set=pa.array(names, pa.large_string()))
+
+def number_labels(labels: pa.Array, starts: np.ndarray, classes: Classes, source_of: Callable[[int], str]) -> np.ndarray:
+    """The flat labels (int64 or large_string) as int32. Raises PackError that names the first sample with one that is none."""
+    if pa.types.is_large_string(labels.type):
+        numbers = pc.index_in(labels, value_set=pa.array(classes.names or (), pa.large_string()))
         wrong = numbers.is_null().to_numpy(zero_copy_only=False)
-        rule = f"is not one of the {num_classes} class names of {where}; correct it or add it there"
+        rule = f"is not one of the {classes.number} class names of {classes.where}; correct it or add it there"
     else:
         numbers = labels
-        wrong = pc.or_(pc.less(labels, 0), pc.greater_equal(labels, num_classes)).to_numpy(zero_copy_only=False)
-        rule = f"is not in 0..{num_classes - 1} ({num_classes} classes, from {where}); correct it or give more classes"
+        wrong = pc.or_(pc.less(labels, 0), pc.greater_equal(labels, classes.number)).to_numpy(zero_copy_only=False)
+        rule = f"is not in 0..{classes.number - 1} ({classes.number} classes, from {classes.where}); correct it or give more classes"
     if wrong.any():
         first = int(np.argmax(wrong))
         row = int(np.searchsorted(starts, first, side="right")) - 1
         raise PackError(f"label {labels[first].as_py()!r} of {source_of(row)} {rule}")
-    return names, num_classes, numbers.to_numpy(zero_copy_only=False).astype(np.int32)
+    ids: np.ndarray = numbers.to_numpy(zero_copy_only=False).astype(np.int32)
+    return ids
 
 
 def _check_class_names(names: tuple[str, ...], where: str) -> None:

@@ -1,177 +1,141 @@
 """`vitscale pack`: sources to dataset directories.
 
-Where it stands: `sources.py` lists and reads, `tar.py` writes tars, `dataset.py` says what the directory holds; here
-samples are dealt to splits and shards, images are judged, and the directory is put in place.
+Where it stands: `sources.py` lists and reads, `plan.py` puts samples in order, `shards.py` writes a stretch of that order, `assemble.py`
+makes the directory of the pieces; here the work is shared out to processes and tasks, survives its end, and is put in place.
+
+    OUT/.packing-SPLIT/         the work; a start that finds it goes on with it, and it goes away when OUT/SPLIT is in place
+      job.json                  settings and a hash of the listing: what goes on must be the same
+      plan-*/                   listing and plan of one process, made anew at each start
+      spill-I-of-N/             images from tables, by bucket
+      SPLIT/dataset/shards/     tars
+      SPLIT/pieces/             what the dataset's tables get for each tar; a shard is done when its piece is there
 
 Invariants:
-- the same listing and settings give the same bytes, wherever OUT lies and however the file system orders names;
-- a sample's shard is planned before any image is read, so a rejected image changes no other shard;
-- OUT/SPLIT appears in one rename, complete and on disk; what is unfinished has a hidden name and goes away on an error
-  or Ctrl-C (after SIGKILL it stays and does no harm);
-- image bytes are stored as they came.
+- the same listing and settings give the same bytes, wherever OUT lies, however many processes or tasks share the work, and however
+  often it was stopped;
+- OUT/SPLIT appears in one rename, complete and on disk.
 """
 
 from __future__ import annotations
 
-import io
+import ctypes
+import errno
+import fcntl
 import json
+import multiprocessing
 import os
 import secrets
 import shutil
+import signal
 import tempfile
-import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import xxhash
-from PIL import Image
 
 from data_tools import dataset as fmt
+from data_tools.assemble import PackResult, assemble, made, result_of
 from data_tools.config import PackConfig, PackError
-from data_tools.dataset import Dataset
-from data_tools.durable import publish_folders
-from data_tools.keys import key_hashes
-from data_tools.sources import MAX_IMAGE_BYTES, Images, Listing, Reject, list_sources, needs_spool
-from data_tools.tar import TarWriter
+from data_tools.dataset import Dataset, read_header
+from data_tools.durable import fsync, publish_folders, replace_file
+from data_tools.plan import Plan, Spill, bucket_number, make_plans
+from data_tools.shards import write_shard
+from data_tools.sources import Listing, Reject, in_table, list_sources, read_image
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, rejected so far
 
-INDEX_ROWS = 2**20  # a record batch of the index has this many rows or a shard more
-SPLIT_SEED = 0x73706C6974  # "split": whether a key is in val must not hang on the shuffle's seed
-PILLOW_NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-ACCEPTED = "accepted: jpeg, png, webp"
-PATH_SETTINGS = ("sources", "out", "name", "split", "image_root", "class_names")  # not told in dataset.json's "made"
-
-
-@dataclass(frozen=True)
-class PackResult:
-    """What became of one split. `reasons` counts the rejects by reason; rejects.parquet names each."""
-
-    split: str
-    path: Path
-    samples: int
-    shards: int
-    rejects: int
-    reasons: dict[str, int]
-    classes: int
-    empty_classes: tuple[str, ...]  # names or numbers of those that no sample of the split has
-    bytes: int  # of all tars
-    seconds: float
-    content_hash: str
+IMAGES_A_PROCESS = 1_000  # fewer are not worth the start of a process
 
 
 def pack(config: PackConfig, progress: Progress | None = None) -> tuple[PackResult, ...]:
-    """Writes the split or splits that the config asks for, or raises PackError and leaves OUT as it was.
+    """Writes the split or splits that the config asks for; with a task, its share of the shards only, and nothing is returned.
 
-    Every image is decoded once in full, since nothing less finds a truncated one: 1 to 3 ms of a core for a
-    photograph of 500 x 375 pixels.
+    A pack that was ended, by whatever, goes on when it is asked for again; a finished one is left alone. Raises PackError. Every image is
+    decoded once in full, since nothing less finds a truncated one: 1 to 3 ms of a core for a photograph of 500 x 375 pixels.
     """
     config.check()
     out = Path(config.out)
-    splits = ("train", "val") if config.val_fraction else (config.split,)
-    _check_out(config, out, splits)
-    listing = list_sources(config, _sibling(out, splits))
-    plans = dict(zip(splits, plan_splits(listing.key, config), strict=True))
-    for split, rows in plans.items():
-        if not len(rows):
-            raise PackError(f"no sample falls into {split} of {len(listing)} with val_fraction={config.val_fraction}")
-
-    existed = out.exists()
-    token = f"partial-{os.getpid()}-{secrets.token_hex(4)}"
-    partials = {split: out / f".{split}.{token}" for split in splits}
+    work = out / f".packing-{'+'.join(config.splits)}"
+    if (done := _finished(config)) is not None:
+        shutil.rmtree(work, ignore_errors=True)  # of a pack that was killed in its last moment
+        return done
+    assembled = work / "assembled"
+    found = work.exists()
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    if not assembled.is_file():
+        _check_out(config, out)
     try:
-        for partial in partials.values():
-            partial.mkdir(parents=True)
-        with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", module="PIL")  # odd metadata, and bombs, which have a limit of their own
-            spool = None
-            if config.shuffle_seed is not None and needs_spool(listing):
-                # Has no name in the folder, so that not even a SIGKILL leaves it behind.
-                spool = stack.enter_context(tempfile.TemporaryFile(dir=partials[splits[0]]))
-            images = Images(listing, spool)
-            tally = _Tally(progress, sum(map(len, plans.values())))
-            results = []
-            for split, rows in plans.items():
-                results.append(_write_split(partials[split], split, rows, listing, images, config, tally))
-        try:
-            publish_folders({partial: out / split for split, partial in partials.items()})
-        except OSError as error:
-            raise PackError(f"{', '.join(splits)} cannot be put in place: {error}; was it packed meanwhile?") from None
-    except BaseException:
-        for partial in partials.values():
-            shutil.rmtree(partial, ignore_errors=True)
-        if not existed:
+        with _held(work, config):
+            if not assembled.is_file():
+                with _scratch(work, config) as scratch, warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", module="PIL")  # odd metadata, and bombs, which have a limit of their own
+                    job = _prepare(config, work, scratch)
+                    _write_shards(job, config, progress)
+                    if config.task is not None:
+                        return ()
+                    for split in config.splits:
+                        assemble(work / split / "dataset", split, job.pieces(split), len(job.plans[split]), job.listing, config)
+                replace_file(assembled, "")
+            _check_settings(config, work, None)
+            _publish(work, out, config)
+            shutil.rmtree(work)
+    except BaseException as error:
+        # What cannot succeed, and what has done nothing yet, leaves nothing; what was there before or was stopped is kept, to go on with
+        vain = isinstance(error, PackError) or not any((*work.glob("*/pieces/*/*.arrow"), *work.glob("spill-*/done.json")))
+        if not found and config.task is None and vain and not isinstance(error, OtherPackError):
+            shutil.rmtree(work, ignore_errors=True)
+        for folder in missing:
             with suppress(OSError):
-                out.rmdir()
+                folder.rmdir()
         raise
-    return tuple(results)
+    return tuple(result_of(out / split) for split in config.splits)
+
+
+class OtherPackError(PackError):
+    """The work that is there is another pack's, or somebody is at it; it is left alone."""
 
 
 # ----------------------------------------------------------------------------------------------- decisions
 
 
-def plan_splits(keys: pa.Array, config: PackConfig) -> list[np.ndarray]:
-    """Rows of the listing for each split, in the order they are packed."""
-    rows = np.arange(len(keys))
-    if config.shuffle_seed is not None:
-        rows = np.argsort(key_hashes(keys, config.shuffle_seed), kind="stable")
-    if not config.val_fraction:
-        return [rows]
-    in_val = key_hashes(keys, SPLIT_SEED) < np.uint64(config.val_fraction * 2**64)
-    return [rows[~in_val[rows]], rows[in_val[rows]]]
+def share_of(items: list[Any], number: int, count: int) -> list[Any]:
+    """The `number`-th of `count` stretches of the items, as equal as can be."""
+    return items[number * len(items) // count : (number + 1) * len(items) // count]
 
 
-def inspect_image(data: bytes, max_pixels: int) -> tuple[str, int, int] | Reject:
-    """The extension (from the content), width and height of an image that decodes in full."""
-    if not data:
-        return Reject("empty", "0 bytes")
-    if len(data) > MAX_IMAGE_BYTES:
-        return Reject("too large", f"{len(data)} bytes, the limit is {MAX_IMAGE_BYTES}")
-    extension = _extension(data)
-    if isinstance(extension, Reject):
-        return extension
-    try:
-        with Image.open(io.BytesIO(data), formats=[PILLOW_NAMES[extension]]) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                return Reject("too many pixels", f"{width} x {height}, max_pixels is {max_pixels}")
-            image.load()
-    except Image.DecompressionBombError as error:
-        return Reject("too many pixels", str(error))
-    except Exception as error:  # Pillow raises nearly anything on hostile bytes
-        return Reject("damaged", f"{type(error).__name__}: {error}")
-    return extension, width, height
+def _finished(config: PackConfig) -> tuple[PackResult, ...] | None:
+    """What is in place already, where all of it was made of the same sources with the same settings."""
+    folders = [Path(config.out) / split for split in config.splits]
+    if not all((folder / "dataset.json").is_file() for folder in folders):
+        return None
+    for folder in folders:
+        header = read_header(folder)
+        there = header["made"] | {"name": header["name"]}
+        if changed := _differences(there, made(config, there.get("listing")) | {"name": config.dataset_name}):
+            raise PackError(f"{folder} exists and is another dataset ({changed}); give another OUT, or move it away")
+        with tempfile.TemporaryDirectory() as scratch:
+            listing = list_sources(config, _sibling(config), Path(scratch))
+        if there.get("listing") != listing.digest:
+            raise PackError(
+                f"{folder} exists and the sources list other samples than it was packed from; give another OUT, or move it away"
+            )
+    return tuple(result_of(folder) for folder in folders)
 
 
-def _extension(data: bytes) -> str | Reject:
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "webp"
-    others = {b"GIF8": "gif", b"BM": "bmp", b"II*\0": "tiff", b"MM\0*": "tiff", b"\0\0\x01\0": "ico", b"8BPS": "psd"}
-    for magic, name in others.items():
-        if data.startswith(magic):
-            return Reject("unsupported format", f"{name} ({ACCEPTED})")
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"avif", b"avis"):
-        return Reject("unsupported format", f"{data[8:12].decode()} ({ACCEPTED})")
-    return Reject("not an image", f"begins with {data[:8]!r} ({ACCEPTED})")
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    names = sorted(before.keys() | now.keys())
+    return ", ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name))
 
 
-def _check_out(config: PackConfig, out: Path, splits: tuple[str, ...]) -> None:
+def _check_out(config: PackConfig, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise PackError(f"out={out} is a file; give a folder, or a path that does not exist")
-    for split in splits:
+    for split in config.splits:
         if os.path.lexists(out / split):
             raise PackError(f"{out / split} exists and is not overwritten; give another OUT, or move it away")
     for source in map(Path, config.sources):
@@ -179,174 +143,266 @@ def _check_out(config: PackConfig, out: Path, splits: tuple[str, ...]) -> None:
             raise PackError(f"out={out} lies inside the source {source}; give an OUT outside of it")
 
 
-def _sibling(out: Path, splits: tuple[str, ...]) -> Dataset | None:
+def _sibling(config: PackConfig) -> Dataset | None:
     """Another split in OUT, whose classes the new one must share."""
+    out = Path(config.out)
     others = fmt.splits_in(out) if out.is_dir() else []
     return Dataset.open(others[0], check_shards=False) if others else None
+
+
+# ----------------------------------------------------------------------------------------------- the work at hand
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A stretch of a split's plan."""
+
+    split: str
+    number: int
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All there is to do, and where it lies."""
+
+    listing: Listing
+    plans: dict[str, Plan]
+    routes: Path
+    shards: list[_Shard]
+    work: Path
+
+    def tar(self, shard: _Shard) -> Path:
+        return self.work / shard.split / "dataset" / fmt.shard_name(shard.split, shard.number)
+
+    def piece(self, shard: _Shard) -> Path:
+        folder = f"{shard.number // fmt.SHARDS_PER_FOLDER:03d}"
+        return self.work / shard.split / "pieces" / folder / f"{shard.number:06d}.arrow"
+
+    def pieces(self, split: str) -> list[Path]:
+        return [self.piece(shard) for shard in self.shards if shard.split == split]
+
+    def bucket(self, split: str, bucket: int) -> int:
+        return bucket_number(list(self.plans).index(split), bucket, self.listing)
+
+
+@contextmanager
+def _held(work: Path, config: PackConfig) -> Iterator[None]:
+    """Holds the work against a second start: tasks share it, each with a number of its own, and the one who finishes has it alone."""
+    work.mkdir(parents=True, exist_ok=True)
+    number, count = config.share
+    with ExitStack() as stack:
+        wanted = {"lock": fcntl.LOCK_EX}
+        if config.task is not None:
+            wanted = {"lock": fcntl.LOCK_SH, f"{number}-of-{count}.lock": fcntl.LOCK_EX}
+        for name, kind in wanted.items():
+            file = stack.enter_context(open(work / name, "a"))
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OtherPackError(f"{work} is being worked on by another process; wait for its end, or stop it") from None
+        yield
+
+
+@contextmanager
+def _scratch(work: Path, config: PackConfig) -> Iterator[Path]:
+    """A folder for the listing and the plan; what killed starts of this share, or of all where it is alone, left there goes away."""
+    mine = "plan-" if config.task is None else "plan-{}-of-{}-".format(*config.share)
+    for left in work.glob(f"{mine}*"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=mine, dir=work) as folder:
+        yield Path(folder)
+
+
+def _settings(config: PackConfig) -> dict[str, Any]:
+    where = {"sources": [str(Path(source).resolve()) for source in config.sources], "image_root": config.image_root}
+    return made(config, None) | {"name": config.dataset_name, "splits": list(config.splits), **where}
+
+
+def _check_settings(config: PackConfig, work: Path, sources: dict[str, Any] | None) -> None:
+    """Makes sure that the work is of this pack, which it is said to be where nobody has begun it. Raises OtherPackError."""
+    job_file = work / "job.json"
+    asked: dict[str, Any] = {"settings": _settings(config), "sources": sources}
+    if sources is not None and not job_file.is_file():
+        beside = work / f".job-{secrets.token_hex(4)}"
+        beside.write_text(json.dumps(asked, indent=1))
+        fsync(beside)
+        with suppress(FileExistsError):  # shares begin at once, and one of them is first
+            os.link(beside, job_file)
+        beside.unlink()
+        fsync(work)
+    begun = json.loads(job_file.read_text())
+    if changed := _differences(begun["settings"], asked["settings"]):
+        raise OtherPackError(f"{work} holds an unfinished pack with other settings ({changed}); give its own to go on, or remove it")
+    if sources is not None and (changed := _differences(begun["sources"], sources)):
+        raise OtherPackError(f"the sources are not those that {work} was begun with ({changed}); restore them, or remove it to start anew")
+
+
+def _prepare(config: PackConfig, work: Path, scratch: Path) -> _Job:
+    """Lists and plans, and makes sure that the sources of work that is there have not changed."""
+    if (work / "job.json").is_file():
+        _check_settings(config, work, None)  # before the listing, which may be long
+    listing = list_sources(config, _sibling(config), scratch)
+    plans, routes = make_plans(listing, config, config.splits, scratch)
+    for split, plan in plans.items():
+        if not len(plan):
+            raise PackError(f"no sample falls into {split} of {listing.num_samples} with val_fraction={config.val_fraction}")
+    _check_settings(config, work, _identity(listing))
+    size = config.samples_per_shard
+    shards = [
+        _Shard(split, number, first, min(first + size, len(plan)))
+        for split, plan in plans.items()
+        for number, first in enumerate(range(0, len(plan), size))
+    ]
+    return _Job(listing, plans, routes, shards, work)
+
+
+def _identity(listing: Listing) -> dict[str, Any]:
+    """What tells that sources have changed: the listing (names, labels, keys), and size and time of each table."""
+    tables = {}
+    for number, origin in enumerate(listing.origins):
+        if origin.table is not None:
+            status = origin.table.stat()
+            tables[f"table {number}, {origin.table.name}"] = f"{status.st_size} bytes of {status.st_mtime_ns}"
+    return {"samples": listing.num_samples, "listing": listing.digest, **tables}
+
+
+def _publish(work: Path, out: Path, config: PackConfig) -> None:
+    """Gives the splits their names; after a kill between two of them, those that have none yet."""
+    names = {hidden: out / split for split in config.splits if (hidden := work / split / "dataset").exists()}
+    for hidden in names:
+        for other in fmt.splits_in(out):  # one that was packed meanwhile
+            ours, theirs = (
+                ((f / "classes.txt").read_bytes() if (f / "classes.txt").is_file() else b"", read_header(f)["num_classes"])
+                for f in (hidden, other)
+            )
+            if ours != theirs:
+                raise OtherPackError(f"{other} was packed meanwhile with other classes; move it away to go on, or remove {work}")
+    try:
+        publish_folders(names)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise PackError(f"{', '.join(config.splits)} cannot be put in place: {error}; was it packed meanwhile?") from None
 
 
 # ------------------------------------------------------------------------------------------------- writing
 
 
-class _Tally:
-    """Counts over all splits, told to `progress`."""
+def _write_shards(job: _Job, config: PackConfig, progress: Progress | None) -> None:
+    """Writes what this task's share lacks, in as many processes as are worth it."""
+    mine = share_of(job.shards, *config.share)
+    todo = [shard for shard in mine if not job.piece(shard).is_file()]
+    images = sum(shard.end - shard.first for shard in todo)
+    spill = None
+    if any(map(in_table, job.listing.origins)) and todo:
+        number, count = config.share
+        spill = Spill(job.work / f"spill-{number}-of-{count}")
+        wanted = {job.bucket(s.split, b) for s in mine for b in job.plans[s.split].buckets(s.first, s.end)}
+        spill.fill(job.listing, job.routes, frozenset(wanted))
+    done = [sum(shard.end - shard.first for shard in mine) - images, 0]
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total = progress, total
-        self._done = self._rejects = 0
+    def tell(images: int, rejects: int) -> None:
+        done[0] += images
+        done[1] += rejects
+        if progress is not None:
+            progress(done[0], done[0] if not todo else sum(shard.end - shard.first for shard in mine), done[1])
 
-    def add(self, *, rejected: bool) -> None:
-        self._done += 1
-        self._rejects += rejected
-        if self._progress is not None:
-            self._progress(self._done, self._total, self._rejects)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A written tar and the rows that the directory's tables get for it."""
-
-    index: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
-    rejects: list[dict[str, Any]]
-    bytes: int
-    checksum: str
-
-
-def _write_shard(
-    path: Path, rows: list[int], images: Iterator[bytes | Reject], listing: Listing, config: PackConfig, tally: _Tally
-) -> _Shard:
-    """Writes the tar of these rows of the listing, whose images come next from `images`."""
-    index, samples, rejects = [], [], []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        tar = TarWriter(file)
-        for row in rows:
-            image = next(images)
-            key, source = listing.key[row].as_py(), listing.source(row)
-            judged = image if isinstance(image, Reject) else inspect_image(image, config.max_pixels)
-            if isinstance(judged, Reject):
-                rejects.append({"source": source, "key": key, **asdict(judged)})
-                tally.add(rejected=True)
-                continue
-            assert isinstance(image, bytes)  # as it was judged
-            extension, width, height = judged
-            labels, scores = listing.labels[row], listing.scores[row]
-            offset = tar.add(f"{key}.{extension}", image)
-            tar.add(f"{key}.json", json.dumps({"labels": labels, "scores": scores}).encode())
-            if config.write_cls and labels:
-                tar.add(f"{key}.cls", str(labels[0]).encode())
-            digest = xxhash.xxh3_64_intdigest(image)
-            index.append({"offset": offset, "size": len(image), "hash": digest, "labels": labels, "scores": scores})
-            samples.append({"key": key, "hash": digest, "width": width, "height": height, "source": source})
-            tally.add(rejected=False)
-        tar.finish()
-    return _Shard(index, samples, rejects, tar.bytes, tar.checksum)
+    processes = min(config.jobs or max(1, min(len(os.sched_getaffinity(0)), images // IMAGES_A_PROCESS)), len(todo))
+    if processes > 1:
+        _in_processes(processes, job, todo, config, spill, tell)
+    else:
+        for shard in todo:
+            _write_shard(job, shard, config, spill, lambda rejected: tell(1, int(rejected)))
 
 
-def _write_split(
-    folder: Path, split: str, rows: np.ndarray, listing: Listing, images: Images, config: PackConfig, tally: _Tally
-) -> PackResult:
-    """Writes all files of a split into `folder`, dataset.json last."""
-    started = time.monotonic()
-    manifest: list[dict[str, Any]] = []
-    rejects: list[dict[str, Any]] = []
-    max_labels, num_samples = 1, 0
-    used = np.zeros(listing.num_classes, dtype=bool)
-    wanted = images.read(rows.tolist())
-    with _IndexWriter(folder) as index, _SamplesWriter(folder) as samples:
-        for number, start in enumerate(range(0, len(rows), config.samples_per_shard)):
-            name = fmt.shard_name(split, number)
-            planned = rows[start : start + config.samples_per_shard].tolist()
-            shard = _write_shard(folder / name, planned, wanted, listing, config, tally)
-            index.write(shard.index)
-            samples.write(number, shard.samples)
-            rejects += shard.rejects
-            counts = {"samples": len(shard.index), "bytes": shard.bytes, "first_sample": num_samples}
-            manifest.append({"name": name, "checksum": shard.checksum, **counts})
-            num_samples += len(shard.index)
-            used[[label for row in shard.index for label in row["labels"]]] = True
-            max_labels = max([max_labels, *(len(row["labels"]) for row in shard.index)])
-    reasons = dict(Counter(reject["reason"] for reject in rejects).most_common())
-    if not num_samples:
-        found = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        example = f"{rejects[0]['source']}: {rejects[0]['reason']}, {rejects[0]['detail']}"
-        raise PackError(f"no usable image is left for {split}: {found} (first: {example}); {ACCEPTED}")
-
-    _write_parquet(folder / "manifest.parquet", manifest, fmt.MANIFEST_SCHEMA)
-    if rejects:
-        _write_parquet(folder / "rejects.parquet", rejects, fmt.REJECTS_SCHEMA)
-    if listing.class_names is not None:
-        (folder / "classes.txt").write_text("\n".join(listing.class_names) + "\n", encoding="utf-8")
-    names = [Path(source).resolve().name for source in config.sources]
-    # Where things lay and where they go must not change the content hash, so paths stay out.
-    settings = {name: value for name, value in asdict(config).items() if name not in PATH_SETTINGS}
-    others = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tar")
-    header: dict[str, Any] = {
-        "format": fmt.FORMAT,
-        "format_version": fmt.FORMAT_VERSION,
-        "name": config.name if config.name is not None else names[0],
-        "split": split,
-        "num_samples": num_samples,
-        "num_shards": len(manifest),
-        "num_rejects": len(rejects),
-        "num_classes": listing.num_classes,
-        "max_labels": max_labels,
-        "made": {"by": "vitscale pack", "sources": names, **settings},
-        "files": {path.relative_to(folder).as_posix(): fmt.file_entry(path) for path in others},
-    }
-    header["content_hash"] = fmt.header_hash(header)
-    (folder / "dataset.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-    return PackResult(
-        split=split,
-        path=Path(config.out) / split,
-        samples=num_samples,
-        shards=len(manifest),
-        rejects=len(rejects),
-        reasons=reasons,
-        classes=listing.num_classes,
-        empty_classes=tuple(listing.class_names[i] if listing.class_names else str(i) for i in np.flatnonzero(~used)),
-        bytes=sum(entry["bytes"] for entry in manifest),
-        seconds=time.monotonic() - started,
-        content_hash=header["content_hash"],
-    )
+def _write_shard(job: _Job, shard: _Shard, config: PackConfig, spill: Spill | None, tell: Callable[[bool], None]) -> None:
+    plan = job.plans[shard.split]
+    planned = plan.rows(shard.first, shard.end)
+    write_shard(job.tar(shard), job.piece(shard), planned, _images(job, shard, planned, spill), job.listing.origins, config, tell)
 
 
-class _IndexWriter(ExitStack):
-    """index.arrow, in record batches of about INDEX_ROWS: few enough to open at once, small enough to hold."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._writer = self.enter_context(pa.ipc.new_file(str(folder / "index.arrow"), fmt.INDEX_SCHEMA))
-        self._pending: list[pa.Table] = []
-        self.callback(self._flush)  # before the writer is closed
-
-    def write(self, rows: list[dict[str, Any]]) -> None:
-        self._pending.append(pa.Table.from_pylist(rows, fmt.INDEX_SCHEMA))
-        if sum(map(len, self._pending)) >= INDEX_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._writer.write_table(pa.concat_tables(self._pending).combine_chunks())
-        self._pending = []
+def _images(job: _Job, shard: _Shard, planned: pa.Table, spill: Spill | None) -> Iterator[bytes | Reject]:
+    """The images of a shard, in its order."""
+    plan, origins = job.plans[shard.split], job.listing.origins
+    for bucket in plan.buckets(shard.first, shard.end):
+        first, end = max(plan.starts[bucket], shard.first) - shard.first, min(plan.starts[bucket + 1], shard.end) - shard.first
+        rows = planned.slice(first, end - first).select(["place", "origin", "path"])
+        for place, origin, path in zip(*(column.to_pylist() for column in rows.columns), strict=True):
+            if not in_table(origins[origin]):
+                yield read_image(path, origins[origin].root)
+            else:
+                assert spill is not None
+                yield spill.read(place, job.bucket(shard.split, bucket))
 
 
-class _SamplesWriter(ExitStack):
-    """samples/*.parquet: a file for each folder of shards, a row group for each shard."""
+def _in_processes(
+    count: int, job: _Job, todo: list[_Shard], config: PackConfig, spill: Spill | None, tell: Callable[[int, int], None]
+) -> None:  # fmt: skip
+    """Shares the shards out to processes, each taking the next one that nobody has; however it ends, all processes have ended."""
+    context = multiprocessing.get_context("spawn")  # pyarrow's threads do not survive a fork
+    following = context.Value("q", 0)
+    processes, told = [], []
+    try:
+        for _ in range(count):
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(there, os.getpid(), following, job, todo, config, spill), daemon=True)
+            process.start()
+            there.close()
+            processes.append(process)
+            told.append(here)
+        open_pipes = list(told)
+        while open_pipes:
+            for pipe in wait(open_pipes):
+                assert isinstance(pipe, Connection)
+                try:
+                    said = pipe.recv()
+                except EOFError:
+                    open_pipes.remove(pipe)
+                    process = processes[told.index(pipe)]
+                    process.join()
+                    if process.exitcode:
+                        raise OSError(f"a packing process ended with status {process.exitcode}; the same command goes on") from None
+                    continue
+                if isinstance(said, BaseException):
+                    raise said
+                tell(*said)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._folder = folder
 
-    def write(self, shard: int, rows: list[dict[str, Any]]) -> None:
-        if shard % fmt.SHARDS_PER_FOLDER == 0:
-            self.close()
-            path = self._folder / fmt.samples_name(shard)
-            path.parent.mkdir(exist_ok=True)
-            self._writer = self.enter_context(pq.ParquetWriter(path, fmt.SAMPLES_SCHEMA, compression="zstd"))
-        self._writer.write_table(pa.Table.from_pylist(rows, fmt.SAMPLES_SCHEMA), row_group_size=max(1, len(rows)))
+def _work(
+    told: Connection, parent: int, following: Any, job: _Job, todo: list[_Shard], config: PackConfig, spill: Spill | None
+) -> None:  # fmt: skip
+    """One process: writes the shards that it gets hold of."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed pack leaves nobody behind who writes on
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends all
+    warnings.filterwarnings("ignore", module="PIL")
+    counts = [0, 0]
 
+    def tell(rejected: bool) -> None:
+        counts[0] += 1
+        counts[1] += rejected
+        if counts[0] == 100:  # a message an image would cost more than the image
+            send()
 
-def _write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")
+    def send() -> None:
+        told.send(tuple(counts))
+        counts[:] = 0, 0
+
+    try:
+        while True:
+            with following.get_lock():
+                number = following.value
+                following.value += 1
+            if number >= len(todo):
+                return
+            _write_shard(job, todo[number], config, spill, tell)
+            send()
+    except BaseException as error:
+        told.send(error)

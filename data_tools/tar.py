@@ -8,56 +8,72 @@ Invariants: member names are ASCII and at most 100 bytes; mode 0644, owner 0, ti
 
 from __future__ import annotations
 
-from typing import BinaryIO
+import os
 
 import xxhash
 
 BLOCK = 512
+_GATHERED = 1 << 20  # bytes handed to the system at a time
+_MANY = 512  # buffers handed over at a time; the system takes 1,024
+
+# A header is name, _MODE, size, _TIME, checksum, _REST; the checksum adds up all bytes, its own place counted as spaces.
+_MODE = b"0000644\0" + b"0000000\0" * 2  # mode, uid, gid
+_TIME = b"%011o\0" % 0
+_REST = (
+    b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(64) + b"0000000\0" * 2 + bytes(155 + 12)
+)  # plain file, no link, owner, device, prefix
+_CONSTANT = sum(_MODE + _TIME + _REST) + 8 * ord(" ")
+_PADDING = tuple(bytes(-size % BLOCK) for size in range(BLOCK))
 
 
 def header(name: str, size: int) -> bytes:
     """The 512-byte USTAR header of a plain file."""
-    fields = b"".join(
-        (
-            name.encode("ascii").ljust(100, b"\0"),
-            b"0000644\0" + b"0000000\0" * 2,  # mode, uid, gid
-            b"%011o\0" % size,
-            b"%011o\0" % 0,  # time
-            b" " * 8,  # checksum, counted as spaces
-            b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(64),  # plain file, no link, no owner's names
-            b"0000000\0" * 2 + bytes(155 + 12),  # device, no prefix, padding
-        )
-    )
+    name_and_size = name.encode("ascii"), b"%011o\0" % size
+    checksum = _CONSTANT + sum(name_and_size[0]) + sum(name_and_size[1])
+    fields = b"%b%b%b%b%06o\0 %b" % (name_and_size[0].ljust(100, b"\0"), _MODE, name_and_size[1], _TIME, checksum, _REST)
     assert len(fields) == BLOCK, name  # a name over 100 bytes
-    return fields[:148] + b"%06o\0 " % sum(fields) + fields[156:]
+    return fields
 
 
 class TarWriter:
-    """Writes members to an open file; `bytes` and `checksum` (xxh3_128) are of all that was written."""
+    """Writes members to a file descriptor; `bytes` and `checksum` (xxh3_128) are of all that was added. `finish` writes the last of it."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
         self._hash = xxhash.xxh3_128()
+        self._gathered: list[bytes] = []
+        self._held = 0
         self.bytes = 0
 
     def add(self, name: str, data: bytes) -> int:
         """Appends a member and returns the offset of its data in the tar."""
-        self._write(header(name, len(data)))
-        offset = self.bytes
-        self._write(data)
-        self._write(bytes(-len(data) % BLOCK))
+        offset = self.bytes + BLOCK
+        for part in (header(name, len(data)), data, _PADDING[len(data) % BLOCK]):
+            self._gathered.append(part)
+            self._hash.update(part)
+        added = BLOCK + len(data) + len(self._gathered[-1])
+        self.bytes += added
+        self._held += added
+        if self._held > _GATHERED or len(self._gathered) > _MANY:
+            self._hand_over()
         return offset
 
     def finish(self) -> None:
         """The two empty blocks that end a tar."""
-        self._write(bytes(2 * BLOCK))
+        end = bytes(2 * BLOCK)
+        self._gathered.append(end)
+        self._hash.update(end)
+        self.bytes += len(end)
+        self._hand_over()
 
     @property
     def checksum(self) -> str:
-        """Hexadecimal xxh3_128 of what was written so far."""
+        """Hexadecimal xxh3_128 of what was added so far."""
         return self._hash.hexdigest()
 
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self.bytes += len(data)
+    def _hand_over(self) -> None:
+        written = os.writev(self._descriptor, self._gathered)
+        rest = b"".join(self._gathered)[written:] if written < sum(map(len, self._gathered)) else b""
+        while rest:  # the system took less than it was given, as near the end of a disk
+            rest = rest[os.write(self._descriptor, rest) :]
+        self._gathered, self._held = [], 0

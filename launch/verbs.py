@@ -68,6 +68,8 @@ def pack(words: list[str]) -> None:
     if flags.json:
         print_json([dataclasses.asdict(result) for result in results])
         return
+    if config.task is not None and not results:
+        print(f"{config.out}: share {config.task} is done; when all are, the same command without --task puts the dataset together")
     for result in results:
         size = f"{counted(result.shards, 'shard')}, {result.classes} classes, {result.bytes / 1e6:,.1f} MB"
         print(f"{result.path}: {counted(result.samples, 'sample')} in {size}")
@@ -76,6 +78,41 @@ def pack(words: list[str]) -> None:
         if result.rejects:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
             print(f"{result.path}: {counted(result.rejects, 'image')} left out ({reasons}); rejects.parquet names them")
+
+
+@dataclass(frozen=True)
+class VerifyFlags:
+    """Reads a whole dataset and names every file, and in damaged tars every sample, that is not as it was packed. Status 1 if any."""
+
+    dataset: Annotated[Positional[str], tyro.conf.arg(metavar="DATASET", help="Directory of one split.")]
+    decode: bool = False
+    """Also decode every image."""
+    share: float = 1.0
+    """Of the tars to read, drawn by their names; indices and tables are read in full in any case."""
+    jobs: int = 0
+    """Threads; 0 takes the cores there are."""
+    json: Json = False
+
+
+def data_verify(words: list[str]) -> None:
+    """Every byte of a dataset against its checksums."""
+    flags = parse(VerifyFlags, words, "data verify")
+    from data_tools.verify import verify
+    from vitscale.metrics import counted
+
+    with progress_bar("reading", quiet=flags.json) as update:
+        report = verify(Path(flags.dataset), jobs=flags.jobs, decode=flags.decode, share=flags.share, progress=update)
+    if flags.json:
+        print_json(dataclasses.asdict(report))
+    else:
+        for problem in report.problems:
+            sample = f" sample {problem.sample} (key {problem.key}):" if problem.sample is not None else ""
+            print(f"{flags.dataset}/{problem.file}:{sample} {problem.what}")
+        decoded = f", {counted(report.decoded, 'image')} decoded" if flags.decode else ""
+        read = f"{counted(report.files, 'file')}, {counted(report.samples, 'sample')}, {report.bytes / 1e6:,.1f} MB{decoded}"
+        print(f"{flags.dataset}: {read}; {'all as packed' if not report.problems else counted(len(report.problems), 'problem')}")
+    if report.problems:
+        raise VerbError(f"{flags.dataset} is damaged ({report.problems[0].file} first); copy those files again, or pack again")
 
 
 # -- pretrain, finetune -----------------------------------------------------------------------------------------------------------------
@@ -281,6 +318,7 @@ def run_status(words: list[str]) -> None:
 
 VERBS: dict[str, Verb] = {
     "pack": pack,
+    "data verify": data_verify,
     "pretrain": pretrain,
     "finetune": finetune,
     "evaluate": evaluate,

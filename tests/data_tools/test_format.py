@@ -22,8 +22,8 @@ import pytest
 import webdataset as wds
 import xxhash
 
+from data_tools import assemble
 from data_tools import dataset as fmt
-from data_tools import pack as packing
 from data_tools.dataset import Dataset, DatasetError, SampleError
 
 from .conftest import contents, make_image, pack_one
@@ -105,7 +105,7 @@ def test_more_shards_than_a_folder_holds_and_an_index_of_many_batches(
     wanted = pack_one(photos, out=tmp_path / "whole", samples_per_shard=2)
     whole, labels = contents(wanted), wanted.labels(np.arange(23))
     monkeypatch.setattr(fmt, "SHARDS_PER_FOLDER", 5)
-    monkeypatch.setattr(packing, "INDEX_ROWS", 6)
+    monkeypatch.setattr(assemble, "INDEX_ROWS", 6)
     parts = pack_one(photos, out=tmp_path / "parts", samples_per_shard=2)
     assert len(parts._batches) == 4
     assert parts.shard_names[7] == "shards/001/train-000007.tar"

@@ -87,18 +87,18 @@ SETTINGS: dict[str, dict] = {
     "num_classes=0 must be": {"num_classes": 0},
     "max_pixels=0 must be": {"max_pixels": 0},
     "source nope does not exist": {"sources": ("nope",)},
-    "names.csv is not a table by its name": {"sources": ("names.csv",)},
+    "names.txt is neither a table nor a tar by its name": {"sources": ("names.txt",)},
     "no source given": {"sources": ()},
     "lies inside the source": {"out": "photos/out"},
     "class_names=nope cannot be read": {"class_names": "nope"},
-    "out=names.csv is a file": {"out": "names.csv"},
+    "out=names.txt is a file": {"out": "names.txt"},
 }
 
 
 @pytest.mark.parametrize("message", SETTINGS)
 def test_settings(message: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("names.csv").write_text("a,b")
+    Path("names.txt").write_text("a,b")
     before = tree(tmp_path)
     with pytest.raises(PackError, match=re.escape(message)):
         pack(dataclasses.replace(PackConfig(("photos",), "out"), **SETTINGS[message]))
@@ -134,7 +134,7 @@ def test_splits_share_their_classes(photos: Path, packed: Dataset, tmp_path: Pat
 def test_an_existing_split_is_never_touched(photos: Path, packed: Dataset) -> None:
     before = tree(packed.path.parent)
     for settings in ({}, {"val_fraction": 0.5}):
-        with pytest.raises(PackError, match=r"packed/train exists and is not overwritten"):
+        with pytest.raises(PackError, match=r"packed/train exists and is (another dataset|not overwritten)"):
             pack_one(photos, out=packed.path.parent, **settings)
     assert tree(packed.path.parent) == before
 
@@ -184,17 +184,18 @@ def test_a_signal_in_mid_pack(number: signal.Signals, photos: Path, tmp_path: Pa
     command = [sys.executable, "-c", KILLED, str(tmp_path / "t.parquet"), str(tmp_path / "out"), str(int(number))]
     process = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert process.returncode == -number, process.stderr
-    if number == signal.SIGINT:
-        assert not (tmp_path / "out").exists()
-    else:
-        (left,) = (tmp_path / "out").iterdir()
-        assert left.name.startswith(".train.partial-")
-        assert not any(path.name.startswith("tmp") for path in left.rglob("*"))  # the spool
+    (left,) = (tmp_path / "out").iterdir()
+    assert left.name == ".packing-train"
+    for folder in (tmp_path / "out", left, left / "train/dataset"):
         with pytest.raises(DatasetError, match="is not a dataset"):
-            Dataset.open(tmp_path / "out")
-        with pytest.raises(DatasetError, match="is not a dataset"):
-            Dataset.open(left)
-    assert pack_one(tmp_path / "t.parquet", out=tmp_path / "out").num_samples == 20
+            Dataset.open(folder)
+    before = {path: path.stat().st_mtime_ns for path in left.rglob("*.tar")}
+    assert len(before) == 2, "the shards that were finished"
+    dataset = pack_one(tmp_path / "t.parquet", out=tmp_path / "out", samples_per_shard=4)
+    assert dataset.num_samples == 20
+    assert {(dataset.path / path.relative_to(left / "train/dataset")).stat().st_mtime_ns for path in before} == set(before.values())
+    assert tree(dataset.path) == tree(pack_one(tmp_path / "t.parquet", out=tmp_path / "whole", samples_per_shard=4).path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train"]
 
 
 def test_names_do_not_join_a_split_whose_classes_are_numbers(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from data_tools.config import PackConfig, PackError
-from data_tools.pack import inspect_image, pack
+from data_tools.pack import pack
+from data_tools.shards import inspect_image
 from data_tools.sources import Reject
 
 from .conftest import contents, make_image, pack_one, write_files
@@ -55,6 +56,20 @@ def test_truncation_is_found_wherever_it_is(kind: str) -> None:
     assert inspect_image(data, 10**6) == ({"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind], 64, 48)
     for share in (0.02, 0.3, 0.6, 0.9, 0.97):
         assert isinstance(inspect_image(data[: int(len(data) * share)], 10**6), Reject)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_without_decoding_what_is_cut_off_is_found_and_the_rest_is_not(kind: str) -> None:
+    data = make_image(5, kind, size=(64, 48))
+    whole = inspect_image(data, 10**6, decode=False)
+    assert whole == inspect_image(data, 10**6)
+    assert inspect_image(data + b"left behind", 10**6, decode=False) == whole
+    for share in (0.02, 0.3, 0.6, 0.9, 0.97):
+        assert isinstance(inspect_image(data[: int(len(data) * share)], 10**6, decode=False), Reject)
+    assert isinstance(inspect_image(bomb(), 10**6, decode=False), Reject)
+    inside = bytearray(data)
+    inside[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    assert inspect_image(bytes(inside), 10**6, decode=False) == whole, "what lies between header and end is not looked at"
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "ICO"])

@@ -36,7 +36,7 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-VERBS = ["pack", "pretrain", "finetune", "evaluate", "checkpoint show", "checkpoint export", "run status", "quickstart"]
+VERBS = ["pack", "data verify", "pretrain", "finetune", "evaluate", "checkpoint show", "checkpoint export", "run status", "quickstart"]
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS, "pretrain vit-h14-jft300m", "finetune finetune-imagenet-518"])
@@ -59,7 +59,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 # What is typed, where DATA, RUN and TMP stand for a dataset, a finished run and an empty folder; and what the one line must say.
 BAD_INPUT = {
-    "pretrian": "(perhaps `vitscale pretrain` was meant); there are pack, pretrain, finetune, evaluate",
+    "pretrian": "(perhaps `vitscale pretrain` was meant); there are pack, data verify, pretrain",
     "checkpoint shwo RUN": "is not a verb (perhaps `vitscale checkpoint show` was meant); there are checkpoint show, checkpoint export",
     "pretrain": "needs a recipe as its first word; there are vit-b32-jft300m",
     "pretrain vit-h15": "no recipe is called 'vit-h15'; there are",
@@ -105,6 +105,9 @@ BAD_INPUT = {
     'pretrain tiny-digits --data DATA/train --out TMP/r --engine.deepspeed {"bfloat16":{"enabled":true}}': "use --engine.precision",
     'pretrain tiny-digits --data DATA/train --out TMP/r --engine.deepspeed {"zero_optimization":{"offload_optimizer":{"device":"cpu"}}}':
         "the optimizer's state stays on the devices",
+    "data verify TMP/none": "is not a dataset",
+    "data verify DATA": "open one of its splits",
+    "data verify DATA/train --share 0": "share=0 must lie in (0, 1]",
     "run status DATA": "is not a run",
     "run status TMP/none": "does not exist",
     "pack TMP": "needs SOURCE... and OUT",
