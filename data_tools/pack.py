@@ -118,9 +118,10 @@ def _finished(config: PackConfig) -> tuple[PackResult, ...] | None:
         there = header["made"] | {"name": header["name"]}
         if changed := _differences(there, made(config, there.get("listing")) | {"name": config.dataset_name}):
             raise PackError(f"{folder} exists and is another dataset ({changed}); give another OUT, or move it away")
-        with tempfile.TemporaryDirectory() as scratch:
-            listing = list_sources(config, _sibling(config), Path(scratch))
-        if there.get("listing") != listing.digest:
+    with tempfile.TemporaryDirectory(prefix=".listing-", dir=config.out) as scratch:  # as large as the plan of a pack, so not in /tmp
+        digest = list_sources(config, _sibling(config), Path(scratch)).digest
+    for folder in folders:
+        if read_header(folder)["made"].get("listing") != digest:
             raise PackError(
                 f"{folder} exists and the sources list other samples than it was packed from; give another OUT, or move it away"
             )

@@ -63,7 +63,7 @@ class Plan:
 
 def make_plans(listing: Listing, config: PackConfig, splits: tuple[str, ...], folder: Path) -> tuple[dict[str, Plan], Path]:
     """The order of each split, and a file with the bucket of every place in the listing (`bucket_number`, uint16)."""
-    count = min(MAX_BUCKETS, -(-listing.num_samples // ROWS))
+    count = _buckets(listing)
     routes = folder / "routes"
     with ExitStack() as stack:
         told = stack.enter_context(routes.open("wb"))
@@ -87,7 +87,12 @@ def make_plans(listing: Listing, config: PackConfig, splits: tuple[str, ...], fo
 
 def bucket_number(split: int, bucket: int, listing: Listing) -> int:
     """How `routes` names a bucket of the split with that number."""
-    return split * min(MAX_BUCKETS, -(-listing.num_samples // ROWS)) + bucket
+    return split * _buckets(listing) + bucket
+
+
+def _buckets(listing: Listing) -> int:
+    """How many buckets each split has."""
+    return min(MAX_BUCKETS, -(-listing.num_samples // ROWS))
 
 
 def _route(batch: pa.RecordBatch, config: PackConfig, num_samples: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +151,6 @@ class Spill:
         for copied in self.folder.glob("*.images"):
             os.truncate(copied, sizes.get(int(copied.stem), 0))
         bucket_of = np.memmap(routes, np.uint16, "r")
-        place = 0
         tables = [(number, origin) for number, origin in enumerate(listing.origins) if in_table(origin)]
         first_place = _first_places(listing)
         with ExitStack() as stack:

@@ -4,9 +4,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from tests.data_tools.test_durable import killed_everywhere
 from vitscale import checkpoint
 from vitscale.checkpoint import CheckpointError, Description, Piece, TensorEntry, TensorReader, check_tensors, describe, find_checkpoint
 from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig
@@ -196,42 +195,31 @@ def test_an_unreadable_description_is_one_line(tmp_path: Path, text: str) -> Non
 
 def test_a_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new_one_whole(tmp_path: Path) -> None:
     """A child that writes step 20 over a damaged one, points `latest` at it and prunes step 10 ends at its n-th touch of the disk."""
-    touches = ((os, "fsync"), (Path, "rename"), (Path, "write_text"), (shutil, "rmtree"), (os, "rmdir"), (os, "unlink"))
-    found = []
-    for last in itertools.count(1):
-        run = tmp_path / str(last)
+    touches = [(os, "fsync"), (Path, "rename"), (Path, "write_text"), (shutil, "rmtree"), (os, "rmdir"), (os, "unlink")]
+    run = tmp_path / "run"
+
+    def begin() -> None:
+        shutil.rmtree(run, ignore_errors=True)
         write(run, 10, tensors(1))
         (write(run, 20, tensors(2)) / "node-0000.safetensors").write_bytes(b"")
-        if (child := os.fork()) == 0:
-            count = itertools.count(1)
-            for owner, name in touches:
-                setattr(owner, name, _ends_at(last, count, getattr(owner, name)))
-            write(run, 20, tensors(3))
-            checkpoint.prune(run, 1, 20)
-            os._exit(0)
-        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def save() -> None:
+        write(run, 20, tensors(3))
+        checkpoint.prune(run, 1, 20)
+
+    found = []
+    begin()
+    for last in killed_everywhere(save, touches):
         newest, _ = checkpoint.newest_durable(run)
         assert newest is not None, f"nothing whole after touch {last}"
         step = describe(newest).step
         assert torch.equal(TensorReader(describe(newest)).whole("scale", "weight"), tensors(1 if step == 10 else 3)["scale", "weight"])
         found.append(step)
-        hidden = checkpoint.partial_folder(run, 20)  # what a next start does, whatever the killed one left
-        shutil.rmtree(hidden, ignore_errors=True)
-        write(run, 20, tensors(3))
-        checkpoint.prune(run, 1, 20)
+        shutil.rmtree(checkpoint.partial_folder(run, 20), ignore_errors=True)  # what a next start does, whatever the killed one left
+        save()
         assert [folder.name for folder in (run / "checkpoints").glob("[!l]*")] == ["step-00000020"]
         assert (run / "checkpoints/latest").read_text() == "step-00000020\n"
-        if ended == 0:
-            break
+        begin()
     assert len(found) > 12, "the child must have been ended at each of its writes, syncs, renames and removals"
     assert found == sorted(found), "once the new one is whole it stays"
     assert {10, 20} == set(found)
-
-
-def _ends_at(last: int, count: Iterator[int], function: Callable[..., Any]) -> Callable[..., Any]:
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        if next(count) == last:
-            os._exit(9)
-        return function(*args, **kwargs)
-
-    return counted
