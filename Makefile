@@ -30,12 +30,12 @@ peers: $(PEERS)/installed  ## side by side with timm, which needs torchvision an
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train,quickstart,dev]"
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train,quickstart,cloud,dedup,dev]"
 	touch $@
 
 $(PEERS)/installed: pyproject.toml
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[train,dev,peers]"
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[train,cloud,dedup,dev,peers]"
 	touch $@
 
 clean:

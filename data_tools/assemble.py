@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from data_tools import dataset as fmt
 from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset
-from data_tools.shards import ACCEPTED, read_piece
+from data_tools.images import ACCEPTED
+from data_tools.shards import read_piece
 from data_tools.sources import Listing
 
 INDEX_ROWS = 2**17  # rows of a record batch of the index, or a shard more: small to hold ...

@@ -35,6 +35,7 @@ import xxhash
 
 from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset
+from data_tools.images import MAX_IMAGE_BYTES, Reject
 from data_tools.keys import clean_keys, hashed_key, key_hashes, repeated
 from data_tools.labels import Classes, Found, Lists, check_scores, merge_duplicates, number_labels, settle_classes, starts_of
 
@@ -49,19 +50,10 @@ LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_id", "class_name", "t
 SCORE_COLUMNS = ("scores", "score")
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")  # of a sample in a tar
 KEY_COLUMNS = ("key", "__key__", "id", "image_id")
-MAX_IMAGE_BYTES = 2**30
 ROWS = 65_536  # rows turned into Python objects at a time
 
 # What an image's own path can be at fault for. Other errors are the machine's and end the run.
 PATH_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO}
-
-
-@dataclass(frozen=True)
-class Reject:
-    """Why one image is left out: a reason of a few words for counting, and a detail for a person."""
-
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)

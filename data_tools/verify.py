@@ -8,7 +8,6 @@ Left to others: mending (copy the file again, or pack again).
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +17,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import xxhash
-from PIL import Image
 
 from data_tools import dataset as fmt
 from data_tools.dataset import Dataset, DatasetError, SampleError
+from data_tools.images import decode as decode_image
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
@@ -122,8 +121,7 @@ def _check_shard(path: Path, shard: dict[str, Any], dataset: Dataset | None, dec
             try:
                 image = dataset.read(sample)
                 if decode:
-                    with Image.open(io.BytesIO(image)) as picture:
-                        picture.load()
+                    decode_image(image)
                     decoded += 1
             except SampleError as error:
                 problems.append(Problem(name, error.reason, sample, error.key))

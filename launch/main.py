@@ -9,7 +9,7 @@ import sys
 import traceback
 
 from data_tools.errors import UserError
-from launch import verbs
+from launch import terminal, verbs
 from launch.flags import UsageError, parse
 from launch.local import LaunchError
 
@@ -40,7 +40,7 @@ def quickstart(words: list[str]) -> None:
     from launch.quickstart import quickstart as go
 
     flags = parse(QuickstartFlags, words, "quickstart")
-    verbs.need("torch", "deepspeed", "safetensors", "sklearn")
+    terminal.need("torch", "deepspeed", "safetensors", "sklearn")
     go(flags)
 
 

@@ -31,7 +31,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from launch.local import visible_gpus
-from launch.verbs import VERBS, VerbError, print_json
+from launch.terminal import VerbError, print_json
+from launch.verbs import VERBS
 from vitscale.metrics import duration
 from vitscale.run import is_finished, write_json
 

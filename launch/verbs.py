@@ -4,12 +4,8 @@ What a verb needs is imported when it runs, so that `vitscale --help` answers at
 """
 
 import dataclasses
-import importlib.util
-import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,105 +13,20 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from data_tools.config import PackConfig
-from data_tools.errors import UserError
+from launch.data_verbs import DATA_VERBS
 from launch.flags import UsageError, given, parse, take_recipe
 from launch.local import run_ranks, visible_gpus
+from launch.terminal import Json, Verb, need, print_json, progress_bar
 from vitscale.config import FinetuneConfig, TrainConfig, settle_length
 from vitscale.recipes import FINETUNE, PRETRAIN, Recipe, recipe, recipe_name
 
 CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder or an exported folder."
 Checkpoint = Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT", help=CHECKPOINT)]
-Json = Annotated[bool, tyro.conf.arg(help="Print the result as JSON.")]
 Weights = Annotated[Literal["average", "weight"], tyro.conf.arg(help="The average of the weights where there is one, or the raw weights.")]
 Processes = Annotated[int, tyro.conf.arg(help="Processes; 0 starts one a GPU, or one on a machine without.")]
 
 
-Verb = Callable[[list[str]], None]
-
-
-class VerbError(UserError):
-    """A verb that cannot run on this machine, or whose result is bad; the message is one line for the user."""
-
-
-# -- pack -------------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PackFlags:
-    """Flags of `vitscale pack`."""
-
-    paths: Annotated[
-        Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE... OUT", help="What to pack, and the folder for the splits.")
-    ]
-    config: Annotated[PackConfig, tyro.conf.arg(name="")] = PackConfig(sources=(), out="")  # noqa: RUF009 - frozen
-    json: Json = False
-
-
-def pack(words: list[str]) -> None:
-    """Images and labels into WebDataset tar shards with an index."""
-    flags = parse(PackFlags, words, "pack", description=PackConfig.__doc__)
-    if len(flags.paths) < 2:
-        raise UsageError(
-            f"`vitscale pack` needs SOURCE... and OUT, and was given {len(flags.paths)} path; `vitscale pack images/ dataset/` is one use"
-        )
-    from data_tools.pack import pack as pack_sources
-    from vitscale.metrics import counted
-
-    config = dataclasses.replace(flags.config, sources=flags.paths[:-1], out=flags.paths[-1])
-    with progress_bar("packing", quiet=flags.json) as update:
-        results = pack_sources(config, lambda done, total, _: update(done, total))
-    if flags.json:
-        print_json([dataclasses.asdict(result) for result in results])
-        return
-    if config.task is not None and not results:
-        print(f"{config.out}: share {config.task} is done; when all are, the same command without --task puts the dataset together")
-    for result in results:
-        size = f"{counted(result.shards, 'shard')}, {result.classes} classes, {result.bytes / 1e6:,.1f} MB"
-        print(f"{result.path}: {counted(result.samples, 'sample')} in {size}")
-        if empty := result.empty_classes:
-            print(f"{result.path}: {counted(len(empty), 'class')} without an image: {', '.join(empty[:5])}{', ...' if empty[5:] else ''}")
-        if result.rejects:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
-            print(f"{result.path}: {counted(result.rejects, 'image')} left out ({reasons}); rejects.parquet names them")
-
-
-@dataclass(frozen=True)
-class VerifyFlags:
-    """Reads a whole dataset and names every file, and in damaged tars every sample, that is not as it was packed. Status 1 if any."""
-
-    dataset: Annotated[Positional[str], tyro.conf.arg(metavar="DATASET", help="Directory of one split.")]
-    decode: bool = False
-    """Also decode every image."""
-    share: float = 1.0
-    """Of the tars to read, drawn by their names; indices and tables are read in full in any case."""
-    jobs: int = 0
-    """Threads; 0 takes the cores there are."""
-    json: Json = False
-
-
-def data_verify(words: list[str]) -> None:
-    """Every byte of a dataset against its checksums."""
-    flags = parse(VerifyFlags, words, "data verify")
-    from data_tools.verify import verify
-    from vitscale.metrics import counted
-
-    with progress_bar("reading", quiet=flags.json) as update:
-        report = verify(Path(flags.dataset), jobs=flags.jobs, decode=flags.decode, share=flags.share, progress=update)
-    if flags.json:
-        print_json(dataclasses.asdict(report))
-    else:
-        for problem in report.problems:
-            sample = f" sample {problem.sample} (key {problem.key}):" if problem.sample is not None else ""
-            print(f"{flags.dataset}/{problem.file}:{sample} {problem.what}")
-        decoded = f", {counted(report.decoded, 'image')} decoded" if flags.decode else ""
-        read = f"{counted(report.files, 'file')}, {counted(report.samples, 'sample')}, {report.bytes / 1e6:,.1f} MB{decoded}"
-        print(f"{flags.dataset}: {read}; {'all as packed' if not report.problems else counted(len(report.problems), 'problem')}")
-    if report.problems:
-        raise VerbError(f"{flags.dataset} is damaged ({report.problems[0].file} first); copy those files again, or pack again")
-
-
-# -- pretrain, finetune -----------------------------------------------------------------------------------------------------------------
+# -- pretrain, finetune -------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -180,7 +91,7 @@ def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> Non
         print_json(status(run))
 
 
-# -- evaluate ---------------------------------------------------------------------------------------------------------------------------
+# -- evaluate -----------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -222,7 +133,7 @@ def evaluate(words: list[str]) -> None:
     print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}")
 
 
-# -- checkpoint -------------------------------------------------------------------------------------------------------------------------
+# -- checkpoint ---------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -284,7 +195,7 @@ def checkpoint_export(words: list[str]) -> None:
         print(f"{out}: the {used} tensors of {description.path} for {flags.to}{', without head' if flags.headless else ''}")
 
 
-# -- run --------------------------------------------------------------------------------------------------------------------------------
+# -- run ----------------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -316,9 +227,12 @@ def run_status(words: list[str]) -> None:
     print(f"checkpoints: {', '.join(found['checkpoints']) or 'none yet'}{goes_on}")
 
 
-VERBS: dict[str, Verb] = {
-    "pack": pack,
-    "data verify": data_verify,
+def recipe_doc(name: str, recipes: tuple[Recipe[Any], ...]) -> str:
+    """The docstring of a recipe."""
+    return next(" ".join((function.__doc__ or "").split()) for function in recipes if recipe_name(function) == name)
+
+
+VERBS: dict[str, Verb] = DATA_VERBS | {
     "pretrain": pretrain,
     "finetune": finetune,
     "evaluate": evaluate,
@@ -326,38 +240,3 @@ VERBS: dict[str, Verb] = {
     "checkpoint export": checkpoint_export,
     "run status": run_status,
 }
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-
-
-def need(*packages: str) -> None:
-    """Raises VerbError where a package is not installed, with the extra that brings it."""
-    extras = {"torch": "train", "deepspeed": "train", "safetensors": "train", "sklearn": "quickstart"}
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise VerbError(f"{package} is not installed; `pip install 'vitscale[{extras[package]}]'` brings it")
-
-
-def recipe_doc(name: str, recipes: tuple[Recipe[Any], ...]) -> str:
-    """The docstring of a recipe."""
-    return next(" ".join((function.__doc__ or "").split()) for function in recipes if recipe_name(function) == name)
-
-
-def print_json(value: Any) -> None:
-    """For another program to read; a path or another odd value as text."""
-    print(json.dumps(value, indent=1, default=str))
-
-
-@contextmanager
-def progress_bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal's error stream, so that standard output holds results alone; nothing where that is no terminal."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

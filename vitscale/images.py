@@ -1,9 +1,8 @@
-"""Image bytes to pixels: decoding, the random training crop, the central evaluation crop. Pure functions, Pillow only.
+"""Images to pixels: the random training crop, the central evaluation crop. Pure functions, Pillow only; `data_tools.images` decodes.
 
 Every random choice is a function of a key, so a sample at a position looks the same under every split of the work.
 """
 
-import io
 import math
 
 import numpy as np
@@ -18,14 +17,6 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _CROP_ATTEMPTS = 10
-
-
-def decode(image_bytes: bytes) -> Image.Image:
-    """An RGB image. Raises OSError or ValueError where the bytes are none, SyntaxError on some broken PNGs."""
-    image: Image.Image = Image.open(io.BytesIO(image_bytes))
-    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would cut off at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def training_view(image: Image.Image, size: tuple[int, int], sample_key: int, config: PreprocessConfig) -> Pixels:

@@ -25,6 +25,7 @@ from PIL import Image
 
 from data_tools.dataset import Dataset, SampleError
 from data_tools.errors import UserError
+from data_tools.images import decode
 from vitscale import images, keyed
 from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.order import EpochOrder, Int64, positions_of_rank
@@ -177,7 +178,7 @@ def _readable(dataset: Dataset, sample: int) -> Image.Image | str:
     except SampleError as error:
         return str(error)
     try:
-        return images.decode(image_bytes)
+        return decode(image_bytes)
     except UNDECODABLE as error:
         return f"{type(error).__name__}: {error}"
 

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from data_tools.config import PackConfig, PackError
+from data_tools.images import Reject, inspect_image
 from data_tools.pack import pack
-from data_tools.shards import inspect_image
-from data_tools.sources import Reject
 
 from .conftest import contents, make_image, pack_one, write_files
 

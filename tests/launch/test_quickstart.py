@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from launch.quickstart import ROADS, QuickstartFlags, open_folder, sample_classes, stages
-from launch.verbs import VerbError
+from launch.terminal import VerbError
 from vitscale.report import nice_step, spread
 
 VITSCALE = str(Path(sys.executable).with_name("vitscale"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_tools.dataset import Dataset, SampleError
+from data_tools.images import decode
 from tests.distributed import run_on_ranks
 from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale import images
@@ -39,7 +40,7 @@ def by_hand(checkpoint: Path, dataset: Dataset) -> dict[str, float]:
     views, labels = [], []
     for sample in range(dataset.num_samples):
         try:
-            image = images.decode(dataset.read(sample))
+            image = decode(dataset.read(sample))
         except SampleError:
             continue
         views.append(images.evaluation_view(image, MODEL.image_size, PREPROCESS))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_tools.images import decode
 from vitscale import images, keyed
 from vitscale.config import PreprocessConfig
 
@@ -94,14 +95,14 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     source = noise(9, 7)
     made = Image.fromarray(np.arange(63, dtype=np.uint16).reshape(7, 9)) if mode == "I;16" else source.convert(mode)
     made.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
-    decoded = images.decode(buffer.getvalue())
+    decoded = decode(buffer.getvalue())
     assert (decoded.mode, decoded.size) == ("RGB", (9, 7))
 
 
 def test_16_bit_grey_is_scaled() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16)[None]).save(buffer, "PNG")
-    assert np.asarray(images.decode(buffer.getvalue()))[0, :, 0].tolist() == list(range(256))
+    assert np.asarray(decode(buffer.getvalue()))[0, :, 0].tolist() == list(range(256))
 
 
 @pytest.mark.parametrize("damage", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(50)])
@@ -109,7 +110,7 @@ def test_what_is_no_image_raises_what_the_stream_expects(damage: bytes) -> None:
     from vitscale.stream import UNDECODABLE
 
     with pytest.raises(UNDECODABLE):
-        images.decode(damage)
+        decode(damage)
 
 
 def test_a_truncated_image_raises_what_the_stream_expects() -> None:
@@ -119,4 +120,4 @@ def test_a_truncated_image_raises_what_the_stream_expects() -> None:
     noise(60, 60).save(buffer, "JPEG")
     for cut in (20, 200, len(buffer.getvalue()) // 2):
         with pytest.raises(UNDECODABLE):
-            images.decode(buffer.getvalue()[:cut])
+            decode(buffer.getvalue()[:cut])

@@ -1,0 +1,98 @@
+"""The verbs that make datasets and look at them: `pack` and `data ...`. They work where torch is not installed.
+
+As in `verbs.py`, what a verb needs is imported when it runs.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional
+
+from data_tools.config import PackConfig
+from launch.flags import UsageError, parse
+from launch.terminal import Json, Verb, VerbError, print_json, progress_bar
+
+Split = Annotated[Positional[str], tyro.conf.arg(metavar="DATASET", help="Directory of one split.")]
+
+
+@dataclass(frozen=True)
+class PackFlags:
+    """Flags of `vitscale pack`."""
+
+    paths: Annotated[
+        Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE... OUT", help="What to pack, and the folder for the splits.")
+    ]
+    config: Annotated[PackConfig, tyro.conf.arg(name="")] = PackConfig(sources=(), out="")  # noqa: RUF009 - frozen
+    json: Json = False
+
+
+def pack(words: list[str]) -> None:
+    """Images and labels into WebDataset tar shards with an index."""
+    flags = parse(PackFlags, words, "pack", description=PackConfig.__doc__)
+    if len(flags.paths) < 2:
+        raise UsageError(
+            f"`vitscale pack` needs SOURCE... and OUT, and was given {len(flags.paths)} path; `vitscale pack images/ dataset/` is one use"
+        )
+    from data_tools.pack import pack as pack_sources
+    from vitscale.metrics import counted
+
+    config = dataclasses.replace(flags.config, sources=flags.paths[:-1], out=flags.paths[-1])
+    with progress_bar("packing", quiet=flags.json) as update:
+        results = pack_sources(config, lambda done, total, _: update(done, total))
+    if flags.json:
+        print_json([dataclasses.asdict(result) for result in results])
+        return
+    if config.task is not None and not results:
+        print(f"{config.out}: share {config.task} is done; when all are, the same command without --task puts the dataset together")
+    for result in results:
+        size = f"{counted(result.shards, 'shard')}, {result.classes} classes, {result.bytes / 1e6:,.1f} MB"
+        print(f"{result.path}: {counted(result.samples, 'sample')} in {size}")
+        if empty := result.empty_classes:
+            print(f"{result.path}: {counted(len(empty), 'class')} without an image: {', '.join(empty[:5])}{', ...' if empty[5:] else ''}")
+        if result.rejects:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
+            print(f"{result.path}: {counted(result.rejects, 'image')} left out ({reasons}); rejects.parquet names them")
+
+
+@dataclass(frozen=True)
+class VerifyFlags:
+    """Reads a whole dataset and names every file, and in damaged tars every sample, that is not as it was packed. Status 1 if any."""
+
+    dataset: Split
+    decode: bool = False
+    """Also decode every image."""
+    share: float = 1.0
+    """Of the tars to read, drawn by their names; indices and tables are read in full in any case."""
+    jobs: int = 0
+    """Threads; 0 takes the cores there are."""
+    json: Json = False
+
+
+def data_verify(words: list[str]) -> None:
+    """Every byte of a dataset against its checksums."""
+    flags = parse(VerifyFlags, words, "data verify")
+    from data_tools.verify import verify
+    from vitscale.metrics import counted
+
+    with progress_bar("reading", quiet=flags.json) as update:
+        report = verify(Path(flags.dataset), jobs=flags.jobs, decode=flags.decode, share=flags.share, progress=update)
+    if flags.json:
+        print_json(dataclasses.asdict(report))
+    else:
+        for problem in report.problems:
+            sample = f" sample {problem.sample} (key {problem.key}):" if problem.sample is not None else ""
+            print(f"{flags.dataset}/{problem.file}:{sample} {problem.what}")
+        decoded = f", {counted(report.decoded, 'image')} decoded" if flags.decode else ""
+        read = f"{counted(report.files, 'file')}, {counted(report.samples, 'sample')}, {report.bytes / 1e6:,.1f} MB{decoded}"
+        print(f"{flags.dataset}: {read}; {'all as packed' if not report.problems else counted(len(report.problems), 'problem')}")
+    if report.problems:
+        raise VerbError(f"{flags.dataset} is damaged ({report.problems[0].file} first); copy those files again, or pack again")
+
+
+DATA_VERBS: dict[str, Verb] = {
+    "pack": pack,
+    "data verify": data_verify,
+}
