@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data_tools.errors import UserError
+from data_tools.overlay import Lists, Overlay, overlay_names, read_overlays
 
 FORMAT = "vitscale-dataset"
 FORMAT_VERSION = 1
@@ -84,6 +86,10 @@ class SampleError(Exception):
 
     def __str__(self) -> str:
         return f"sample {self.sample} (key {self.key}, {self.shard}): {self.reason}"
+
+
+class RemovedError(SampleError):
+    """One sample that an overlay removes, so that nothing shall see its image."""
 
 
 def shard_name(split: str, shard: int) -> str:
@@ -152,10 +158,11 @@ class Dataset:
     """One split, open for reading. Safe for threads, for `fork`, and for `pickle` (which opens it anew from its path).
 
     `path, name, split, num_samples, num_classes, class_names, content_hash, max_labels` are dataset.json's;
-    `shard_names` and `shard_sizes` (int64, samples a shard) and `first_samples` (int64) are the manifest's.
+    `shard_names` and `shard_sizes` (int64, samples a shard) and `first_samples` (int64) are the manifest's. `overlay` is what the overlays
+    in use say; labels are given as they say, and a sample that they remove is not read.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], overlays: tuple[str, ...] | None = None) -> None:
         """For `open`, which has checked the files."""
         self.path = path
         self.name: str = header["name"]
@@ -182,6 +189,9 @@ class Dataset:
                 f"{self.shard_sizes.sum()}; restore the files or pack again"
             )
         self._batch_starts = np.cumsum([0, *rows[:-1]])
+        names = overlay_names(path) if overlays is None else overlays
+        self.overlay: Overlay = read_overlays(path, names, self.content_hash, self.num_samples, self.num_classes)
+        self.max_labels = max(self.max_labels, int(np.diff(self.overlay.lists.label_starts).max(initial=0)))
         self._files = functools.lru_cache(OPEN_SHARDS)(_OpenFile)
         self._keys = functools.lru_cache(16)(_read_keys)
 
@@ -192,8 +202,12 @@ class Dataset:
         return cls.open(path, check_index=index.is_file() and index.stat().st_size < 2**30)
 
     @classmethod
-    def open(cls, path: str | Path, *, check_index: bool = False, check_shards: bool = True) -> Dataset:
-        """Opens the split's directory `path`, or raises DatasetError.
+    def open(
+        cls, path: str | Path, *, overlays: tuple[str, ...] | None = None, check_index: bool = False, check_shards: bool = True
+    ) -> Dataset:
+        """Opens the split's directory `path`, or raises DatasetError or OverlayError.
+
+        `overlays` are the names of those to use, as `overlay.names` has them; None takes all there are, () gives it as it was packed.
 
         Always checked: dataset.json, the hashes of manifest.parquet and classes.txt, and the sizes of all other files.
         `check_index` also hashes index.arrow and samples/ (over 10 GB at 300 M samples, so not by default; a damaged
@@ -210,8 +224,8 @@ class Dataset:
             if (check_index or name in ("manifest.parquet", "classes.txt")) and file_entry(file) != entry:
                 raise DatasetError(f"{file} was changed: its SHA-256 is not dataset.json's; restore it or pack again")
         try:
-            dataset = cls(path, header)
-        except DatasetError:
+            dataset = cls(path, header, overlays)
+        except UserError:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:  # all of which pyarrow raises on damaged bytes
             raise DatasetError(f"{path} cannot be read: {error}; run again with check_index to find the file") from None
@@ -220,8 +234,10 @@ class Dataset:
         return dataset
 
     def read(self, sample: int) -> bytes:
-        """The image's bytes as they were packed, or SampleError where they are damaged. Raises OSError where they cannot be read at all."""
+        """The image's bytes as they were packed. Raises SampleError where they are damaged or removed, and OSError."""
         batch, row = self._locate(sample)
+        if self.overlay.is_removed(sample):
+            raise RemovedError(sample, self.shard_of(sample), self._key_or_not(sample), "an overlay removes it")
         offset, size = int(batch["offset"][row]), int(batch["size"][row])
         if not (offset >= 0 and size >= 0):
             raise self._sample_error(sample, f"the index says offset {offset} and size {size}")
@@ -243,32 +259,42 @@ class Dataset:
             raise IndexError(f"samples {samples.min()}..{samples.max()} are not all in 0..{self.num_samples - 1}")
         labels = np.full((len(samples), self.max_labels), -1, dtype=np.int32)
         scores = np.zeros((len(samples), self.max_labels), dtype=np.float32)
-        places = np.arange(self.max_labels)
+        changed, rows = self.overlay.rows(samples)
+        as_packed = np.ones(len(samples), dtype=bool)
+        as_packed[changed] = False
         batch_of = np.searchsorted(self._batch_starts, samples, side="right") - 1
-        for number in np.unique(batch_of):
-            batch, wanted = self._batches[number], np.flatnonzero(batch_of == number)
-            rows = samples[wanted] - self._batch_starts[number]
-            for name, out in (("labels", labels), ("scores", scores)):
-                starts, ends = batch[name + "_starts"][rows], batch[name + "_starts"][rows + 1]
-                filled = places < (ends - starts)[:, None]
-                block = out[wanted]
-                block[filled] = batch[name][(starts[:, None] + places)[filled]]
-                if name == "scores":  # those without a score
-                    block[~filled & (labels[wanted] >= 0)] = 1
-                out[wanted] = block
+        for number in np.unique(batch_of[as_packed]):
+            wanted = np.flatnonzero((batch_of == number) & as_packed)
+            _fill(labels, scores, wanted, _lists(self._batches[number]), samples[wanted] - self._batch_starts[number])
+        _fill(labels, scores, changed, self.overlay.lists, rows)
         return labels, scores
 
+    def label_batches(self) -> Iterator[tuple[np.ndarray, Lists]]:
+        """Numbers, labels and scores of all samples that are not removed, some hundred thousand at a time, in order."""
+        for first, batch in zip(self._batch_starts.tolist(), self._batches, strict=True):
+            samples, lists = np.arange(first, first + len(batch["offset"])), _lists(batch)
+            changed, rows = self.overlay.rows(samples)
+            kept = np.flatnonzero(~self.overlay.removed(samples))
+            if len(changed):
+                places = np.arange(len(samples))
+                places[changed] = len(samples) + rows
+                lists = lists.append(self.overlay.lists).take(places)
+            yield (samples, lists) if len(kept) == len(samples) else (samples[kept], lists.take(kept))
+
     def used_classes(self) -> np.ndarray:
-        """For each class whether any sample has it (bool). Reads the whole column."""
+        """For each class whether any sample that is not removed has it (bool). Reads the whole column."""
         used = np.zeros(self.num_classes, dtype=bool)
-        for batch in self._batches:
-            used[batch["labels"][batch["labels_starts"][0] : batch["labels_starts"][-1]]] = True
+        for _, lists in self.label_batches():
+            used[lists.labels] = True
         return used
 
     def score_range(self) -> tuple[float, float]:
         """The smallest and the largest score of any label; a label without a score has 1. Reads the whole column."""
-        scores = [batch["scores"][batch["scores_starts"][0] : batch["scores_starts"][-1]] for batch in self._batches]
-        return min((float(s.min()) for s in scores if len(s)), default=1.0), max((float(s.max()) for s in scores if len(s)), default=1.0)
+        found = []
+        for _, lists in self.label_batches():
+            found += [float(lists.scores.min()), float(lists.scores.max())] if len(lists.scores) else []
+            found += [1.0] if len(lists.scores) < len(lists.labels) else []
+        return min(found, default=1.0), max(found, default=1.0)
 
     def key(self, sample: int) -> str:
         """The sample's key, from samples/*.parquet."""
@@ -285,7 +311,7 @@ class Dataset:
         return self.num_samples
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.content_hash)
+        return _reopen, (self.path, self.content_hash, self.overlay.names)
 
     def _shard_number(self, sample: int) -> int:
         self._check_sample(sample)
@@ -302,22 +328,27 @@ class Dataset:
             raise IndexError(f"sample {sample} is not in 0..{self.num_samples - 1}")
 
     def _check_shards(self) -> None:
-        for name, size in zip(self.shard_names, self.shard_bytes, strict=True):
+        for number, (name, size) in enumerate(zip(self.shard_names, self.shard_bytes, strict=True)):
             file = self.path / name
             if not file.is_file() or file.stat().st_size != size:
+                first = self.first_samples[number]
+                if self.overlay.removed(np.arange(first, first + self.shard_sizes[number])).all():
+                    continue  # a shard that is lost and given up
                 found = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
                 raise DatasetError(f"{file} {found}, the manifest says {size}; copy this shard again")
 
     def _sample_error(self, sample: int, reason: str) -> SampleError:
+        return SampleError(sample, self.shard_of(sample), self._key_or_not(sample), reason)
+
+    def _key_or_not(self, sample: int) -> str:
         try:
-            key = self.key(sample)
+            return self.key(sample)
         except (OSError, IndexError, pa.ArrowException):  # a damaged samples file must not hide the first damage
-            key = "?"
-        return SampleError(sample, self.shard_of(sample), key, reason)
+            return "?"
 
 
-def _reopen(path: Path, content_hash: str) -> Dataset:
-    dataset = Dataset.open(path, check_shards=False)
+def _reopen(path: Path, content_hash: str, overlays: tuple[str, ...]) -> Dataset:
+    dataset = Dataset.open(path, overlays=overlays, check_shards=False)
     if dataset.content_hash != content_hash:
         raise DatasetError(f"{path} is now dataset {dataset.content_hash}, it was {content_hash}; start again")
     return dataset
@@ -340,3 +371,24 @@ def _views(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
         column = batch.column(name)
         views[name], views[name + "_starts"] = column.values.to_numpy(), column.offsets.to_numpy()
     return views
+
+
+def _lists(batch: dict[str, np.ndarray]) -> Lists:
+    """Labels and scores of all rows of a batch of the index."""
+    parts = []
+    for name in ("labels", "scores"):
+        starts = batch[name + "_starts"]
+        parts += [starts - starts[0] if starts[0] else starts, batch[name][starts[0] : starts[-1]]]
+    return Lists(*parts)
+
+
+def _fill(labels: np.ndarray, scores: np.ndarray, places: np.ndarray, lists: Lists, rows: np.ndarray) -> None:
+    """Writes the labels and scores of some rows of `lists` to some places of two padded arrays."""
+    columns = np.arange(labels.shape[1])
+    for starts, values, out in ((lists.label_starts, lists.labels, labels), (lists.score_starts, lists.scores, scores)):
+        filled = columns < (starts[rows + 1] - starts[rows])[:, None]
+        block = out[places]
+        block[filled] = values[(starts[rows][:, None] + columns)[filled]]
+        if out is scores:  # those without a score
+            block[~filled & (labels[places] >= 0)] = 1
+        out[places] = block

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data_tools import dataset as fmt
+from data_tools import overlay
 from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.images import decode as decode_image
 
@@ -62,13 +63,15 @@ def verify(path: Path, *, jobs: int = 0, decode: bool = False, share: float = 1.
     header = fmt.read_header(path)
     problems = [problem for name, entry in sorted(header["files"].items()) if (problem := _check_file(path, name, entry))]
     damaged = {problem.file for problem in problems}
+    overlays, faults = _check_overlays(path, header)
+    problems += faults
     tables_read = sum(entry["bytes"] for entry in header["files"].values())
-    counts = {"files": len(header["files"]), "samples": 0, "bytes": tables_read, "decoded": 0}
+    counts = {"files": len(header["files"]) + overlays, "samples": 0, "bytes": tables_read, "decoded": 0}
     if "manifest.parquet" not in damaged:
         manifest = pq.read_table(path / "manifest.parquet").to_pylist()
         chosen = [shard for shard in manifest if xxhash.xxh3_64_intdigest(shard["name"].encode()) < share * 2**64]
         problems += _strangers(path, header, manifest)
-        dataset = None if damaged else Dataset.open(path, check_shards=False)
+        dataset = None if damaged else Dataset.open(path, overlays=(), check_shards=False)  # what is removed must be sound too
         total = tables_read + sum(shard["bytes"] for shard in chosen)
         with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
             for shard, (found, decoded) in zip(chosen, pool.map(lambda s: _check_shard(path, s, dataset, decode), chosen), strict=True):
@@ -93,12 +96,32 @@ def _check_file(path: Path, name: str, entry: dict[str, Any]) -> Problem | None:
     return None
 
 
+def _check_overlays(path: Path, header: dict[str, Any]) -> tuple[int, list[Problem]]:
+    """How many files lie among the overlays, and what is wrong with them."""
+    folder = path / overlay.FOLDER
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith(".")) if folder.is_dir() else []
+    problems = []
+    for file in files:
+        name = f"{overlay.FOLDER}/{file.name}"
+        if not overlay.FILE_NAME.fullmatch(file.name):
+            problems.append(Problem(name, "is no overlay by its name"))
+            continue
+        try:
+            for _ in overlay.read_overlay(file, header["content_hash"], header["num_samples"], header["num_classes"]):
+                pass
+        except overlay.OverlayError as error:
+            problems.append(Problem(name, str(error)))
+    return len(files), problems
+
+
 def _strangers(path: Path, header: dict[str, Any], manifest: list[dict[str, Any]]) -> list[Problem]:
-    """Files that belong to nothing; overlays are not the packed dataset's."""
+    """Files that belong to nothing; overlays are looked at apart."""
     known = {"dataset.json", *header["files"], *(shard["name"] for shard in manifest)}
     there = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink())
     return [
-        Problem(name, "is not a file of this dataset") for name in sorted(there) if name not in known and not name.startswith("overlay/")
+        Problem(name, "is not a file of this dataset")
+        for name in sorted(there)
+        if name not in known and Path(name).parent != Path(overlay.FOLDER)
     ]
 
 

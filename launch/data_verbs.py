@@ -92,7 +92,64 @@ def data_verify(words: list[str]) -> None:
         raise VerbError(f"{flags.dataset} is damaged ({report.problems[0].file} first); copy those files again, or pack again")
 
 
+@dataclass(frozen=True)
+class OverlayFlags:
+    """Changes labels or removes samples by a small file beside the tars, which stay as they are; numbering stays too.
+
+    A training takes it up at its next start. With no change given, lists the overlays there are."""
+
+    dataset: Split
+    changes: Annotated[
+        Positional[str | None],
+        tyro.conf.arg(
+            metavar="CHANGES", help="CSV, TSV, JSONL or Parquet with `key` and `removed`, `labels`, `scores`, `reason`; .txt: keys."
+        ),
+    ] = None
+    remove: tuple[str, ...] = ()
+    """Keys of samples to remove."""
+    restore: tuple[str, ...] = ()
+    """Keys of removed samples to bring back."""
+    name: str = "changes"
+    """A word for the file's name."""
+    reason: str = ""
+    """Why, where CHANGES does not say."""
+    skip_unknown: bool = False
+    """Leave out keys that the dataset does not have, as where a list is for several splits."""
+    json: Json = False
+
+
+def data_overlay(words: list[str]) -> None:
+    """Other labels for samples, or their removal, without touching the tars."""
+    flags = parse(OverlayFlags, words, "data overlay")
+    from data_tools.amend import amend, list_overlays
+    from data_tools.dataset import Dataset
+    from vitscale.metrics import counted
+
+    dataset = Dataset.open_checked(flags.dataset)
+    unknown = 0
+    if flags.changes or flags.remove or flags.restore:
+        made, unknown = amend(
+            dataset, flags.name, file=Path(flags.changes) if flags.changes else None, remove=flags.remove, restore=flags.restore,
+            reason=flags.reason, skip_unknown=flags.skip_unknown,
+        )  # fmt: skip
+        listed = [made]
+    else:
+        listed = list_overlays(dataset.path)
+    after = Dataset.open(flags.dataset, check_shards=False).overlay
+    total = {"removed": after.num_removed, "relabelled": len(after.samples), "unknown_keys": unknown}
+    if flags.json:
+        print_json({"overlays": [dataclasses.asdict(one) for one in listed]} | total)
+        return
+    for one in listed:
+        why = f" ({one.reason})" if one.reason else ""
+        print(f"{one.path}: {one.removed:,} removed, {one.restored:,} restored, {one.relabelled:,} relabelled{why}")
+    skipped = f"; {counted(unknown, 'unknown key')} left out" if unknown else ""
+    all_in_all = f"{after.num_removed:,} removed, {len(after.samples):,} relabelled"
+    print(f"{flags.dataset}: {counted(len(after.names), 'overlay')}, all in all {all_in_all}{skipped}")
+
+
 DATA_VERBS: dict[str, Verb] = {
     "pack": pack,
+    "data overlay": data_overlay,
     "data verify": data_verify,
 }

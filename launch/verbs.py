@@ -126,9 +126,11 @@ def evaluate(words: list[str]) -> None:
             description, flags.weights, dataset, batch_size=flags.batch_size, workers=flags.workers, progress=update
         )  # fmt: skip
     if flags.json:
-        print_json({"checkpoint": str(description.path), "data": flags.data} | dataclasses.asdict(result))
+        of = {"checkpoint": str(description.path), "data": flags.data, "dataset": dataset.content_hash, "overlays": dataset.overlay.names}
+        print_json(of | dataclasses.asdict(result))
         return
     skipped = f" ({result.skipped:,} more could not be read)" if result.skipped else ""
+    skipped += f" (its overlays remove {result.removed:,})" if result.removed else ""
     print(f"{description.path} on {result.samples:,} samples of {flags.data}{skipped}:")
     print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}")
 

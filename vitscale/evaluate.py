@@ -31,6 +31,8 @@ class Evaluation:
     """That were evaluated."""
     skipped: int
     """That could not be read."""
+    removed: int
+    """That an overlay removes."""
 
 
 @torch.no_grad()
@@ -68,9 +70,14 @@ def evaluate(
     if grouped:
         dist.all_reduce(sums)
     samples, top1, top5, loss = sums.tolist()
+    removed = dataset.overlay.num_removed
     if samples == 0:
-        raise DatasetError(f"none of the {dataset.num_samples} samples of {dataset.path} can be read; pack it again")
-    return Evaluation(top1 / samples, top5 / samples, loss / samples, int(samples), dataset.num_samples - int(samples))
+        raise DatasetError(
+            f"none of the {dataset.num_samples} samples of {dataset.path} can be read ({removed} are removed by overlays); pack it again"
+        )
+    return Evaluation(
+        top1 / samples, top5 / samples, loss / samples, int(samples), skipped=dataset.num_samples - removed - int(samples), removed=removed
+    )
 
 
 def load_model(description: Description, kind: str) -> ViT:

@@ -8,6 +8,8 @@ Invariants: `samples_at` is a bijection from positions [0, N) onto samples [0, N
 is one contiguous stretch of the list; no array is as long as an epoch. Reading the samples is `stream.py`'s business.
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,19 +61,23 @@ class EpochOrder:
         shuffled = keyed.permute(positions // self.lanes - start, length, keyed.key(Purpose.WINDOW, self.seed, self.epoch, lane, window))
         return self._list_to_sample(self._lane_first(lane) + start + shuffled)
 
-    def substitute(self, position: int, attempt: int) -> tuple[int, int]:
-        """The (position, sample) that stands in for an unusable sample: a place of the same window, drawn by attempt (from 0).
+    def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
+        """The (position, sample) pairs that may stand in for an unusable sample, in the order in which they are tried; without end.
 
-        From the eighth attempt on the place is drawn from the lane's next window, from the sixteenth from the one after, and so on.
+        Places of the same window, drawn by (seed, epoch, position, attempt); after eight of them of the lane's next window, and so on; when
+        all windows of the lane have been tried, of the next lane's.
         """
-        p = np.asarray(position, dtype=np.int64)
-        lane, _, start, length = (int(v) for v in self._window_at(p))
-        for _ in range(attempt // 8):
-            start = start + length if start + length < int(self._lane_size(np.asarray(lane))) else 0
-            _, _, start, length = (int(v) for v in self._window_at(np.asarray(start * self.lanes + lane)))
-        place = start + int(keyed.key(Purpose.SUBSTITUTE, self.seed, self.epoch, position, attempt) % np.uint64(length))
-        stand_in = place * self.lanes + lane
-        return stand_in, int(self.samples_at(stand_in))
+        lane, _, start, length = (int(v) for v in self._window_at(np.asarray(position, dtype=np.int64)))
+        first = start
+        for attempt in itertools.count():
+            if attempt and attempt % 8 == 0:
+                start = start + length if start + length < int(self._lane_size(np.asarray(lane))) else 0
+                if start == first:
+                    lane, first, start = (lane + 1) % min(self.lanes, len(self)), 0, 0
+                _, _, start, length = (int(v) for v in self._window_at(np.asarray(start * self.lanes + lane)))
+            draw = keyed.key(Purpose.SUBSTITUTE, self.seed, self.epoch, position, attempt)
+            stand_in = (start + int(draw % np.uint64(length))) * self.lanes + lane
+            yield stand_in, int(self.samples_at(stand_in))
 
     def _window_at(self, positions: Int64) -> tuple[Int64, Int64, Int64, Int64]:
         """Lane, window number, and first place and length of the window that holds each position.

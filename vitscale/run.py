@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from data_tools.dataset import Dataset, DatasetError
 from data_tools.durable import replace_file
 from data_tools.errors import UserError
+from data_tools.overlay import overlay_names
 from vitscale import checkpoint
 from vitscale.config import (
     ConfigError,
@@ -61,8 +62,10 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
             f"model.num_classes={classes} but {config.data} has {dataset.num_classes} classes; "
             f"--model.num-classes {dataset.num_classes} fits it"
         )
-    if dataset.num_samples == 0:
-        raise DatasetError(f"{config.data} holds no samples; a run needs at least one")
+    if dataset.num_samples == dataset.overlay.num_removed:
+        raise DatasetError(
+            f"{config.data} holds no samples{' that its overlays leave' if dataset.num_samples else ''}; a run needs at least one"
+        )
     if config.objective.soft_targets:
         low, high = dataset.score_range()
         if not 0 <= low <= high <= 1:
@@ -164,6 +167,7 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     record["held_out"] = record["held_out"] or held_out
     record["starts"].append(
         {
+            "overlays": _overlays(run, record, config),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": platform.node(),
             "world_size": world_size,
@@ -181,6 +185,23 @@ def _identity(path: str) -> dict[str, Any]:
     """What a run remembers of a dataset; `resolve` has checked its files."""
     dataset = Dataset.open(path, check_shards=False)
     return {"path": path, "name": dataset.name, "hash": dataset.content_hash, "samples": dataset.num_samples}
+
+
+def _overlays(run: Path, record: dict[str, Any], config: TrainConfig) -> dict[str, list[str]]:
+    """The overlays that a start uses, of both datasets: all that are there. Raises RunError where one that was used before is not."""
+    used = {"data": list(overlay_names(Path(config.data)))}
+    used["eval_data"] = [] if config.eval_data == "none" else list(overlay_names(Path(config.eval_data)))
+    before = record["starts"][-1]["overlays"] if record["starts"] else {}
+    for name, now in used.items():
+        path = getattr(config, name)
+        if path != "none" and (gone := [overlay for overlay in before.get(name, []) if overlay not in now]):
+            raise RunError(f"{run} used the overlay {gone[0]}, which is no more in {path}; put it back (a later one can undo what it says)")
+    return used
+
+
+def used_overlays(run: Path) -> dict[str, tuple[str, ...]]:
+    """The overlays that the newest start of a run uses, of its `data` and its `eval_data`."""
+    return {name: tuple(names) for name, names in _read_json(run / "run.json")["starts"][-1]["overlays"].items()}
 
 
 def read_config(run: Path) -> TrainConfig:

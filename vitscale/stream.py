@@ -3,7 +3,7 @@
 `order.py` says which sample a position holds, `images.py` what is done to it; here they are read, ahead of time and in parallel, by threads
 (reading, decoding and resizing release the GIL). A batch is a pure function of the config and `samples_seen`: not of ranks, workers or how
 often the run was stopped. A sample that cannot be used is replaced by the substitute that the order names, and written to quarantine.jsonl;
-evaluation leaves it out instead and counts it.
+one that an overlay removes is replaced in silence. Evaluation leaves both out, and counts them.
 
 Axes: B batch, H height, W width, C channels, L labels of a sample.
 """
@@ -30,7 +30,8 @@ from vitscale import images, keyed
 from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.order import EpochOrder, Int64, positions_of_rank
 
-_ATTEMPTS = 64  # samples tried for one position
+_ATTEMPTS = 64  # samples read for one position
+_DRAWS = 2**16  # and drawn for it: those that an overlay removes cost no reading, and a shard that is lost has thousands
 
 # What decoding damaged bytes raises. An OSError in reading is the machine's, not the sample's, and ends the run.
 UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -117,13 +118,21 @@ class TrainStream:
         """The sample that is used at a position, and its pixels."""
         sample = int(samples[i])
         epoch, place = divmod(int(positions[i]), self.dataset.num_samples)
-        for attempt in range(_ATTEMPTS):
-            image = _readable(self.dataset, sample)
-            if isinstance(image, Image.Image):
-                return sample, images.training_view(image, self.image_size, int(keys[i]), self.preprocess)
-            self._report_unusable(int(positions[i]), sample, image)
-            _, sample = self._order(epoch).substitute(place, attempt)
-        raise StreamError(f"{_ATTEMPTS} samples tried for position {positions[i]} were all unusable; {self.quarantine} names them")
+        read = 0
+        substitutes = self._order(epoch).substitutes(place)
+        for _ in range(_DRAWS):
+            if not self.dataset.overlay.is_removed(sample):
+                image = _readable(self.dataset, sample)
+                if isinstance(image, Image.Image):
+                    return sample, images.training_view(image, self.image_size, int(keys[i]), self.preprocess)
+                self._report_unusable(int(positions[i]), sample, image)
+                read += 1
+                if read == _ATTEMPTS:
+                    raise StreamError(f"{read} samples tried for position {positions[i]} were all unusable; {self.quarantine} names them")
+            _, sample = next(substitutes)
+        raise StreamError(
+            f"overlays remove all of the {_DRAWS} samples drawn for position {positions[i]}; too little of the dataset is left"
+        )
 
     def _report_unusable(self, position: int, sample: int, reason: str) -> None:
         line = {"position": position, "sample": sample, "shard": self.dataset.shard_of(sample), "reason": reason, "rank": self.rank}

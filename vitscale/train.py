@@ -33,7 +33,7 @@ from vitscale.metrics import Metrics, counted, progress_line
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
-from vitscale.run import cut_back, read_config, read_metrics, was_evaluated
+from vitscale.run import cut_back, read_config, read_metrics, used_overlays, was_evaluated
 from vitscale.stream import TrainStream
 
 
@@ -53,8 +53,11 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     rank, world_size, run = dist.get_rank(), dist.get_world_size(), Path(config.out)
 
     # -- Data -------------------------------------------------------------------------------------------------------------------------
-    dataset = Dataset.open(config.data, check_shards=False)  # every rank would ask the file system for every tar
-    held_out = None if config.eval_data == "none" else Dataset.open(config.eval_data, check_shards=False)
+    overlays = used_overlays(run)  # as the start found them: one that comes while ranks start must not reach some of them
+    dataset = Dataset.open(config.data, overlays=overlays["data"], check_shards=False)  # every rank would ask the file system for every tar
+    held_out = None
+    if config.eval_data != "none":
+        held_out = Dataset.open(config.eval_data, overlays=overlays["eval_data"], check_shards=False)
     last_step = total_steps(config, dataset.num_samples)
 
     # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------
@@ -89,6 +92,9 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         metrics.say(_headline(config, step, last_step, world_size, accumulate, sum(math.prod(s) for s in shapes.values())))
         if origin:
             metrics.say(origin)
+        if dataset.overlay.names:  # which may be others at the next start
+            line = {"step": step, "samples_seen": samples_seen, "overlays": dataset.overlay.names}
+            metrics.log(line, f"overlays: {len(dataset.overlay.samples):,} samples relabelled, {dataset.overlay.num_removed:,} removed")
     batches = TrainStream(
         dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
@@ -227,6 +233,7 @@ def _eval_fields(result: Evaluation) -> dict[str, float]:
 
 def _eval_line(step: int, result: Evaluation) -> str:
     skipped = f", {result.skipped} unreadable" if result.skipped else ""
+    skipped += f", {result.removed} removed" if result.removed else ""
     scores = f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  loss {result.loss:.4f}"
     return f"step {step} held out: {scores}  ({result.samples} samples{skipped})"
 

@@ -61,7 +61,7 @@ def test_of_a_damaged_tar_the_lost_samples_are_named(whole: Dataset) -> None:
 
 
 def test_what_does_not_belong_is_named(whole: Dataset) -> None:
-    write_files(whole.path, {"shards/000/extra.tar": b"", "overlay/takedown.parquet": b""})
+    write_files(whole.path, {"shards/000/extra.tar": b""})
     assert verify(whole.path).problems == (Problem("shards/000/extra.tar", "is not a file of this dataset"),)
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from data_tools.amend import removals, write_overlay
 from data_tools.dataset import Dataset, SampleError
 from data_tools.images import decode
 from tests.distributed import run_on_ranks
@@ -71,6 +73,12 @@ def test_all_ranks_together_see_what_one_sees(damaged: Dataset, tmp_path: Path) 
             assert (found["samples"], found["skipped"]) == (expected["samples"], 1)
             assert (found["top1"], found["top5"]) == (expected["top1"], expected["top5"])
             assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    write_overlay(damaged, "takedown", removals(np.array([2, 30]), pa.array(["asked for"] * 2)))
+    expected = by_hand(written, Dataset.open(damaged.path))
+    payload = {"checkpoint": str(written), "data": str(damaged.path)}
+    for found in run_on_ranks("tests.vitscale.test_evaluate:on_ranks", 2, payload, tmp_path):
+        assert (found["samples"], found["skipped"], found["removed"]) == (expected["samples"], 1, 2)
+        assert (found["top1"], found["loss"]) == (expected["top1"], pytest.approx(expected["loss"], rel=1e-5))
 
 
 @pytest.mark.parametrize("names", [None, ("a", "b", "c", "d", "e")])

@@ -78,16 +78,28 @@ def test_the_order_is_what_it_was() -> None:
 def test_a_substitute_stands_in_the_same_window_and_later_in_others(order: EpochOrder, data: st.DataObject) -> None:
     position = data.draw(st.integers(0, len(order) - 1))
     _, window, start, length = (int(v) for v in order._window_at(np.asarray(position)))
-    for attempt in range(8):
-        stand_in, sample = order.substitute(position, attempt)
+    tried = list(itertools.islice(order.substitutes(position), 9))
+    for stand_in, sample in tried[:8]:
         assert stand_in % order.lanes == position % order.lanes
         assert start <= stand_in // order.lanes < start + length
         assert sample == int(order.samples_at(stand_in))
-        assert (stand_in, sample) == order.substitute(position, attempt)
+    assert tried == list(itertools.islice(order.substitutes(position), 9))
     lane_size = len(range(position % order.lanes, len(order), order.lanes))
     if lane_size > length:
-        other = int(order._window_at(np.asarray(order.substitute(position, 8)[0]))[1])
-        assert other != window
+        assert int(order._window_at(np.asarray(tried[8][0]))[1]) != window
+
+
+@settings(max_examples=50, deadline=None)
+@given(orders(), st.data())
+def test_substitutes_go_through_all_windows_of_all_lanes(order: EpochOrder, data: st.DataObject) -> None:
+    """Eight draws in each, every window once before any a second time, the position's own lane first."""
+    position = data.draw(st.integers(0, len(order) - 1))
+    lane, window, _, _ = order._window_at(np.arange(len(order)))
+    windows = set(zip(lane.tolist(), window.tolist(), strict=True))
+    tried = itertools.islice(order.substitutes(position), 0, 8 * len(windows), 8)
+    visited = [(int(lane[stand_in]), int(window[stand_in])) for stand_in, _ in tried]
+    assert set(visited) == windows
+    assert [of for of, _ in visited] == sorted((of for of, _ in visited), key=lambda of: (of - position) % order.lanes)
 
 
 def test_epochs_and_seeds_give_other_orders() -> None:

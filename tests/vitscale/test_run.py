@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_tools.amend import removals, write_overlay
 from data_tools.config import PackConfig
 from data_tools.dataset import Dataset, DatasetError
 from data_tools.pack import pack
 from tests.conftest import with_engine, write_images
 from tests.launch.test_command import SMALL, vitscale
 from vitscale.config import ConfigError, ObjectiveConfig, TrainConfig, ViTConfig, changes, may_change
-from vitscale.run import RunError, cut_back, is_finished, locked, open_run, read_config, read_metrics, resolve
+from vitscale.run import RunError, cut_back, is_finished, locked, open_run, read_config, read_metrics, resolve, used_overlays
 
 
 def begin(config: TrainConfig, world_size: int = 1) -> TrainConfig:
@@ -159,7 +160,7 @@ def test_a_record_of_another_version_is_not_touched(config: TrainConfig) -> None
 
 def test_scores_that_cannot_weigh_the_loss_are_refused_before_a_start(tmp_path: Path) -> None:
     images = [file.read_bytes() for file in sorted(write_images(tmp_path / "images", 6, 0).rglob("*.png"))]
-    for scores, said in (([[0.5], [1.5]] * 3, r"\[0.5, 1.5\]"), ([[-1.0], None] * 3, r"\[-1, -1\]"), ([[0.25], None] * 3, None)):
+    for scores, said in (([[0.5], [1.5]] * 3, r"\[0.5, 1.5\]"), ([[-1.0], None] * 3, r"\[-1, 1\]"), ([[0.25], None] * 3, None)):
         table = pa.table({"image": images, "labels": [[0], [1]] * 3, "scores": scores})
         pq.write_table(table, tmp_path / "table.parquet")
         (packed,) = pack(PackConfig((str(tmp_path / "table.parquet"),), str(tmp_path / f"out{said}")))
@@ -197,3 +198,32 @@ def test_an_evaluation_that_a_kill_took_is_made_up_for(dataset: Path, tmp_path: 
         assert [line["step"] for line in again] == [line["step"] for line in whole]
         for name in ("loss", "eval_loss", "eval_top1"):
             assert np.array_equal([line[name] for line in again if name in line], [line[name] for line in whole if name in line])
+
+
+def test_a_run_takes_overlays_up_at_its_next_start(config: TrainConfig, dataset: Path, tmp_path: Path) -> None:
+    """Remembered for each start; ranks use those that their start found; one that was used may not go away."""
+    shutil.copytree(dataset, tmp_path / "data")
+    config = replace(config, data=str(tmp_path / "data" / "train"))
+    packed = Dataset.open(config.data)
+    begin(config)
+    assert last_start(config)["overlays"] == {"data": [], "eval_data": []}
+    first = write_overlay(packed, "takedown", removals(np.array([5]), pa.array(["asked for"])))
+    assert used_overlays(Path(config.out)) == {"data": (), "eval_data": ()}, "the start that is under way has not seen it"
+    begin(config)
+    assert last_start(config)["overlays"]["data"] == [first.name]
+    second = write_overlay(packed, "takedown", removals(np.array([6]), pa.array(["asked for"])))
+    begin(config)
+    assert used_overlays(Path(config.out))["data"] == (first.name, second.name)
+    hidden = first.rename(tmp_path / first.name)
+    with pytest.raises(RunError, match=f"used the overlay {first.name}, which is no more"):
+        begin(config)
+    hidden.rename(first)
+    begin(config)
+
+
+def test_a_dataset_of_which_overlays_leave_nothing_is_refused(config: TrainConfig, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset / "train", tmp_path / "train")
+    packed = Dataset.open(tmp_path / "train")
+    write_overlay(packed, "all", removals(np.arange(packed.num_samples), pa.array(["why not"] * packed.num_samples)))
+    with pytest.raises(DatasetError, match="holds no samples that its overlays leave"):
+        resolve(replace(config, data=str(packed.path), eval_data="none"), 1)

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_tools.amend import Changes, removals, write_overlay
 from data_tools.config import PackConfig
 from data_tools.dataset import Dataset
 from data_tools.pack import pack
@@ -189,6 +191,55 @@ def test_evaluation_leaves_damage_out(damaged: tuple[Dataset, set[int]]) -> None
     assert sorted(s for b in batches for s, valid in zip(b.samples_B.tolist(), b.valid_B.tolist(), strict=True) if valid) == sorted(
         set(range(dataset.num_samples)) - broken
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Overlays
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("removed", [range(40, 41), range(20, 90), range(3, 131)])
+def test_what_an_overlay_removes_is_replaced_in_silence(dataset: Path, tmp_path: Path, removed: range) -> None:
+    """One sample, whole shards, all but three of 131; others stay at their positions, and nothing counts against the budget."""
+    shutil.copytree(dataset / "train", tmp_path / "data")
+    packed = Dataset.open(tmp_path / "data")
+    config = StreamConfig(workers=2, max_unusable=0, window=16, lanes=2)
+    before = steps(packed, tmp_path, 11, world_size=1, micro=12, batch=12, config=config)
+    write_overlay(packed, "takedown", removals(np.array(removed), pa.array(["asked for"] * len(removed))))
+    for shard in {packed.shard_of(i) for i in removed} - {packed.shard_of(i) for i in range(131) if i not in removed}:
+        (tmp_path / "data" / shard).unlink()  # nobody may want it
+    amended = Dataset.open(tmp_path / "data")
+    after = steps(amended, tmp_path, 11, world_size=1, micro=12, batch=12, config=config)
+    assert not (tmp_path / "quarantine.jsonl").exists()
+    for step_before, step_after in zip(before, after, strict=True):
+        for row, amended_row in zip(step_before, step_after, strict=True):
+            assert row[0] == amended_row[0]  # the key of the position
+            assert (row == amended_row) if row[1] not in removed else (amended_row[1] not in removed)
+    assert steps(amended, tmp_path, 11, world_size=3, micro=2, batch=12, config=config) == after
+    batches = evaluation_batches(amended, IMAGE_SIZE, PREPROCESS, batch_size=10, rank=0, world_size=1, workers=2)
+    assert sorted(s for b in batches for s, valid in zip(b.samples_B.tolist(), b.valid_B.tolist(), strict=True) if valid) == sorted(
+        set(range(131)) - set(removed)
+    )
+
+
+def test_other_labels_come_with_the_batches(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset / "train", tmp_path / "data")
+    packed = Dataset.open(tmp_path / "data")
+    others = Changes(
+        np.array([7]),
+        pa.nulls(1, pa.bool_()),
+        pa.array([[4, 0, 2]], pa.list_(pa.int32())),
+        pa.array([[]], pa.list_(pa.float32())),
+        pa.array([""]),
+    )
+    write_overlay(packed, "relabel", others)
+    amended = Dataset.open(tmp_path / "data")
+    found = {}
+    for batch in stream(amended, tmp_path, batch=131).micro_batches(0, 131):
+        found.update(zip(batch.samples_B.tolist(), batch.labels_BL.tolist(), strict=True))
+    assert found.pop(7) == [4, 0, 2]
+    expected, _ = packed.labels(np.arange(131))
+    assert found == {i: [expected[i][0], -1, -1] for i in range(131) if i != 7}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
