@@ -126,6 +126,25 @@ def all_keys(dataset: Dataset) -> Iterator[tuple[int, pa.ChunkedArray]]:
                     first, pending, rows = first + rows, [], 0
 
 
+def keys_of(dataset: Dataset, samples: np.ndarray) -> pa.Array:
+    """The keys of samples in any order, each shard's read once."""
+    order = np.argsort(samples, kind="stable")
+    shards = np.searchsorted(dataset.first_samples, samples[order], side="right") - 1
+    parts = [pa.array([], pa.string())]
+    for shard, start, end in zip(*_runs(shards), strict=True):
+        keys = dataset.shard_keys(int(shard))
+        parts.append(keys.take(pa.array(samples[order[start:end]] - int(dataset.first_samples[shard]))))
+    back = np.empty(len(order), dtype=np.int64)
+    back[order] = np.arange(len(order))
+    return pa.concat_arrays(parts).take(pa.array(back))
+
+
+def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of values that stand in runs: each run's value, start and end."""
+    starts = np.flatnonzero(np.diff(values, prepend=-1))
+    return values[starts], starts, np.append(starts, len(values))[1:]
+
+
 def read_changes(file: Path, dataset: Dataset, reason: str = "", skip_unknown: bool = False) -> Changes:
     """Changes from a table (CSV, TSV, JSONL, Parquet), which is read whole. A sample that the dataset does not have is -1.
 
@@ -174,7 +193,7 @@ def write_overlay(dataset: Dataset, name: str, changes: Changes) -> Path:
         with pq.ParquetWriter(hidden, schema, compression="zstd") as writer:
             for start in range(0, len(changes.samples), ROWS):
                 some = _taken(changes, np.arange(start, min(start + ROWS, len(changes.samples))))
-                columns = [pa.array(some.samples), _keys_of(dataset, some.samples), some.removed, some.labels, some.scores, some.reasons]
+                columns = [pa.array(some.samples), keys_of(dataset, some.samples), some.removed, some.labels, some.scores, some.reasons]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
         fsync(hidden)
         with hidden.open("rb") as file:
@@ -235,10 +254,6 @@ def _taken(changes: Changes, rows: np.ndarray) -> Changes:
 def _joined(parts: list[Changes]) -> Changes:
     columns = [pa.concat_arrays([getattr(part, name) for part in parts]) for name in ("removed", "labels", "scores", "reasons")]
     return Changes(np.concatenate([part.samples for part in parts]), *columns)
-
-
-def _keys_of(dataset: Dataset, samples: np.ndarray) -> pa.Array:
-    return pa.array([dataset.key(sample) for sample in samples.tolist()], pa.string())
 
 
 def _read_table(file: Path) -> pa.Table:

@@ -281,6 +281,11 @@ class Dataset:
                 lists = lists.append(self.overlay.lists).take(places)
             yield (samples, lists) if len(kept) == len(samples) else (samples[kept], lists.take(kept))
 
+    def hash_batches(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The xxh3_64 of all images' bytes, of some hundred thousand samples at a time, each time with the first one's number."""
+        for first, batch in zip(self._batch_starts.tolist(), self._batches, strict=True):
+            yield first, batch["hash"]
+
     def used_classes(self) -> np.ndarray:
         """For each class whether any sample that is not removed has it (bool). Reads the whole column."""
         used = np.zeros(self.num_classes, dtype=bool)
@@ -299,9 +304,12 @@ class Dataset:
     def key(self, sample: int) -> str:
         """The sample's key, from samples/*.parquet."""
         shard = self._shard_number(sample)
-        keys = self._keys(str(self.path / samples_name(shard)), shard % SHARDS_PER_FOLDER)
-        key: str = keys[sample - int(self.first_samples[shard])].as_py()
+        key: str = self.shard_keys(shard)[sample - int(self.first_samples[shard])].as_py()
         return key
+
+    def shard_keys(self, shard: int) -> pa.Array:
+        """The keys of all samples of one shard."""
+        return self._keys(str(self.path / samples_name(shard)), shard % SHARDS_PER_FOLDER)
 
     def shard_of(self, sample: int) -> str:
         """The name of the tar that holds the sample, as in `shard_names`."""
@@ -358,9 +366,9 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     return tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
 
 
-def _read_keys(path: str, row_group: int) -> pa.ChunkedArray:
+def _read_keys(path: str, row_group: int) -> pa.Array:
     with pq.ParquetFile(path) as file:
-        return file.read_row_group(row_group, columns=["key"])["key"]
+        return file.read_row_group(row_group, columns=["key"])["key"].combine_chunks()
 
 
 def _views(batch: pa.RecordBatch) -> dict[str, np.ndarray]:

@@ -115,13 +115,13 @@ def _check_overlays(path: Path, header: dict[str, Any]) -> tuple[int, list[Probl
 
 
 def _strangers(path: Path, header: dict[str, Any], manifest: list[dict[str, Any]]) -> list[Problem]:
-    """Files that belong to nothing; overlays are looked at apart."""
+    """Files that belong to nothing; overlays are looked at apart, and what `data dedup` keeps counts for nothing."""
     known = {"dataset.json", *header["files"], *(shard["name"] for shard in manifest)}
     there = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink())
     return [
         Problem(name, "is not a file of this dataset")
         for name in sorted(there)
-        if name not in known and Path(name).parent != Path(overlay.FOLDER)
+        if name not in known and not name.startswith(".dedup/") and Path(name).parent != Path(overlay.FOLDER)
     ]
 
 

@@ -148,8 +148,66 @@ def data_overlay(words: list[str]) -> None:
     print(f"{flags.dataset}: {counted(len(after.names), 'overlay')}, all in all {all_in_all}{skipped}")
 
 
+@dataclass(frozen=True)
+class DedupFlags:
+    """Removes pictures that stand in a dataset twice or in an evaluation set too, by an overlay; the tars stay as they are.
+
+    Pictures are compared by perceptual hashes: scaled, compressed and mirrored copies are found, crops only if they are slight."""
+
+    dataset: Split
+    against: tuple[str, ...] = ()
+    """Directories of evaluation splits: nothing that is like a picture of theirs stays in DATASET."""
+    inside: bool = True
+    """Also look for copies inside DATASET; the one with most pixels stays."""
+    distance: int = 31
+    """Bits of 256 that may differ, at most 47. More finds more cropped and marked copies, and more that are only similar."""
+    min_quality: int = 50
+    """Pictures with less in them (PDQ's quality, 0 to 100) are too plain to be told by their hash; only the same file is a copy of them."""
+    mirror: bool = True
+    """A mirrored copy is a copy."""
+    list: str | None = None
+    """CSV or Parquet file for the removals, with reasons; `vitscale data overlay` takes it, after you struck some out."""
+    dry_run: bool = False
+    """Remove nothing."""
+    name: str = "dedup"
+    """A word for the overlay's name."""
+    work: str | None = None
+    """Folder for the hashes (65 bytes an image), which the next search uses again. None: .dedup in DATASET."""
+    jobs: int = 0
+    """Processes that decode and hash; 0 takes the cores there are."""
+    json: Json = False
+
+
+def data_dedup(words: "list[str]") -> None:
+    """Removes pictures that stand in a dataset twice, or in an evaluation set too."""
+    flags = parse(DedupFlags, words, "data dedup")
+    from data_tools.dedup import dedup
+    from vitscale.metrics import counted
+
+    with progress_bar("hashing", quiet=flags.json) as update:
+        report = dedup(
+            Path(flags.dataset), tuple(map(Path, flags.against)), inside=flags.inside, distance=flags.distance,
+            min_quality=flags.min_quality, mirror=flags.mirror, name=flags.name, listing=Path(flags.list) if flags.list else None,
+            dry_run=flags.dry_run, work=Path(flags.work) if flags.work else None, jobs=flags.jobs, progress=update,
+        )  # fmt: skip
+    if flags.json:
+        print_json(dataclasses.asdict(report))
+        return
+    unread = f", {report.unreadable:,} could not be decoded" if report.unreadable else ""
+    print(f"{report.dataset}: {counted(report.samples, 'sample')} compared ({report.plain:,} too plain to tell{unread})")
+    print(f"copies inside: {report.same_file:,} of the same file, {report.near:,} near duplicates")
+    for other, count in report.leaked.items():
+        print(f"also in {other}: {count:,}")
+    total = report.same_file + report.near + sum(report.leaked.values())
+    if report.overlay:
+        print(f"{report.overlay}: {total:,} removed")
+    else:
+        print(f"{total:,} to remove, left as they are" if total else "nothing to remove")
+
+
 DATA_VERBS: dict[str, Verb] = {
     "pack": pack,
     "data overlay": data_overlay,
+    "data dedup": data_dedup,
     "data verify": data_verify,
 }
