@@ -5,7 +5,8 @@
 
 The dataset is synthetic but for its bytes: one tar of 10,100 real images, packed by `vitscale pack`, stands 30,000 times under other names
 (as hard links), with an index and a manifest of their full length; `samples/`, which nothing but people reads, is left out. A new process
-opens it, as each rank of a training does: seconds, peak memory, and the cost of a position (order, index and image).
+opens it, as each rank of a training does: seconds, peak memory, and the cost of a position (order, index and image). Another one counts
+it as `vitscale data stats` does, and picks 12 samples of each of 12 classes as `vitscale data preview` does.
 """
 
 import argparse
@@ -72,6 +73,36 @@ print(json.dumps({
 }))
 """
 
+LOOKED_AT = """
+import json, sys, threading, time
+from pathlib import Path
+from data_tools import preview, stats
+
+peak, done = 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.02):
+        status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        peak = max(peak, int(status["RssAnon"].split()[0]) / 1024)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+started = time.perf_counter()
+found = stats.count(Path(sys.argv[1]))
+counted = time.perf_counter()
+preview.sheet(Path(sys.argv[1]), images=12)
+picked = time.perf_counter()
+done.set()
+watcher.join()
+assert found.samples == sum(shard.samples for shard in found.shards.shards)
+print(json.dumps({
+    "data_stats_seconds": counted - started,
+    "data_preview_seconds": picked - counted,
+    "peak_MiB_of_both_its_own": peak,
+}))
+"""
+
 
 def main() -> None:
     """Builds, measures in a process of its own, and writes a dated file."""
@@ -83,8 +114,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
         path = build(Path(folder), flags.shards)
         index = (path / "index.arrow").stat().st_size
-        done = subprocess.run([sys.executable, "-c", OPENED, str(path)], check=True, capture_output=True, text=True)
-    measured = json.loads(done.stdout)
+        measured = {}
+        for script in (OPENED, LOOKED_AT):
+            done = subprocess.run([sys.executable, "-c", script, str(path)], check=True, capture_output=True, text=True)
+            measured |= json.loads(done.stdout)
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}",

@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,28 @@ class SampleError(Exception):
 
 class RemovedError(SampleError):
     """One sample that an overlay removes, so that nothing shall see its image."""
+
+
+@dataclass(frozen=True)
+class IndexBatch:
+    """What index and overlays say of some samples; the labels of the i-th of them are `labels[starts[i] : starts[i + 1]]`."""
+
+    samples: np.ndarray  # int64 (n,), ascending
+    sizes: np.ndarray  # int32 (n,), bytes of the image
+    starts: np.ndarray  # int64 (n + 1,), from 0
+    labels: np.ndarray  # int32 (m,)
+    scores: np.ndarray  # float32 (m,), 1 where the sample has none
+    scored: np.ndarray  # bool (m,), whether it has
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """What `samples/*.parquet` says of a sample."""
+
+    key: str
+    width: int
+    height: int
+    source: str
 
 
 def shard_name(split: str, shard: int) -> str:
@@ -196,10 +219,10 @@ class Dataset:
         self._keys = functools.lru_cache(16)(_read_keys)
 
     @classmethod
-    def open_checked(cls, path: str | Path) -> Dataset:
+    def open_checked(cls, path: str | Path, *, check_shards: bool = True) -> Dataset:
         """Opens a split with its labels known to be as they were packed, where hashing the index takes seconds (below 1 GiB)."""
         index = Path(path) / "index.arrow"
-        return cls.open(path, check_index=index.is_file() and index.stat().st_size < 2**30)
+        return cls.open(path, check_index=index.is_file() and index.stat().st_size < 2**30, check_shards=check_shards)
 
     @classmethod
     def open(
@@ -269,37 +292,120 @@ class Dataset:
         _fill(labels, scores, changed, self.overlay.lists, rows)
         return labels, scores
 
-    def label_batches(self) -> Iterator[tuple[np.ndarray, Lists]]:
-        """Numbers, labels and scores of all samples that are not removed, some hundred thousand at a time, in order."""
-        for first, batch in zip(self._batch_starts.tolist(), self._batches, strict=True):
-            samples, lists = np.arange(first, first + len(batch["offset"])), _lists(batch)
-            changed, rows = self.overlay.rows(samples)
-            kept = np.flatnonzero(~self.overlay.removed(samples))
-            if len(changed):
-                places = np.arange(len(samples))
-                places[changed] = len(samples) + rows
-                lists = lists.append(self.overlay.lists).take(places)
-            yield (samples, lists) if len(kept) == len(samples) else (samples[kept], lists.take(kept))
-
     def hash_batches(self) -> Iterator[tuple[int, np.ndarray]]:
         """The xxh3_64 of all images' bytes, of some hundred thousand samples at a time, each time with the first one's number."""
         for first, batch in zip(self._batch_starts.tolist(), self._batches, strict=True):
             yield first, batch["hash"]
 
+    def index_batches(self, rows: int = 2**17) -> Iterator[IndexBatch]:
+        """All samples that are not removed, in order, at most `rows` at a time. Raises DatasetError where the index is damaged."""
+        for first, batch in zip(self._batch_starts.tolist(), self._batches, strict=True):
+            for start in range(0, len(batch["size"]), rows):
+                stretch = slice(start, min(start + rows, len(batch["size"])))
+                yield self._index_batch(first + start, batch, stretch)
+
+    def _index_batch(self, first_sample: int, batch: dict[str, np.ndarray], rows: slice) -> IndexBatch:
+        sizes, lists = batch["size"][rows], self._checked_lists(first_sample, batch, rows)
+        samples = np.arange(first_sample, first_sample + len(sizes))
+        changed, of_overlay = self.overlay.rows(samples)
+        if len(changed):
+            places = np.arange(len(samples))
+            places[changed] = len(samples) + np.arange(len(changed))
+            lists = lists.append(self.overlay.lists.take(of_overlay)).take(places)
+        if self.overlay.num_removed:
+            kept = np.flatnonzero(~self.overlay.removed(samples))
+            samples, sizes, lists = samples[kept], sizes[kept], lists.take(kept)
+        scores = np.ones(len(lists.labels), np.float32)
+        scored = np.repeat(np.diff(lists.score_starts) > 0, np.diff(lists.label_starts))
+        scores[scored] = lists.scores
+        return IndexBatch(samples, sizes, lists.label_starts, lists.labels, scores, scored)
+
+    def _checked_lists(self, first_sample: int, batch: dict[str, np.ndarray], rows: slice) -> Lists:
+        label_starts, score_starts = (
+            batch[name][rows.start : rows.stop + 1].astype(np.int64) for name in ("labels_starts", "scores_starts")
+        )
+        labels = batch["labels"][label_starts[0] : label_starts[-1]]
+        counts, given = np.diff(label_starts), np.diff(score_starts)
+        damaged = f"{self.path / 'index.arrow'} is damaged at samples {first_sample} and after: "
+        if batch["size"][rows].min() < 0:
+            raise DatasetError(f"{damaged}a size is negative; restore it or pack again")
+        if not (counts.min() >= 0 and counts.max() <= self.max_labels) or ((given != counts) & (given != 0)).any():
+            raise DatasetError(
+                f"{damaged}not every sample has 0 to {self.max_labels} labels, and a score for each or none; restore it or pack again"
+            )
+        if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
+            raise DatasetError(f"{damaged}labels {labels.min()} to {labels.max()}, of {self.num_classes} classes; restore it or pack again")
+        scores = batch["scores"][score_starts[0] : score_starts[-1]]
+        return Lists(label_starts - label_starts[0], labels, score_starts - score_starts[0], scores)
+
+    @property
+    def num_kept(self) -> int:
+        """How many samples no overlay removes."""
+        return self.num_samples - self.overlay.num_removed
+
+    def shard_counts(self) -> np.ndarray:
+        """Samples of each shard that are not removed (int64)."""
+        counts = self.shard_sizes.copy()
+        if self.overlay.bits is not None:
+            for start in range(0, self.num_samples, 2**24):
+                samples = np.arange(start, min(start + 2**24, self.num_samples))
+                gone = samples[self.overlay.removed(samples)]
+                shards = np.searchsorted(self.first_samples, gone, side="right") - 1
+                counts -= np.bincount(shards, minlength=len(counts))
+        return counts
+
+    def shapes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Widths and heights (int32) of what is not removed, shard by shard, from samples/*.parquet; nothing where those were left out."""
+        for first in range(0, len(self.shard_names), SHARDS_PER_FOLDER):
+            path = self.path / samples_name(first)
+            if not path.is_file():
+                return
+            try:
+                with pq.ParquetFile(path) as file:
+                    for shard in range(first, min(first + SHARDS_PER_FOLDER, len(self.shard_names))):
+                        rows = file.read_row_group(shard - first, columns=["width", "height"])
+                        if len(rows) != self.shard_sizes[shard]:
+                            raise DatasetError(
+                                f"{path} has {len(rows)} samples of {self.shard_names[shard]}, not {self.shard_sizes[shard]}"
+                            )
+                        kept = np.flatnonzero(~self.overlay.removed(int(self.first_samples[shard]) + np.arange(len(rows))))
+                        yield rows["width"].to_numpy()[kept], rows["height"].to_numpy()[kept]
+            except (pa.ArrowException, OSError, IndexError) as error:
+                raise DatasetError(f"{path} cannot be read: {error}; restore it or pack again") from None
+
+    def rejects(self) -> Iterator[dict[str, str]]:
+        """The rows of rejects.parquet, if there is one: source, key, reason, detail."""
+        path = self.path / "rejects.parquet"
+        if path.is_file():
+            try:
+                with pq.ParquetFile(path) as file:
+                    for batch in file.iter_batches(batch_size=2**14):
+                        yield from batch.to_pylist()
+            except (pa.ArrowException, OSError) as error:
+                raise DatasetError(f"{path} cannot be read: {error}; restore it or pack again") from None
+
     def used_classes(self) -> np.ndarray:
         """For each class whether any sample that is not removed has it (bool). Reads the whole column."""
         used = np.zeros(self.num_classes, dtype=bool)
-        for _, lists in self.label_batches():
-            used[lists.labels] = True
+        for batch in self.index_batches():
+            used[batch.labels] = True
         return used
 
     def score_range(self) -> tuple[float, float]:
         """The smallest and the largest score of any label; a label without a score has 1. Reads the whole column."""
-        found = []
-        for _, lists in self.label_batches():
-            found += [float(lists.scores.min()), float(lists.scores.max())] if len(lists.scores) else []
-            found += [1.0] if len(lists.scores) < len(lists.labels) else []
+        found = [float(of) for batch in self.index_batches() if len(batch.scores) for of in (batch.scores.min(), batch.scores.max())]
         return min(found, default=1.0), max(found, default=1.0)
+
+    def class_name(self, label: int) -> str:
+        """The class's name, or its number where the classes have no names."""
+        return self.class_names[label] if self.class_names else str(label)
+
+    def row(self, sample: int) -> SampleRow:
+        """What samples/*.parquet says of the sample. Reads its shard's row group."""
+        shard = self._shard_number(sample)
+        with pq.ParquetFile(self.path / samples_name(shard)) as file:
+            rows = file.read_row_group(shard % SHARDS_PER_FOLDER, columns=["key", "width", "height", "source"])
+        return SampleRow(**rows.slice(sample - int(self.first_samples[shard]), 1).to_pylist()[0])
 
     def key(self, sample: int) -> str:
         """The sample's key, from samples/*.parquet."""

@@ -17,9 +17,13 @@ def fsync(path: Path) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Gives a file new contents in one step."""
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    fsync(beside)
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        fsync(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 

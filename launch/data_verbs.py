@@ -6,7 +6,7 @@ As in `verbs.py`, what a verb needs is imported when it runs.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -205,9 +205,99 @@ def data_dedup(words: "list[str]") -> None:
         print(f"{total:,} to remove, left as they are" if total else "nothing to remove")
 
 
+Html = Annotated[
+    str | None,
+    tyro.conf.arg(
+        metavar="FILE",
+        help="Write a page to look at, which needs nothing but itself. A file that is there is replaced if it is such a page.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class StatsFlags:
+    """Counts what is in a dataset: classes and their long tail, labels, pairs, sizes, scores, rejects, and how shards differ."""
+
+    dataset: Split
+    html: Html = None
+    json: Json = False
+
+
+def data_stats(words: list[str]) -> None:
+    """What is in a dataset: classes, labels, sizes, shards, in figures."""
+    flags = parse(StatsFlags, words, "data stats")
+    from data_tools import data_pages, page, stats
+    from launch.data_tables import print_stats
+
+    if flags.html is not None:
+        page.check_target(Path(flags.html), Path(flags.dataset))
+    with progress_bar("counting", quiet=flags.json) as update:
+        found = stats.count(Path(flags.dataset), update)
+    if flags.html is not None:
+        page.write_page(Path(flags.html), data_pages.stats_page(found))
+    if flags.json:
+        print_json(dataclasses.asdict(found))
+        return
+    print_stats(found)
+    if flags.html is not None:
+        print(f"wrote {flags.html}")
+
+
+@dataclass(frozen=True)
+class PreviewFlags:
+    """Shows some samples of a dataset, drawn at random: of some classes, of some shards, or of all. The same seed shows the same ones."""
+
+    dataset: Split
+    by: Literal["class", "shard", "random"] = "class"
+    """What the samples are grouped by; random: one group of the whole dataset."""
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class", metavar="NAME...", help="Classes to show, by name or number.")] = ()
+    groups: int = 12
+    """Classes or shards to draw, where none are named."""
+    images: int | None = None
+    """Samples of each class or shard; 12 if not given. By random: in all; 48 if not given."""
+    seed: int = 0
+    """Of what is drawn."""
+    side: int = 192
+    """Pixels of a picture's longer side on the page; smaller images stay as they are."""
+    html: Html = None
+    json: Json = False
+
+
+def data_preview(words: list[str]) -> None:
+    """Samples of a dataset to look at, by class, by shard or at random."""
+    flags = parse(PreviewFlags, words, "data preview")
+    from data_tools import data_pages, page, preview
+    from launch.data_tables import print_preview
+
+    if flags.html is not None:
+        page.check_target(Path(flags.html), Path(flags.dataset))
+    images = flags.images if flags.images is not None else 48 if flags.by == "random" else 12
+    with progress_bar("picking", quiet=flags.json) as update:
+        found = preview.sheet(
+            Path(flags.dataset),
+            by=flags.by,
+            groups=flags.groups,
+            images=images,
+            classes=flags.classes,
+            seed=flags.seed,
+            side=flags.side,
+            progress=update,
+        )
+    if flags.html is not None:
+        page.write_page(Path(flags.html), data_pages.preview_page(found))
+    if flags.json:
+        print_json(preview.as_json(found))
+        return
+    print_preview(found)
+    if flags.html is not None:
+        print(f"wrote {flags.html}")
+
+
 DATA_VERBS: dict[str, Verb] = {
     "pack": pack,
     "data overlay": data_overlay,
     "data dedup": data_dedup,
     "data verify": data_verify,
+    "data stats": data_stats,
+    "data preview": data_preview,
 }

@@ -4,7 +4,6 @@
 images. Everything drawn is inline: curves as SVG, images as PNG. The functions that make HTML are pure.
 """
 
-import base64
 import html
 import io
 import itertools
@@ -21,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_tools.dataset import Dataset
+from data_tools.page import BASE, LIGHT, cards, document, inline, nice_step, section, write_page
 from vitscale.checkpoint import WEIGHT, TensorReader, describe, find_checkpoint
 from vitscale.evaluate import load_model
 from vitscale.metrics import duration
@@ -88,12 +88,7 @@ def write_report(
         section("The commands", f"<p>Each stage is a command; together they are what <code>vitscale quickstart</code> ran.</p>"
                                 f"<pre>{html.escape(chr(10).join(commands))}</pre>"),
     ]  # fmt: skip
-    page = f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>vitscale quickstart: {html.escape(title)}</title>" + (
-        f'<meta name=viewport content="width=device-width"><style>{STYLE}</style>\n<main>{"".join(sections)}</main></html>\n'
-    )
-    beside = file.with_name(f".{file.name}.partial")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(file)
+    write_page(file, document(f"vitscale quickstart: {title}", LIGHT + BASE + STYLE, "".join(sections)))
 
 
 # -- What is shown ----------------------------------------------------------------------------------------------------------------------
@@ -136,24 +131,18 @@ def position_similarity(checkpoint: str) -> npt.NDArray[np.float32]:
 def head(title: str, rows: list[dict[str, Any]], seconds: float, labelled: Dataset) -> str:
     """The title and the numbers that matter."""
     _, finetuned, scratch, guessing = rows
-    cards = [
+    figures = [
         (f"{finetuned['top1']:.1%}", "fine-tuned", BLUE),
         (f"{scratch['top1']:.1%}", "from scratch, same budget", ORANGE),
         (f"{guessing['top1']:.1%}", "guessing", GREY),
         (duration(seconds), "in all, on this machine", "#0f172a"),
     ]
-    boxes = "".join(f'<div class="card"><b style="color:{color}">{value}</b><span>{label}</span></div>' for value, label, color in cards)
     return (
         f'<header><p class="eyebrow">vitscale quickstart</p><h1>A Vision Transformer on {html.escape(title)}</h1>'
         "<p>Pre-trained below the images' own resolution, then fine-tuned at full resolution on "
         f"{labelled.num_samples} labelled images of {labelled.num_classes} classes that pre-training never saw; "
-        f'beside it the same model from random weights.</p><div class="cards">{boxes}</div></header>'
+        f"beside it the same model from random weights.</p>{cards(figures)}</header>"
     )
-
-
-def section(title: str, body: str) -> str:
-    """A part of the page."""
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>\n"
 
 
 def comparison(rows: list[dict[str, Any]]) -> str:
@@ -198,12 +187,6 @@ def chart(title: str, series: dict[str, tuple[str, Points]], high: float | None 
             drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in (place(*point) for point in line)]
         drawn.append(f'<text x="{width - right + 7}" y="{end + 4:.1f}" style="fill:{color};font-weight:600">{html.escape(name)}</text>')
     return f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {width} {height}">{"".join(drawn)}</svg></figure>'
-
-
-def nice_step(least: float) -> float:
-    """The smallest 1, 2 or 5 times a power of ten that is not below `least`."""
-    power = 10 ** math.floor(math.log10(max(least, 1e-12)))
-    return float(next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= least * (1 - 1e-9)))
 
 
 def spread(places: list[float], gap: float) -> list[float]:
@@ -253,36 +236,9 @@ def as_png(values_HW: npt.NDArray[np.float32]) -> bytes:
     return file.getvalue()
 
 
-def inline(png: bytes) -> str:
-    """A data URI."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
 STYLE = """
-body{margin:0;background:#f8fafc;color:#0f172a;font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:48px 24px}
-h1{font-size:34px;line-height:1.15;margin:4px 0 8px;letter-spacing:-.02em}
-h2{font-size:19px;margin:0 0 14px}
-p{color:#475569;margin:0 0 14px;max-width:84ch}
-.eyebrow{color:#2563eb;font-weight:600;margin:0}
-.cards{display:grid;grid-template-columns:repeat(4,1fr);gap:14px;margin:22px 0}
-.card,section{background:#fff;border:1px solid #e2e8f0;border-radius:12px}
-.card{padding:16px 18px}
-section{padding:22px 24px;margin:0 0 18px}
-.card b{display:block;font-size:30px;line-height:1.2;letter-spacing:-.02em}
-.card span{color:#64748b;font-size:13px}
-table{width:100%;border-collapse:collapse}
-th{font-size:12px;font-weight:600;color:#64748b;text-align:left}
-td,th{padding:8px 10px 8px 0;border-bottom:1px solid #f1f5f9}
-.n{text-align:right;font-variant-numeric:tabular-nums}
 .bar{width:34%}
-.bar i{display:block;height:10px;border-radius:5px}
 .charts{display:grid;grid-template-columns:repeat(3,1fr);gap:18px}
-figure{margin:0}
-figcaption{font-weight:600;font-size:13px;margin-bottom:6px}
-svg{width:100%;display:block}
-svg text{font-size:11px;fill:#64748b}
-.grid{stroke:#e2e8f0}
 .gallery{display:grid;grid-template-columns:repeat(6,1fr);gap:16px}
 .tile{font-size:13px}
 .tile img{width:100%;aspect-ratio:1;border-radius:8px;border:2px solid #e2e8f0;box-sizing:border-box}

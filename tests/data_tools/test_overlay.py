@@ -15,9 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_tools import preview
 from data_tools.amend import AmendError, Changes, amend, find_samples, list_overlays, removals, write_overlay
 from data_tools.dataset import Dataset, DatasetError, RemovedError
 from data_tools.overlay import OverlayError
+from data_tools.stats import count
 from data_tools.verify import verify
 from tests.launch.test_command import vitscale
 
@@ -97,13 +99,14 @@ def test_any_overlays_say_what_a_dictionary_says(several: Path, overlays: list[d
     assert {int(i): row[row >= 0].tolist() for i, row in zip(shuffled, labels, strict=True)} == {i: expected[i][0] for i in range(30)}
     assert ((scores_of > 0) <= (labels >= 0)).all()
     by_batch = {}
-    for samples, lists in dataset.label_batches():
-        for at, sample in enumerate(samples.tolist()):
-            of_sample = lists.labels[lists.label_starts[at] : lists.label_starts[at + 1]].tolist()
-            scored = lists.scores[lists.score_starts[at] : lists.score_starts[at + 1]].tolist()
-            by_batch[sample] = (of_sample, scored or [1.0] * len(of_sample))
+    for batch in dataset.index_batches(rows=7):
+        for at, sample in enumerate(batch.samples.tolist()):
+            of_sample = slice(batch.starts[at], batch.starts[at + 1])
+            by_batch[sample] = (batch.labels[of_sample].tolist(), batch.scores[of_sample].tolist())
     assert by_batch == kept
     assert np.flatnonzero(dataset.used_classes()).tolist() == sorted({label for labels, _ in kept.values() for label in labels})
+    shard_of = np.searchsorted(dataset.first_samples, sorted(kept), side="right") - 1
+    assert dataset.shard_counts().tolist() == np.bincount(shard_of, minlength=4).tolist()
     every = [score for _, of_sample in kept.values() for score in of_sample]
     assert dataset.score_range() == (min(every, default=1.0), max(every, default=1.0))
     assert told(Dataset.open(several, overlays=())) == told(packed)
@@ -224,6 +227,36 @@ def test_writers_at_once_get_a_number_each(packed: Dataset) -> None:
     dataset = Dataset.open(packed.path)
     assert [name[:4] for name in dataset.overlay.names] == [f"{i:04d}" for i in range(16)]
     assert dataset.overlay.num_removed == 16
+
+
+def test_stats_and_previews_are_of_what_is_there(several: Path) -> None:
+    """As of a dataset that was packed without what is removed, and with the other labels."""
+    clear(several)
+    packed = Dataset.open(several)
+    gone = np.array([0, 1, 2, 3, 4, 5, 6, 7, 13, 29])  # the first shard is one of them
+    write_overlay(packed, "takedown", removals(gone, pa.array([""] * 10)))
+    new = pa.array([[6]] * 3, pa.list_(pa.int32()))
+    relabel = Changes(
+        np.array([8, 9, 13]), pa.nulls(3, pa.bool_()), new, pa.array([[]] * 3, pa.list_(pa.float32())), pa.array([""] * 3)
+    )  # fmt: skip
+    write_overlay(packed, "relabel", relabel)
+    kept = told(Dataset.open(several))
+    found = count(several)
+    labels = [label for of, _ in kept.values() for label in of]
+    assert (found.samples, found.removed, found.relabelled, found.labels) == (20, 10, 3, len(labels))
+    assert found.classes.counts == tuple(np.bincount(labels, minlength=7).tolist())
+    assert list(found.labels_a_sample) == np.bincount([len(of) for of, _ in kept.values()], minlength=4).tolist()
+    assert found.sizes is not None
+    assert found.sizes.width.count == found.bytes_an_image.count == 20
+    assert [shard.samples for shard in found.shards.shards] == [0, 7, 8, 5]
+    assert [shard.labels for shard in found.shards.shards] == [
+        sum(len(kept[i][0]) for i in kept if i // 8 == shard) for shard in range(4)
+    ]  # fmt: skip
+    for by in ("class", "shard", "random"):
+        sheet = preview.sheet(several, by=by, images=100 if by != "random" else 40, groups=8)
+        shown = [tile.sample for _, tile in preview.tiles(sheet)]
+        assert set(shown) == (set(kept) if by != "class" else {i for i, (of, _) in kept.items() if of})
+        assert sheet.samples == 20
 
 
 def test_the_command(packed: Dataset, tmp_path: Path) -> None:

