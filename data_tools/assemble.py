@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from data_tools import dataset as fmt
 from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset
-from data_tools.images import ACCEPTED
+from data_tools.images import ACCEPTED, encoders
 from data_tools.shards import read_piece
 from data_tools.sources import Listing
 
@@ -117,12 +117,15 @@ def result_of(folder: Path) -> PackResult:
 
 
 # Where things lay, where they go and who does the work must not change the content hash.
-NOT_TOLD = ("sources", "out", "name", "split", "image_root", "class_names", "jobs", "task")
+NOT_TOLD = ("sources", "out", "name", "split", "image_root", "class_map", "class_names", "jobs", "task")
 
 
 def made(config: PackConfig, listing: str | None) -> dict[str, Any]:
     """What dataset.json says of how a dataset was made, and of which listing."""
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_TOLD}
+    settings["samples_per_shard"] = config.shard_samples
+    if config.encodes:
+        settings["encoders"] = encoders()
     return {"by": "vitscale pack", "sources": config.source_names, "listing": listing, **settings}
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Suppress  # the command line takes these as positional words
+from tyro.constructors import PrimitiveConstructorSpec
 
 from data_tools.errors import UserError
 
@@ -20,6 +22,26 @@ MAX_PIXELS_LIMIT = 2 * MAX_PIXELS  # Pillow itself refuses more, here and in tra
 
 class PackError(UserError):
     """An input or a setting that cannot be packed. Nothing has been written."""
+
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes from a text like 500MB, 1.5GiB or 1000000. Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", text.strip(), re.ASCII)
+    if found is None or found[2].upper() not in UNITS:
+        raise ValueError(f"{text!r} is no number of bytes; 500MB, 1GB or 64MiB would work")
+    return int(Decimal(found[1]) * UNITS[found[2].upper()])
+
+
+BYTES = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="{None}|BYTES",
+    instance_from_str=lambda words: None if words[0] == "None" else parse_bytes(words[0]),
+    is_instance=lambda value: value is None or isinstance(value, int),
+    str_from_instance=lambda value: [str(value)],
+)
 
 
 @dataclass(frozen=True)
@@ -41,8 +63,11 @@ class PackConfig:
     name: str | None = None
     """The dataset's name. None: the name of the first source."""
 
-    samples_per_shard: int = 10_000
-    """Samples planned for each tar. Rejected images leave their tar shorter."""
+    samples_per_shard: int | None = None
+    """Samples planned for each tar. Rejected images leave their tar shorter. None: 10,000, or what shard_bytes takes."""
+
+    shard_bytes: Annotated[int | None, BYTES] = None
+    """The most bytes planned for each tar (1GB, 500MB, 64MiB or a number), by the sizes of images as they come. None: any."""
 
     shuffle_seed: int | None = 0
     """Samples are shuffled over all shards with this seed. None: sorted, as listed."""
@@ -61,6 +86,9 @@ class PackConfig:
 
     key_column: str | None = None
     """Table column to make keys from. None: one of the usual names, else the image's path, else table and row."""
+
+    class_map: str | None = None
+    """File that says which class each label becomes: a JSON object, or CSV or TSV with two columns; null or nothing drops the label."""
 
     class_names: str | None = None
     """Text file with a class name a line; line n (from 0) is label n. None: those of another split in OUT, else the
@@ -85,6 +113,18 @@ class PackConfig:
     max_pixels: int = MAX_PIXELS
     """Images with more pixels are rejected unread (decompression bombs)."""
 
+    min_side: int = 1
+    """Images with a shorter side are rejected."""
+
+    max_side: int | None = None
+    """Images with a longer side are made smaller, so that it is this many pixels, and encoded anew. None: all keep their size."""
+
+    normalize: bool = False
+    """Encodes anew, as upright 8-bit RGB, what readers show differently: turned by EXIF, CMYK, palette, alpha, 16-bit, animated."""
+
+    quality: int = 92
+    """Of JPEG and lossy WebP images that are encoded anew, by max_side or normalize."""
+
     @property
     def source_names(self) -> list[str]:
         """The sources by their last names, wherever they lie."""
@@ -99,6 +139,16 @@ class PackConfig:
     def splits(self) -> tuple[str, ...]:
         """The splits that are made."""
         return ("train", "val") if self.val_fraction else (self.split,)
+
+    @property
+    def shard_samples(self) -> int | None:
+        """The most samples of a shard; None where only their bytes count."""
+        return 10_000 if self.samples_per_shard is None and self.shard_bytes is None else self.samples_per_shard
+
+    @property
+    def encodes(self) -> bool:
+        """Whether images may be encoded anew."""
+        return self.max_side is not None or self.normalize
 
     @property
     def share(self) -> tuple[int, int]:
@@ -118,8 +168,10 @@ class PackConfig:
             raise PackError(f"val_fraction={self.val_fraction} must be at least 0 and below 1; 0.05 would work")
         if self.val_fraction and self.split != "train":
             raise PackError(f"val_fraction makes train and val, so split={self.split!r} cannot be given too; leave one out")
-        if self.samples_per_shard < 1:
+        if self.samples_per_shard is not None and self.samples_per_shard < 1:
             raise PackError(f"samples_per_shard={self.samples_per_shard} must be at least 1; 10000 is usual")
+        if self.shard_bytes is not None and self.shard_bytes < 1:
+            raise PackError(f"shard_bytes={self.shard_bytes} must be at least 1; 1GB is usual")
         if self.jobs < 0:
             raise PackError(f"jobs={self.jobs} must be at least 0; 0 takes the cores there are")
         if self.task is not None and not (re.fullmatch(r"\d{1,6}/[1-9]\d{0,5}", self.task) and self.share[0] < self.share[1]):
@@ -130,3 +182,9 @@ class PackConfig:
             raise PackError(f"num_classes={self.num_classes} must be in 1..2**31-1; 1000 would work")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
             raise PackError(f"max_pixels={self.max_pixels} must be in 1..{MAX_PIXELS_LIMIT}; {MAX_PIXELS} is usual")
+        if not 1 <= self.min_side < 2**31:
+            raise PackError(f"min_side={self.min_side} must be at least 1; 32 would work")
+        if self.max_side is not None and self.max_side < self.min_side:
+            raise PackError(f"max_side={self.max_side} must be at least min_side={self.min_side}; 512 would work, or None")
+        if not 1 <= self.quality <= 100:
+            raise PackError(f"quality={self.quality} must be in 1..100; 92 is usual")

@@ -6,6 +6,9 @@ Where it stands: `sources.py` brings the labels and scores of all candidates as 
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +52,84 @@ class Found:
 
 
 @dataclass(frozen=True)
+class ClassMap:
+    """What labels become before anything else is asked of them: a class for each raw label, None to drop it."""
+
+    classes: dict[str, str | int | None]
+    found: Found
+    """The classes of the map, all of them, so that they do not hang on which samples there are."""
+    where: str
+
+    def apply(
+        self, lengths: np.ndarray, labels: pa.Array, score_lengths: np.ndarray, scores: pa.Array, source_of: Callable[[int], str]
+    ) -> tuple[np.ndarray, pa.Array, np.ndarray, pa.Array]:
+        """Mapped lists of labels and scores, each as lengths and flat values. Raises PackError that names the first sample at fault."""
+        starts, score_starts = starts_of([lengths]), starts_of([score_lengths])
+        check_scores(starts, score_starts, scores.to_numpy(zero_copy_only=False), source_of)  # while each score has its label
+        encoded = labels.dictionary_encode()
+        number, texts = encoded.indices.to_numpy(zero_copy_only=False), [str(raw) for raw in encoded.dictionary.to_pylist()]
+        unknown = np.array([text not in self.classes for text in texts], bool)
+        if EVERY_OTHER not in self.classes and unknown.any():
+            first = int(np.argmax(unknown[number]))
+            row = int(np.searchsorted(starts, first, side="right")) - 1
+            raise PackError(
+                f"label {labels[first].as_py()!r} of {source_of(row)} is not in class_map={self.where}; add it, with nothing as its class "
+                f"to drop it, or {EVERY_OTHER!r} for every other label"
+            )
+        kind = pa.large_string() if self.found.names is not None else pa.int64()
+        classes = pa.array([self.classes.get(text, self.classes.get(EVERY_OTHER)) for text in texts], kind)
+        mapped = classes.take(encoded.indices)
+        keeps = mapped.is_valid().to_numpy(zero_copy_only=False)
+        owner, scored = np.repeat(np.arange(len(lengths)), lengths), score_lengths > 0
+        kept = np.bincount(owner[keeps], minlength=len(lengths))
+        return kept, mapped.drop_null(), np.where(scored, kept, 0), scores.filter(pa.array(keeps[scored[owner]], pa.bool_()))
+
+
+EVERY_OTHER = "*"  # the key of a class map that stands for the labels it does not name
+
+
+def read_class_map(path: str) -> ClassMap:
+    """A class map from a JSON object, or from a CSV or TSV file of two columns and no header."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if Path(path).suffix.lower() == ".json":
+            pairs = json.loads(text, object_pairs_hook=list)
+            if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+                raise ValueError("it is no JSON object")
+        else:
+            pairs = _pairs_of_text(text, "	" if Path(path).suffix.lower() == ".tsv" else ",")
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
+        raise PackError(
+            f"class_map={path} cannot be read: {error}; give {{raw label: class}} as JSON, or two columns as CSV or TSV"
+        ) from None
+    classes: dict[str, str | int | None] = {}
+    for raw, given in pairs:
+        if not (given is None or isinstance(given, str) or (type(given) is int and 0 <= given < 2**31 - 1)):
+            raise PackError(f"class {given!r} of {raw!r} in class_map={path} must be a name, a number from 0, or null to drop the label")
+        class_ = None if given == "" else given
+        if classes.setdefault(raw, class_) != class_:
+            raise PackError(f"label {raw!r} has two classes in class_map={path}, {classes[raw]!r} and {class_!r}; give it one")
+    names = frozenset(class_ for class_ in classes.values() if isinstance(class_, str))
+    numbers = {class_ for class_ in classes.values() if isinstance(class_, int)}
+    if names and numbers:
+        raise PackError(f"class_map={path} names some classes and numbers others; give all names or all numbers")
+    if not names and not numbers:
+        raise PackError(f"class_map={path} keeps no label; give at least one class")
+    return ClassMap(classes, Found(names or None, max(numbers, default=None)), path)
+
+
+def _pairs_of_text(text: str, delimiter: str) -> list[tuple[str, str | int]]:
+    """The rows of a table of two columns; classes are numbers if all of them look like it."""
+    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row]
+    if wrong := next((number for number, row in enumerate(rows, 1) if len(row) != 2), None):
+        raise ValueError(f"row {wrong} has {len(rows[wrong - 1])} columns, not 2")
+    numbers = [of.isascii() and of.isdecimal() for _, of in rows if of]
+    if len(numbers) > 1 and all(numbers[1:]) and not numbers[0]:
+        raise ValueError(f"its classes are numbers but for the first, {rows[0][1]!r}, which looks like a header; leave that out")
+    return [(raw, int(of) if of and all(numbers) else of) for raw, of in rows]
+
+
+@dataclass(frozen=True)
 class Classes:
     """The classes of a dataset, and where they come from, for errors."""
 
@@ -59,7 +140,7 @@ class Classes:
 
 def settle_classes(found: Found, config: PackConfig, sibling: Dataset | None) -> Classes:
     """The classes that the config, another split of the same output or the labels themselves give. Raises PackError."""
-    names, where = None, "the labels found"
+    names, where = None, "the labels found" if config.class_map is None else config.class_map
     if config.class_names is not None:
         names, where = read_class_names(config.class_names), config.class_names
     elif sibling is not None and sibling.class_names is not None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,7 +32,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from data_tools.durable import fsync, publish_folders, replace_file
 from data_tools.images import Reject
 from data_tools.plan import Plan, Spill, bucket_number, make_plans
 from data_tools.shards import write_shard
+from data_tools.sizes import digest_of, planned_ends
 from data_tools.sources import Listing, in_table, list_sources, read_image
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, rejected so far
@@ -120,7 +122,9 @@ def _finished(config: PackConfig) -> tuple[PackResult, ...] | None:
         if changed := _differences(there, made(config, there.get("listing")) | {"name": config.dataset_name}):
             raise PackError(f"{folder} exists and is another dataset ({changed}); give another OUT, or move it away")
     with tempfile.TemporaryDirectory(prefix=".listing-", dir=config.out) as scratch:  # as large as the plan of a pack, so not in /tmp
-        digest = list_sources(config, _sibling(config), Path(scratch)).digest
+        beside = Path(scratch)
+        plain = config.shard_bytes is None  # otherwise the digest is also of the plan
+        digest = (list_sources(config, _sibling(config), beside) if plain else _planned(config, beside, beside).listing).digest
     for folder in folders:
         if read_header(folder)["made"].get("listing") != digest:
             raise PackError(
@@ -245,29 +249,38 @@ def _prepare(config: PackConfig, work: Path, scratch: Path) -> _Job:
     """Lists and plans, and makes sure that the sources of work that is there have not changed."""
     if (work / "job.json").is_file():
         _check_settings(config, work, None)  # before the listing, which may be long
+    job = _planned(config, scratch, work)
+    _check_settings(config, work, _identity(job))
+    return job
+
+
+def _planned(config: PackConfig, scratch: Path, work: Path) -> _Job:
+    """Lists the sources and plans the shards."""
     listing = list_sources(config, _sibling(config), scratch)
     plans, routes = make_plans(listing, config, config.splits, scratch)
     for split, plan in plans.items():
         if not len(plan):
             raise PackError(f"no sample falls into {split} of {listing.num_samples} with val_fraction={config.val_fraction}")
-    _check_settings(config, work, _identity(listing))
-    size = config.samples_per_shard
+    if config.shard_bytes is None:
+        size = config.shard_samples or listing.num_samples
+        ends = {split: [min(first + size, len(plan)) for first in range(0, len(plan), size)] for split, plan in plans.items()}
+    else:
+        ends = planned_ends(listing, plans, config, scratch)
+        listing = replace(listing, digest=digest_of(listing.digest, ends))  # which the same names and labels alone do not settle now
     shards = [
-        _Shard(split, number, first, min(first + size, len(plan)))
-        for split, plan in plans.items()
-        for number, first in enumerate(range(0, len(plan), size))
+        _Shard(split, number, first, end) for split in plans for number, (first, end) in enumerate(itertools.pairwise([0, *ends[split]]))
     ]
     return _Job(listing, plans, routes, shards, work)
 
 
-def _identity(listing: Listing) -> dict[str, Any]:
+def _identity(job: _Job) -> dict[str, Any]:
     """What tells that sources have changed: the listing (names, labels, keys), and size and time of each table."""
     tables = {}
-    for number, origin in enumerate(listing.origins):
+    for number, origin in enumerate(job.listing.origins):
         if origin.table is not None:
             status = origin.table.stat()
             tables[f"table {number}, {origin.table.name}"] = f"{status.st_size} bytes of {status.st_mtime_ns}"
-    return {"samples": listing.num_samples, "listing": listing.digest, **tables}
+    return {"samples": job.listing.num_samples, "shards": len(job.shards), "listing": job.listing.digest, **tables}
 
 
 def _publish(work: Path, out: Path, config: PackConfig) -> None:

@@ -56,6 +56,13 @@ class Plan:
                 pieces.append(pa.ipc.open_file(pa.memory_map(str(file))).read_all().slice(low - start, high - low))
         return pa.concat_tables(pieces) if pieces else LISTING_SCHEMA.empty_table()
 
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All samples, in their order."""
+        for file in self.files:
+            with pa.memory_map(str(file)) as mapped:
+                reader = pa.ipc.open_file(mapped)
+                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+
     def buckets(self, first: int, end: int) -> range:
         """Numbers of the buckets that the samples [first, end) lie in."""
         touched = [i for i in range(len(self.files)) if max(first, self.starts[i]) < min(end, self.starts[i + 1])]

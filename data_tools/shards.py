@@ -3,7 +3,7 @@
 Where it stands: `pack.py` calls `write_shard` in any process and any order; `assemble.py` puts the pieces together.
 
 Invariants: a shard depends on nothing but its stretch of the plan and its images; the piece is written last and at once, so where it is
-there, the tar is there, whole and on disk; image bytes are stored as they came.
+there, the tar is there, whole and on disk; image bytes are stored as they came, unless the settings ask for others (`images.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import xxhash
 from data_tools import dataset as fmt
 from data_tools.config import PackConfig
 from data_tools.durable import fsync
-from data_tools.images import Reject, inspect_image
+from data_tools.images import Reject, Rules, prepare_image
 from data_tools.sources import Origin, source_name
 from data_tools.tar import TarWriter
 
@@ -55,25 +55,24 @@ def write_shard(
     rejects: list[dict[str, str]] = []
     tar_file.parent.mkdir(parents=True, exist_ok=True)
     piece_file.parent.mkdir(parents=True, exist_ok=True)
+    rules = Rules(config.check_images == "decode", config.max_pixels, config.min_side, config.max_side, config.quality, config.normalize)
     token = secrets.token_hex(4)  # another share may be at the same shard; both write the same
     beside = tar_file.with_name(f".{tar_file.name}.{token}.partial")
     with beside.open("wb") as file:
         tar = TarWriter(file.fileno())
         for sample, image in zip(planned.to_pylist(), images, strict=True):
             key, source = sample["key"], source_name(origins[sample["origin"]], sample["row"], sample["path"])
-            judged = image if isinstance(image, Reject) else inspect_image(image, config.max_pixels, config.check_images == "decode")
-            if isinstance(judged, Reject):
-                rejects.append({"source": source, "key": key, **asdict(judged)})
+            stored = image if isinstance(image, Reject) else prepare_image(image, rules)
+            if isinstance(stored, Reject):
+                rejects.append({"source": source, "key": key, **asdict(stored)})
                 tell(True)
                 continue
-            assert isinstance(image, bytes)  # as it was judged
-            extension, width, height = judged
-            labels, scores = sample["labels"], sample["scores"]
-            offset = tar.add(f"{key}.{extension}", image)
-            tar.add(f"{key}.json", json.dumps({"labels": labels, "scores": scores}).encode())
+            data, labels, scores = stored.data, sample["labels"], sample["scores"]
+            offset = tar.add(f"{key}.{stored.extension}", data)
+            tar.add(f"{key}.json", label_json(labels, scores))
             if config.write_cls and labels:
                 tar.add(f"{key}.cls", str(labels[0]).encode())
-            told = (offset, len(image), xxhash.xxh3_64_intdigest(image), labels, scores, key, width, height, source)
+            told = (offset, len(data), xxhash.xxh3_64_intdigest(data), labels, scores, key, stored.width, stored.height, source)
             for column, value in zip(columns.values(), told, strict=True):
                 column.append(value)
             tell(False)
@@ -89,6 +88,11 @@ def write_shard(
     fsync(beside)
     beside.rename(piece_file)
     fsync(piece_file.parent)
+
+
+def label_json(labels: list[int], scores: list[float]) -> bytes:
+    """The member KEY.json of a sample."""
+    return json.dumps({"labels": labels, "scores": scores}).encode()
 
 
 def read_piece(piece_file: Path) -> Piece:

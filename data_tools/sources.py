@@ -37,7 +37,18 @@ from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset
 from data_tools.images import MAX_IMAGE_BYTES, Reject
 from data_tools.keys import clean_keys, hashed_key, key_hashes, repeated
-from data_tools.labels import Classes, Found, Lists, check_scores, merge_duplicates, number_labels, settle_classes, starts_of
+from data_tools.labels import (
+    Classes,
+    ClassMap,
+    Found,
+    Lists,
+    check_scores,
+    merge_duplicates,
+    number_labels,
+    read_class_map,
+    settle_classes,
+    starts_of,
+)
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")  # tables as text, which must be named one by one: in a folder they are notes beside images
@@ -151,6 +162,7 @@ def _write_raw(config: PackConfig, file: Path) -> tuple[list[Origin], int, Found
     class_folders: set[str] = set()
     kinds: set[pa.DataType] = set()
     largest, place = None, 0
+    class_map = read_class_map(config.class_map) if config.class_map is not None else None
     with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_stream(opened, _RAW_SCHEMA) as writer:
         for text in config.sources:
             source = Path(text)
@@ -163,6 +175,8 @@ def _write_raw(config: PackConfig, file: Path) -> tuple[list[Origin], int, Found
             listed = listed or [(Origin(prefix, source), _list_folder(source))]
             for origin, parts in listed:
                 for part in parts:
+                    if class_map is not None:
+                        part = _mapped(part, origin, class_map)
                     if len(part.labels):
                         kinds.add(part.labels.type)
                         if pa.types.is_large_string(part.labels.type):
@@ -176,8 +190,20 @@ def _write_raw(config: PackConfig, file: Path) -> tuple[list[Origin], int, Found
                     for start in range(0, len(batch), ROWS):
                         writer.write_batch(batch.slice(start, ROWS))
                 origins.append(origin)
+    if class_map is not None:
+        return origins, place, class_map.found
     named = bool(class_folders) or pa.large_string() in kinds
     return origins, place, Found(frozenset(names | class_folders) if named else None, largest)
+
+
+def _mapped(part: _Part, origin: Origin, class_map: ClassMap) -> _Part:
+    """The part with the classes of the map as its labels."""
+
+    def source_of(number: int) -> str:
+        return source_name(origin, part.row[number].item(), part.path[number].as_py())
+
+    lists = class_map.apply(part.label_lengths, part.labels, part.score_lengths, part.scores, source_of)
+    return _Part(part.row, part.path, part.raw_key, *lists)
 
 
 def _raw_batch(part: _Part, origin: int, place: int) -> pa.RecordBatch:
@@ -594,12 +620,18 @@ def table_images(origin: Origin) -> Iterator[bytes | Reject]:
             image = next((sample[name] for name in IMAGE_MEMBERS if name in sample), None)
             yield image if image is not None else Reject("missing", f"no member of the sample is {', '.join(IMAGE_MEMBERS)}")
         return
-    for batch in _batches(origin.table, [origin.image_column], 64):  # type: ignore[arg-type, list-item]
-        for cell in batch.column(0):
+    for column in image_cells(origin):
+        for cell in column:
             value = cell.as_py()
             if isinstance(value, dict):  # Hugging Face: bytes, or else a path
                 value = value.get("path") if value.get("bytes") is None else value["bytes"]
             yield value if isinstance(value, bytes) else read_image(value, origin.root)
+
+
+def image_cells(origin: Origin) -> Iterator[pa.Array]:
+    """The column with the images of a table, some rows at a time."""
+    for batch in _batches(origin.table, [origin.image_column], 64):  # type: ignore[arg-type, list-item]
+        yield batch.column(0)
 
 
 def read_image(path: str | bytes | None, root: Path) -> bytes | Reject:

@@ -40,8 +40,8 @@ def pack(words: list[str]) -> None:
     from vitscale.metrics import counted
 
     config = dataclasses.replace(flags.config, sources=flags.paths[:-1], out=flags.paths[-1])
-    with progress_bar("packing", quiet=flags.json) as update:
-        results = pack_sources(config, lambda done, total, _: update(done, total))
+    with progress_bar("packing", quiet=flags.json, unit="images") as update:
+        results = pack_sources(config, lambda done, total, rejects: update(done, total, f"{rejects:,} left out"))
     if flags.json:
         print_json([dataclasses.asdict(result) for result in results])
         return
@@ -77,8 +77,14 @@ def data_verify(words: list[str]) -> None:
     from data_tools.verify import verify
     from vitscale.metrics import counted
 
-    with progress_bar("reading", quiet=flags.json) as update:
-        report = verify(Path(flags.dataset), jobs=flags.jobs, decode=flags.decode, share=flags.share, progress=update)
+    with progress_bar("reading", quiet=flags.json, unit="MB") as update:
+        report = verify(
+            Path(flags.dataset),
+            jobs=flags.jobs,
+            decode=flags.decode,
+            share=flags.share,
+            progress=lambda done, total: update(done // 10**6, total // 10**6),
+        )
     if flags.json:
         print_json(dataclasses.asdict(report))
     else:
@@ -184,7 +190,7 @@ def data_dedup(words: "list[str]") -> None:
     from data_tools.dedup import dedup
     from vitscale.metrics import counted
 
-    with progress_bar("hashing", quiet=flags.json) as update:
+    with progress_bar("hashing", quiet=flags.json, unit="images") as update:
         report = dedup(
             Path(flags.dataset), tuple(map(Path, flags.against)), inside=flags.inside, distance=flags.distance,
             min_quality=flags.min_quality, mirror=flags.mirror, name=flags.name, listing=Path(flags.list) if flags.list else None,
@@ -231,7 +237,7 @@ def data_stats(words: list[str]) -> None:
 
     if flags.html is not None:
         page.check_target(Path(flags.html), Path(flags.dataset))
-    with progress_bar("counting", quiet=flags.json) as update:
+    with progress_bar("counting", quiet=flags.json, unit="samples") as update:
         found = stats.count(Path(flags.dataset), update)
     if flags.html is not None:
         page.write_page(Path(flags.html), data_pages.stats_page(found))

@@ -121,7 +121,7 @@ def evaluate(words: list[str]) -> None:
     need("torch", "safetensors")
     from vitscale.evaluate import evaluate_checkpoint
 
-    with progress_bar("evaluating", quiet=flags.json) as update:
+    with progress_bar("evaluating", quiet=flags.json, unit="images") as update:
         result = evaluate_checkpoint(
             description, flags.weights, dataset, batch_size=flags.batch_size, workers=flags.workers, progress=update
         )  # fmt: skip

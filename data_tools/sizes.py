@@ -1,0 +1,174 @@
+"""Where shards end that are to have no more than so many bytes: planned from the sizes of the images, before any is read.
+
+Where it stands: `pack.py` asks for this where `shard_bytes` is set; `plan.py` has the order, `shards.py` writes what is planned here.
+
+Invariants:
+- a shard ends before the sample with which its tar would have more than `shard_bytes`, headers, padding, labels and end included; a sample
+  that is larger alone has a shard of its own;
+- the sizes are those of the images as they lie in the sources, so a shard whose images are rejected or encoded anew comes out smaller or,
+  where that makes them larger, larger; an image that cannot be found counts as empty;
+- memory holds some rows, and a number for each shard: the sizes lie in a file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import stat
+import tarfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from data_tools.config import PackConfig
+from data_tools.plan import Plan
+from data_tools.shards import label_json
+from data_tools.sources import IMAGE_MEMBERS, PATH_ERRNOS, Listing, Origin, image_cells, in_table, is_tar
+from data_tools.tar import BLOCK
+
+LOOKERS = 16  # threads that ask for the sizes of files, which on a network takes the time of a round trip
+END = 2 * BLOCK  # of a tar
+
+
+def planned_ends(listing: Listing, plans: dict[str, Plan], config: PackConfig, folder: Path) -> dict[str, list[int]]:
+    """Where each shard of each split ends in the split's order. Writes the sizes of all images into `folder` on the way."""
+    assert config.shard_bytes is not None
+    sizes = _image_sizes(listing, folder / "sizes")
+    most_samples = config.shard_samples or listing.num_samples
+    return {
+        split: shard_ends(_tar_sizes(plan, sizes, config.write_cls), config.shard_bytes - END, most_samples)
+        for split, plan in plans.items()
+    }
+
+
+def digest_of(listing: str, ends: dict[str, list[int]]) -> str:
+    """A listing's digest that also stands for where shards end."""
+    return xxhash.xxh3_128_hexdigest(json.dumps([listing, ends], sort_keys=True).encode())
+
+
+def shard_ends(sizes: Iterable[np.ndarray], most_bytes: int, most_samples: int) -> list[int]:
+    """Where each shard ends, for samples of these sizes (in pieces), filled in their order to at most so many bytes and samples."""
+    ends: list[int] = []
+    first = held_samples = held_bytes = 0
+    for piece in sizes:
+        totals = np.concatenate([np.zeros(1, np.int64), np.cumsum(piece, dtype=np.int64)])
+        at = 0
+        while at < len(piece):
+            fitting = int(np.searchsorted(totals, totals[at] + (most_bytes - held_bytes), side="right")) - 1
+            end = min(max(fitting, at if held_samples else at + 1), at + most_samples - held_samples, len(piece))
+            held_samples += end - at
+            held_bytes += int(totals[end] - totals[at])
+            if end < len(piece):
+                ends.append(first + end)
+                held_samples = held_bytes = 0
+            at = end
+        first += len(piece)
+    return [*ends, first] if held_samples else ends
+
+
+def _tar_sizes(plan: Plan, sizes: np.ndarray, write_cls: bool) -> Iterator[np.ndarray]:
+    """What each sample of a split takes in a tar, in the split's order, in pieces."""
+    for batch in plan.batches():
+        images = sizes[batch["place"].to_numpy()]
+        taken = BLOCK + _blocks(images) + BLOCK + _blocks(_json_lengths(batch))
+        if write_cls:
+            taken += 2 * BLOCK * (pc.list_value_length(batch["labels"]).to_numpy() > 0)
+        yield taken
+
+
+def _blocks(lengths: np.ndarray) -> np.ndarray:
+    return -(-lengths // BLOCK) * BLOCK
+
+
+def _json_lengths(batch: pa.RecordBatch) -> np.ndarray:
+    """The length of each sample's JSON; of one that is sure to fit into one block, the block's."""
+    longest = 28 + sum(
+        digits * pc.list_value_length(batch[name]).to_numpy().astype(np.int64) for name, digits in (("labels", 12), ("scores", 26))
+    )
+    lengths = np.full(len(batch), BLOCK, np.int64)
+    for row in np.flatnonzero(longest > BLOCK).tolist():
+        lengths[row] = len(label_json(batch["labels"][row].as_py(), batch["scores"][row].as_py()))
+    return lengths
+
+
+# ------------------------------------------------------------------------------------------------------------------ images
+
+
+def _image_sizes(listing: Listing, file: Path) -> np.ndarray:
+    """The size of each image in bytes, by its place in the listing, in a file that is mapped."""
+    sizes = np.memmap(file, np.int64, "w+", shape=(listing.num_samples,))
+    in_cells = {number: _cell_sizes(origin) for number, origin in enumerate(listing.origins) if in_table(origin)}
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        for batch in listing.batches():
+            origins = batch["origin"].to_numpy()
+            taken = np.zeros(len(batch), np.int64)
+            for number in np.unique(origins).tolist():
+                rows = np.flatnonzero(origins == number)
+                if number in in_cells:  # the listing has an origin's rows in their order, and all of them
+                    taken[rows] = np.fromiter(itertools.islice(in_cells[number], len(rows)), np.int64, len(rows))
+                else:
+                    root = listing.origins[number].root
+                    paths = batch["path"].take(pa.array(rows)).to_pylist()
+                    pieces = [paths[start::LOOKERS] for start in range(LOOKERS)]
+                    for start, found in enumerate(pool.map(lambda piece, root=root: [_file_size(path, root) for path in piece], pieces)):
+                        taken[rows[start::LOOKERS]] = found
+            first = batch["place"][0].as_py()
+            sizes[first : first + len(batch)] = taken
+    return sizes
+
+
+def _file_size(path: str | bytes | None, root: Path) -> int:
+    """Bytes of an image that is a file of its own; 0 for what cannot be found, and is rejected when its turn comes."""
+    try:
+        status = os.stat(os.path.join(root, os.fsdecode(path))) if path is not None else None
+    except ValueError:  # a null character in the path
+        return 0
+    except OSError as error:
+        if error.errno not in PATH_ERRNOS:
+            raise
+        return 0
+    return status.st_size if status is not None and stat.S_ISREG(status.st_mode) else 0
+
+
+def _cell_sizes(origin: Origin) -> Iterator[int]:
+    """The sizes of all images that lie in a table or a tar, row by row; of a table's cells only the lengths are looked at."""
+    assert origin.table is not None
+    if is_tar(origin.table):
+        yield from _member_sizes(origin.table)
+        return
+    for column in image_cells(origin):
+        paths: list[Any] = [None] * len(column)
+        if pa.types.is_struct(column.type):
+            names = {field.name for field in column.type}
+            if "path" in names:
+                paths = pc.struct_field(column, "path").to_pylist()
+            column = pc.struct_field(column, "bytes") if "bytes" in names else pa.nulls(len(column), pa.binary())
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            paths = [path if text is None else text for path, text in zip(paths, column.to_pylist(), strict=True)]
+            column = pa.nulls(len(column), pa.binary())
+        lengths = pc.binary_length(column.cast(pa.large_binary())).to_pylist()
+        yield from (_file_size(path, origin.root) if length is None else length for path, length in zip(paths, lengths, strict=True))
+
+
+def _member_sizes(tar: Path) -> Iterator[int]:
+    """The sizes of the images of a WebDataset tar, from its headers; samples are those that `sources.tar_samples` finds."""
+    from webdataset.tariterators import group_by_keys
+
+    with tarfile.open(tar, "r:") as opened:
+
+        def members() -> Iterator[dict[str, Any]]:
+            while (member := opened.next()) is not None:
+                opened.members = []  # type: ignore[attr-defined]  # they would grow with the tar
+                if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
+                    yield {"fname": member.name, "data": member.size, "__url__": str(tar)}
+
+        for sample in group_by_keys(members()):
+            yield next((sample[name] for name in IMAGE_MEMBERS if name in sample), 0)
