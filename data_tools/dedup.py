@@ -4,8 +4,9 @@ Where it stands: reads images through `Dataset`, writes through `amend.write_ove
 test sets contain from what it pre-trains on (section 4.1, after Kolesnikov et al., arXiv 1912.11370).
 
 Each image gets two perceptual hashes (PDQ, 256 bits, of the picture and of its mirror image), kept in files, so that another search decodes
-nothing. Two pictures are near duplicates where at most `distance` bits differ. The search is exact: of 16 bands of 16 bits, one differs in
-at most distance // 16 bits, and faiss looks up all such values of each band (Norouzi et al., arXiv 1307.2982).
+nothing. Two pictures are near duplicates where at most `distance` bits differ. To find such pairs among many the bits are cut into bands, and
+faiss looks up all hashes that agree with a picture's in any band but for a bit or two (Norouzi et al., arXiv 1307.2982; `bands` tells how
+many, and up to which distance that misses nothing).
 
 Invariants: of near duplicates the one with most pixels stays, then the one with the lowest number; every removed sample has a witness that
 stays (or is in an evaluation set) within the distance, so no chain of small differences removes what is unlike everything left; the result
@@ -15,6 +16,7 @@ depends on the dataset and the settings alone; memory holds one block of the sea
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ from data_tools.processes import in_processes
 SIDE = 128  # pixels to which a picture is squashed before it is hashed, so that its own size does not matter
 BITS, BANDS = 256, 16
 MAX_DISTANCE = 3 * BANDS - 1  # more would look up too many values of each band
-BLOCK = 2**24  # hashes searched in at a time: some 5 GB
+BLOCK = 2**24  # hashes searched in at a time: some 8 GB
 BATCH = 4096  # pictures looked up at a time
 PROBED = 2**15  # with fewer hashes than this comparing all is faster than looking up bands
 
@@ -373,14 +375,26 @@ class Search:
         self.witness[samples], self.source[samples], self.far[samples], self.same_file[samples] = witness, source, far, same_file
 
 
+def bands(size: int, distance: int) -> tuple[int, int, int]:
+    """Number of bands, bits of each, and bits that may differ in one, for a search among `size` hashes.
+
+    A band has about as many values as there are hashes, so that few have the same by chance. Of bands * (flips + 1) - 1 differing bits one band
+    has at most `flips`, so up to that distance nothing is missed: 31 up to 65,536 hashes, 19 at 16 M; of pairs further apart some are
+    (`benchmarks/dedup.py` measures how many).
+    """
+    bits = max(BITS // BANDS, math.ceil(math.log2(max(size, 2))))
+    return BITS // bits, bits, max(1, distance // BANDS)
+
+
 def _index(hashes: np.ndarray, distance: int, size: int | None = None) -> Any:
-    """A faiss index of hashes, for about `size` of them (None: those given), whose range_search misses none within the distance."""
+    """A faiss index of hashes, for about `size` of them (None: those given), whose range_search gives those below a distance."""
     import faiss
 
     index: Any = faiss.IndexBinaryFlat(BITS)
-    if (len(hashes) if size is None else size) > PROBED:
-        index = faiss.IndexBinaryMultiHash(BITS, BANDS, BITS // BANDS)
-        index.nflip = distance // BANDS
+    if (size := len(hashes) if size is None else size) > PROBED:
+        count, bits, flips = bands(size, distance)
+        index = faiss.IndexBinaryMultiHash(BITS, count, bits)
+        index.nflip = flips
     index.add(np.ascontiguousarray(hashes))
     return index
 

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from data_tools import dedup as module
 from data_tools.amend import amend, keys_of, removals, write_overlay
 from data_tools.dataset import Dataset
-from data_tools.dedup import ROW, DedupError, Search, dedup, hash_datasets, perceptual_hash
+from data_tools.dedup import ROW, DedupError, Search, bands, dedup, hash_datasets, perceptual_hash
 from data_tools.verify import verify
 from tests.launch.test_command import vitscale
 
@@ -221,6 +221,24 @@ def test_the_search_is_the_rule_by_all_pairs(size: int, seed: int, distance: int
     for sample, witness, far in zip(found.samples.tolist(), found.witness.tolist(), found.distance.tolist(), strict=True):
         of_both = [int(np.bitwise_count(rows[which][sample] ^ rows["hash"][witness]).sum()) for which in ("hash", "mirrored")]
         assert far == min(of_both) <= distance
+
+
+def test_among_many_nothing_is_missed_up_to_the_distance_that_is_promised() -> None:
+    """150,000 hashes, searched by bands of 18 bits; further apart hardly anything is."""
+    size, rng = 150_000, np.random.default_rng(0)
+    count, bits, flips = bands(size, 31)
+    assert (bits, flips) == (18, 1)
+    hashes = rng.integers(0, 256, (size, 32), dtype=np.uint8)
+    index = module._index(hashes, 31)
+    for far in (count * (flips + 1) - 1, 31):
+        flipped = np.zeros((500, 256), dtype=np.uint8)
+        for row in flipped:
+            row[rng.choice(256, far, replace=False)] = 1
+        lims, distances, matches = index.range_search(hashes[:500] ^ np.packbits(flipped, axis=1), 32)
+        owner = np.repeat(np.arange(500), np.diff(lims).astype(np.int64))
+        assert (distances[matches == owner] == far).all()
+        found = np.isin(np.arange(500), owner[matches == owner]).mean()
+        assert found == 1 if far < 31 else found > 0.97
 
 
 def test_a_hash_does_not_depend_on_size_or_coding() -> None:
