@@ -4,9 +4,9 @@ Where it stands: reads images through `Dataset`, writes through `amend.write_ove
 test sets contain from what it pre-trains on (section 4.1, after Kolesnikov et al., arXiv 1912.11370).
 
 Each image gets two perceptual hashes (PDQ, 256 bits, of the picture and of its mirror image), kept in files, so that another search decodes
-nothing. Two pictures are near duplicates where at most `distance` bits differ. To find such pairs among many the bits are cut into bands, and
-faiss looks up all hashes that agree with a picture's in any band but for a bit or two (Norouzi et al., arXiv 1307.2982; `bands` tells how
-many, and up to which distance that misses nothing).
+nothing. Two pictures are near duplicates where at most `distance` bits differ. To find such pairs among many the bits are cut into bands,
+and faiss looks up all hashes that agree with a picture's in any band but for a bit or two (Norouzi et al., arXiv 1307.2982; `bands` tells
+how many, and up to which distance that misses nothing).
 
 Invariants: of near duplicates the one with most pixels stays, then the one with the lowest number; every removed sample has a witness that
 stays (or is in an evaluation set) within the distance, so no chain of small differences removes what is unlike everything left; the result
@@ -378,8 +378,8 @@ class Search:
 def bands(size: int, distance: int) -> tuple[int, int, int]:
     """Number of bands, bits of each, and bits that may differ in one, for a search among `size` hashes.
 
-    A band has about as many values as there are hashes, so that few have the same by chance. Of bands * (flips + 1) - 1 differing bits one band
-    has at most `flips`, so up to that distance nothing is missed: 31 up to 65,536 hashes, 19 at 16 M; of pairs further apart some are
+    A band has about as many values as there are hashes, so that few have the same by chance. Of bands * (flips + 1) - 1 differing bits one
+    band has at most `flips`, so up to that distance nothing is missed: 31 up to 65,536 hashes, 19 at 16 M; of pairs further apart some are
     (`benchmarks/dedup.py` measures how many).
     """
     bits = max(BITS // BANDS, math.ceil(math.log2(max(size, 2))))
