@@ -45,10 +45,11 @@ from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset, read_header
 from data_tools.durable import fsync, publish_folders, replace_file
 from data_tools.images import Reject
+from data_tools.origins import read_image
 from data_tools.plan import Plan, Spill, bucket_number, make_plans
 from data_tools.shards import write_shard
 from data_tools.sizes import digest_of, planned_ends
-from data_tools.sources import Listing, in_table, list_sources, read_image
+from data_tools.sources import Listing, in_table, list_sources
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, rejected so far
 

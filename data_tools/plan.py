@@ -28,7 +28,8 @@ from data_tools.config import PackConfig
 from data_tools.durable import fsync, replace_file
 from data_tools.images import Reject
 from data_tools.keys import key_hashes
-from data_tools.sources import LISTING_SCHEMA, ROWS, Listing, in_table, read_batches, table_images
+from data_tools.origins import ROWS
+from data_tools.sources import LISTING_SCHEMA, Listing, in_table, read_batches, table_images
 
 MAX_BUCKETS = 256  # files open at once, for each split
 SPLIT_SEED = 0x73706C6974  # "split": whether a key is in val must not hang on the shuffle's seed

@@ -23,7 +23,7 @@ from data_tools import dataset as fmt
 from data_tools.config import PackConfig
 from data_tools.durable import fsync
 from data_tools.images import Reject, Rules, prepare_image
-from data_tools.sources import Origin, source_name
+from data_tools.origins import Origin, source_name
 from data_tools.tar import TarWriter
 
 PIECE_SCHEMA = pa.schema([*fmt.INDEX_SCHEMA, *(fmt.SAMPLES_SCHEMA.field(name) for name in ("key", "width", "height", "source"))])

@@ -29,10 +29,13 @@ import pyarrow.compute as pc
 import xxhash
 
 from data_tools.config import PackConfig
+from data_tools.origins import PATH_ERRNOS, Origin
 from data_tools.plan import Plan
 from data_tools.shards import label_json
-from data_tools.sources import IMAGE_MEMBERS, PATH_ERRNOS, Listing, Origin, image_cells, in_table, is_tar
+from data_tools.sources import Listing, in_table
+from data_tools.tables import image_cells
 from data_tools.tar import BLOCK
+from data_tools.tars import IMAGE_MEMBERS, is_tar
 
 LOOKERS = 16  # threads that ask for the sizes of files, which on a network takes the time of a round trip
 END = 2 * BLOCK  # of a tar

@@ -1,7 +1,8 @@
-"""What there is to pack: the listing of sources, with a key and labels for every image, and the reading of its bytes.
+"""What there is to pack: the listing of sources, with a key and labels for every image.
 
-Where it stands: `pack.py` asks for a `Listing`, `plan.py` puts it in order, then `read_image` and `table_images` give the bytes. All that
-can be refused without reading an image (labels, columns, class names) is refused here, before any tar is written.
+Where it stands: `pack.py` asks for a `Listing`, `plan.py` puts it in order, then `origins.read_image` and `table_images` give the bytes.
+Formats are read by `tables.py` and `tars.py`. All that can be refused without reading an image (labels, columns, class names) is refused
+before any tar is written.
 
 Invariants:
 - the listing is sorted and depends on names and contents only, not on the file system's order;
@@ -13,29 +14,19 @@ Left to others: whether bytes are a good image, which sample goes where.
 
 from __future__ import annotations
 
-import errno
-import itertools
-import json
 import os
-import stat
-import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet as pq
 import xxhash
 
 from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset
-from data_tools.images import MAX_IMAGE_BYTES, Reject
+from data_tools.images import Reject
 from data_tools.keys import clean_keys, hashed_key, key_hashes, repeated
 from data_tools.labels import (
     Classes,
@@ -49,33 +40,13 @@ from data_tools.labels import (
     settle_classes,
     starts_of,
 )
+from data_tools.origins import ROWS, Origin, Part, printable, source_name
+from data_tools.tables import LIST_SUFFIXES, TABLE_SUFFIXES, list_table, row_images
+from data_tools.tars import is_tar, list_tar, tar_images
 
-TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
-LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")  # tables as text, which must be named one by one: in a folder they are notes beside images
 # Any other file in a class folder is looked into, so that no image is lost for its name.
 NO_IMAGE_SUFFIXES = (".txt", ".json", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".npy", ".log", ".db", ".ini")
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
-BYTES_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes")
-PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file")
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "class_id", "class_name", "target")
-SCORE_COLUMNS = ("scores", "score")
-IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")  # of a sample in a tar
-KEY_COLUMNS = ("key", "__key__", "id", "image_id")
-ROWS = 65_536  # rows turned into Python objects at a time
-
-# What an image's own path can be at fault for. Other errors are the machine's and end the run.
-PATH_ERRNOS = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO}
-
-
-@dataclass(frozen=True)
-class Origin:
-    """One folder of class folders, or one table."""
-
-    prefix: str  # in front of the names of its samples, where there are several sources
-    root: Path  # where relative paths start
-    table: Path | None = None
-    image_column: str | None = None  # set if the image bytes lie in the table
-
 
 LISTING_SCHEMA = pa.schema(
     [
@@ -121,19 +92,6 @@ def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
         yield from pa.ipc.open_stream(opened)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Candidates of one origin, or some of them, before labels are numbers and keys unique."""
-
-    row: np.ndarray
-    path: pa.Array
-    raw_key: pa.Array
-    label_lengths: np.ndarray
-    labels: pa.Array  # int64 or large_string
-    score_lengths: np.ndarray
-    scores: pa.Array
-
-
 def list_sources(config: PackConfig, sibling: Dataset | None, folder: Path) -> Listing:
     """Lists and checks all sources, in files in `folder`. `sibling` is another split of the same output, whose classes are then used."""
     origins, num_samples, found = _write_raw(config, folder / "raw.arrows")
@@ -171,7 +129,7 @@ def _write_raw(config: PackConfig, file: Path) -> tuple[list[Origin], int, Found
             if not tables:
                 _check_class_folders(source, config)
                 class_folders.update(entry.name for entry in _entries(source) if entry.is_dir())
-            listed = [_list_tar(table, prefix, config) if is_tar(table) else _list_table(table, prefix, config) for table in tables]
+            listed = [list_tar(table, prefix, config) if is_tar(table) else list_table(table, prefix, config) for table in tables]
             listed = listed or [(Origin(prefix, source), _list_folder(source))]
             for origin, parts in listed:
                 for part in parts:
@@ -196,17 +154,17 @@ def _write_raw(config: PackConfig, file: Path) -> tuple[list[Origin], int, Found
     return origins, place, Found(frozenset(names | class_folders) if named else None, largest)
 
 
-def _mapped(part: _Part, origin: Origin, class_map: ClassMap) -> _Part:
+def _mapped(part: Part, origin: Origin, class_map: ClassMap) -> Part:
     """The part with the classes of the map as its labels."""
 
     def source_of(number: int) -> str:
         return source_name(origin, part.row[number].item(), part.path[number].as_py())
 
     lists = class_map.apply(part.label_lengths, part.labels, part.score_lengths, part.scores, source_of)
-    return _Part(part.row, part.path, part.raw_key, *lists)
+    return Part(part.row, part.path, part.raw_key, *lists)
 
 
-def _raw_batch(part: _Part, origin: int, place: int) -> pa.RecordBatch:
+def _raw_batch(part: Part, origin: int, place: int) -> pa.RecordBatch:
     size = len(part.row)
     lists = pa.ListArray.from_arrays(pa.array(starts_of([part.label_lengths]), pa.int32()), part.labels)
     named = pa.types.is_large_string(part.labels.type)
@@ -280,6 +238,23 @@ def _starts(lists: pa.ListArray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- folders
 
 
+def _tables(source: Path) -> list[Path]:
+    """The tables that a source stands for; none for a folder of class folders."""
+    if source.is_file():
+        suffixes = (*TABLE_SUFFIXES, *LIST_SUFFIXES, ".tar")
+        if source.suffix.lower() not in suffixes:
+            raise PackError(f"{source} is neither a table nor a tar by its name; these are: {', '.join(suffixes)}")
+        return [source]
+    if not source.is_dir():
+        raise PackError(f"source {source} does not exist; give a folder or a table")
+    entries = _entries(source)
+    tables = [source / entry.name for entry in entries if entry.name.lower().endswith((*TABLE_SUFFIXES, ".tar"))]
+    if tables and len(tables) < len(entries):
+        other = next(entry.name for entry in entries if source / entry.name not in tables)
+        raise PackError(f"{source} holds tables and also {other}; name the tables or the folder of class folders")
+    return tables
+
+
 def _check_class_folders(root: Path, config: PackConfig) -> None:
     folders = [entry.name for entry in _entries(root) if entry.is_dir()]
     if folders and SPLIT_NAMES.issuperset(folders) and config.class_names is None:
@@ -297,11 +272,11 @@ def _check_class_folders(root: Path, config: PackConfig) -> None:
             raise PackError(f"class folder {entry.name!r} in {root} is not UTF-8; rename it") from None
 
 
-def _list_folder(root: Path) -> Iterator[_Part]:
+def _list_folder(root: Path) -> Iterator[Part]:
     for folder in _entries(root):
         paths = [f"{folder.name}/{path}" for path in _files(root / folder.name, frozenset())]
-        raw_keys = [_printable(os.fsencode(os.path.splitext(path)[0])) for path in paths]
-        yield _Part(
+        raw_keys = [printable(os.fsencode(os.path.splitext(path)[0])) for path in paths]
+        yield Part(
             row=np.full(len(paths), -1, dtype=np.int64),
             path=pa.array([os.fsencode(path) for path in paths], pa.large_binary()),
             raw_key=pa.array(raw_keys, pa.large_string()),
@@ -338,273 +313,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- tables
-
-
-def _tables(source: Path) -> list[Path]:
-    """The tables that a source stands for; none for a folder of class folders."""
-    if source.is_file():
-        suffixes = (*TABLE_SUFFIXES, *LIST_SUFFIXES, ".tar")
-        if source.suffix.lower() not in suffixes:
-            raise PackError(f"{source} is neither a table nor a tar by its name; these are: {', '.join(suffixes)}")
-        return [source]
-    if not source.is_dir():
-        raise PackError(f"source {source} does not exist; give a folder or a table")
-    entries = _entries(source)
-    tables = [source / entry.name for entry in entries if entry.name.lower().endswith((*TABLE_SUFFIXES, ".tar"))]
-    if tables and len(tables) < len(entries):
-        other = next(entry.name for entry in entries if source / entry.name not in tables)
-        raise PackError(f"{source} holds tables and also {other}; name the tables or the folder of class folders")
-    return tables
-
-
-def _list_table(table: Path, prefix: str, config: PackConfig) -> tuple[Origin, Iterator[_Part]]:
-    with _reading(table):
-        schema = _schema(table)
-        columns_there = ", ".join(schema.names)  # which may be damaged too
-    image = _choose(table, schema, "image_column", config.image_column, BYTES_COLUMNS + PATH_COLUMNS)
-    label = _choose(table, schema, "label_column", config.label_column, LABEL_COLUMNS)
-    if image is None or label is None:
-        raise PackError(
-            f"{table} has no column for the {'image' if image is None else 'label'} among {columns_there}; "
-            f"give {'image' if image is None else 'label'}_column"
-        )
-    score = _choose(table, schema, "score_column", config.score_column, SCORE_COLUMNS)
-    if config.score_column is None and score and _is_list(schema.field(score)) != _is_list(schema.field(label)):
-        score = None  # a column of that name that means something else
-    key = _choose(table, schema, "key_column", config.key_column, KEY_COLUMNS)
-    image_type = schema.field(image).type
-    by_path = pa.types.is_string(image_type) or pa.types.is_large_string(image_type)
-    has_bytes = pa.types.is_binary(image_type) or pa.types.is_large_binary(image_type)
-    if pa.types.is_struct(image_type):
-        has_bytes = any(image_type.get_field_index(name) >= 0 for name in ("bytes", "path"))
-    if not by_path and not has_bytes:
-        raise PackError(f"image_column={image} of {table} is {image_type}; it must hold bytes, paths, or a struct of bytes and path")
-    root = Path(config.image_root) if config.image_root is not None else table.parent
-    origin = Origin(prefix, root, table, None if by_path else image)
-    columns = [label, *([score] if score else []), *([key] if key else []), *([image] if by_path else [])]
-
-    def parts() -> Iterator[_Part]:
-        row = 0
-        for batch in _batches(table, list(dict.fromkeys(columns)), ROWS):
-            numbers = np.arange(row, row + len(batch), dtype=np.int64)
-            paths = batch.column(image).to_pylist() if by_path else [None] * len(batch)
-            keys = batch.column(key).to_pylist() if key else [None] * len(batch)
-            raw_keys = [
-                str(given) if given is not None
-                else os.path.splitext(path)[0] if path is not None
-                else f"{table.stem}-{number:09d}"
-                for given, path, number in zip(keys, paths, numbers.tolist(), strict=True)
-            ]  # fmt: skip
-            score_lengths, scores = np.zeros(len(batch), dtype=np.int64), pa.array([], pa.float32())
-            with _reading(table):  # of numbers that do not fit 64 bits
-                label_lengths, labels = _flat(batch.column(label), f"label_column={label} of {table}", row)
-                if score:
-                    score_lengths, scores = _flat_scores(batch.column(score), f"score_column={score} of {table}")
-            yield _Part(
-                row=numbers,
-                path=pa.array([None if path is None else os.fsencode(path) for path in paths], pa.large_binary()),
-                raw_key=pa.array(raw_keys, pa.large_string()),
-                label_lengths=label_lengths,
-                labels=labels,
-                score_lengths=score_lengths,
-                scores=scores,
-            )
-            row += len(batch)
-
-    return origin, parts()
-
-
-def _list_tar(tar: Path, prefix: str, config: PackConfig) -> tuple[Origin, Iterator[_Part]]:
-    """Samples of a WebDataset tar: labels in a member `json` (`labels` and `scores`, or `label`) or `cls`."""
-
-    def parts() -> Iterator[_Part]:
-        samples = tar_samples(tar)
-        first = 0
-        while chunk := list(itertools.islice(((s["__key__"], *_labels_of(s, tar, config)) for s in samples), ROWS)):
-            keys, labels, scores = zip(*chunk, strict=True)
-            flat = [label for of in labels for label in of]
-            kinds = {type(label) for label in flat}
-            if not kinds <= {int} and not kinds <= {str}:
-                raise PackError(f"{tar} has labels of {', '.join(sorted(kind.__name__ for kind in kinds))}; give all ints or all names")
-            try:
-                values = pa.array(flat, pa.large_string() if str in kinds else pa.int64())
-                weights = pa.array([score for of in scores for score in of], pa.float32())
-            except (pa.ArrowException, OverflowError, TypeError) as error:
-                raise PackError(f"{tar} has labels or scores that are no such numbers: {error}") from None
-            yield _Part(
-                row=np.arange(first, first + len(chunk), dtype=np.int64),
-                path=pa.nulls(len(chunk), pa.large_binary()),
-                raw_key=pa.array(keys, pa.large_string()),
-                label_lengths=np.array([len(of) for of in labels], dtype=np.int64),
-                labels=values,
-                score_lengths=np.array([len(of) for of in scores], dtype=np.int64),
-                scores=weights,
-            )
-            first += len(chunk)
-
-    return Origin(prefix, tar.parent, tar), parts()
-
-
-def tar_samples(tar: Path) -> Iterator[dict[str, Any]]:
-    """The samples of a WebDataset tar, by the webdataset library's own rules; its decoders, which unpickle, are not used."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
-    try:
-        _check_end(tar)
-        with tar.open("rb") as file:
-            yield from group_by_keys(tar_file_expander([{"url": str(tar), "stream": file}]))
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise PackError(f"{tar} cannot be read: {str(error).splitlines()[0]}; write it again or leave it out") from None
-
-
-def _check_end(tar: Path) -> None:
-    """Raises TarError unless a tar ends in zeros or with its file: readers take a damaged header for the end, and what follows is lost."""
-    with tarfile.open(tar, "r:") as opened, tar.open("rb") as file:
-        for _ in opened:
-            pass
-        file.seek(opened.offset)
-        if any(file.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError(f"the header at byte {opened.offset} is damaged")
-
-
-def _labels_of(sample: dict[str, Any], tar: Path, config: PackConfig) -> tuple[list[Any], list[Any]]:
-    where = f"sample {sample['__key__']} of {tar}"
-    try:
-        told = json.loads(sample["json"]) if "json" in sample else {}
-        if not isinstance(told, dict):
-            raise PackError(f"{where} has a json that is no object; an object with `labels` works")
-        names = LABEL_COLUMNS if config.label_column is None else (config.label_column,)
-        name = next((name for name in names if name in told), None)
-        if name is None and "cls" in sample:
-            return [int(sample["cls"])], []
-    except ValueError as error:
-        raise PackError(f"{where} has a damaged label: {error}") from None
-    if name is None:
-        raise PackError(f"{where} has no label: neither a `cls` nor a `json` with {' or '.join(names)}; give label_column")
-    labels = told[name] if isinstance(told[name], list) else [told[name]]
-    scores = told.get(config.score_column or "scores") or []
-    if not isinstance(scores, list):
-        scores = [scores]
-    return labels, scores
-
-
-def is_tar(table: Path | None) -> bool:
-    """Whether a source is a tar."""
-    return table is not None and table.suffix.lower() == ".tar"
-
-
-def _choose(table: Path, schema: pa.Schema, setting: str, given: str | None, usual: tuple[str, ...]) -> str | None:
-    if given is not None and given not in schema.names:
-        raise PackError(f"{setting}={given} is not a column of {table}; its columns are {', '.join(schema.names)}")
-    return given if given is not None else next((name for name in usual if name in schema.names), None)
-
-
-def _is_list(field: pa.Field) -> bool:
-    kind = pa.types
-    return bool(kind.is_list(field.type) or kind.is_large_list(field.type) or kind.is_fixed_size_list(field.type))
-
-
-def _flat(column: pa.Array, what: str, first_row: int) -> tuple[np.ndarray, pa.Array]:
-    """Labels of a batch: how many in each row, and all of them, as int64 or large_string."""
-    lengths = np.ones(len(column), dtype=np.int64)
-    if column.null_count:
-        row = first_row + int(np.argmax(column.is_null().to_numpy(zero_copy_only=False)))
-        raise PackError(f"{what} is null in row {row}; give a label, or an empty list for none")
-    if _is_list(pa.field("", column.type)):
-        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
-        column = column.flatten()
-        if column.null_count:
-            raise PackError(f"{what} has null inside a list, near row {first_row}; leave such labels out of the list")
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-        if column.null_count:
-            raise PackError(f"{what} has null in its dictionary, near row {first_row}; give a label, or an empty list for none")
-    if pa.types.is_integer(column.type):
-        return lengths, column.cast(pa.int64())
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return lengths, column.cast(pa.large_string())
-    raise PackError(f"{what} is {column.type}; labels are ints or strings, or lists of them")
-
-
-def _flat_scores(column: pa.Array, what: str) -> tuple[np.ndarray, pa.Array]:
-    """Scores of a batch, a null row being one without scores. A null inside a list becomes NaN, which is refused."""
-    if _is_list(pa.field("", column.type)):
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        column = column.flatten()
-    else:
-        lengths = column.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)
-        column = column.drop_null()
-    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
-        raise PackError(f"{what} is {column.type}; scores are numbers, or lists of them")
-    return lengths, pc.fill_null(column.cast(pa.float32(), safe=False), float("nan"))
-
-
-def _schema(table: Path) -> pa.Schema:
-    if table.suffix.lower() == ".parquet":
-        return pq.read_schema(table)
-    if table.suffix.lower() in LIST_SUFFIXES:
-        return _text_reader(table).schema
-    with pa.memory_map(str(table)) as mapped:
-        return _ipc_reader(mapped, None).schema
-
-
-def _batches(table: Path, columns: list[str], parquet_rows: int) -> Iterator[pa.RecordBatch]:
-    """The table from front to back. In memory: a row group of Parquet, a record batch of a compressed Arrow table."""
-    for batch in _unchecked_batches(table, columns, parquet_rows):
-        with _reading(table):
-            batch.validate(full=True)  # offsets of a damaged table may point anywhere, and using them ends the process
-        yield batch
-
-
-def _unchecked_batches(table: Path, columns: list[str], parquet_rows: int) -> Iterator[pa.RecordBatch]:
-    if table.suffix.lower() == ".parquet":
-        with _reading(table), pq.ParquetFile(table) as file:
-            yield from file.iter_batches(parquet_rows, columns=columns)
-        return
-    if table.suffix.lower() in LIST_SUFFIXES:
-        with _reading(table):
-            for batch in _text_reader(table):
-                yield batch.select(columns)
-        return
-    with _reading(table), pa.memory_map(str(table)) as mapped:
-        numbers = [_ipc_reader(mapped, None).schema.names.index(name) for name in columns]
-        reader = _ipc_reader(mapped, pa.ipc.IpcReadOptions(included_fields=numbers))
-        if isinstance(reader, pa.ipc.RecordBatchFileReader):
-            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-        else:
-            yield from reader
-
-
-def _text_reader(table: Path) -> Any:
-    """A CSV, TSV or JSONL file in batches; types are those of the first megabyte, but names stay text whatever they look like."""
-    if table.suffix.lower() == ".jsonl":
-        return pa.json.open_json(table)
-    names = {name: pa.string() for name in (*BYTES_COLUMNS, *PATH_COLUMNS, *KEY_COLUMNS)}
-    parsing = pa.csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
-    return pa.csv.open_csv(
-        table, parse_options=parsing, convert_options=pa.csv.ConvertOptions(column_types=names, strings_can_be_null=True)
-    )
-
-
-def _ipc_reader(mapped: pa.MemoryMappedFile, options: pa.ipc.IpcReadOptions | None) -> Any:
-    mapped.seek(0)
-    if mapped.read(6) == b"ARROW1":
-        return pa.ipc.open_file(mapped, options=options)
-    mapped.seek(0)
-    return pa.ipc.open_stream(mapped, options=options)
-
-
-@contextmanager
-def _reading(table: Path) -> Iterator[None]:
-    """Makes one line of what pyarrow says of a damaged table."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise PackError(f"{table} cannot be read: {str(error).splitlines()[0]}; write it again or leave it out") from None
-
-
-# ---------------------------------------------------------------------------------------------------------- images
+# ---------------------------------------------------------------------------------------------------------- images--
 
 
 def in_table(origin: Origin) -> bool:
@@ -616,61 +325,5 @@ def table_images(origin: Origin) -> Iterator[bytes | Reject]:
     """All images that lie in a table or a tar, row by row."""
     if is_tar(origin.table):
         assert origin.table is not None
-        for sample in tar_samples(origin.table):
-            image = next((sample[name] for name in IMAGE_MEMBERS if name in sample), None)
-            yield image if image is not None else Reject("missing", f"no member of the sample is {', '.join(IMAGE_MEMBERS)}")
-        return
-    for column in image_cells(origin):
-        for cell in column:
-            value = cell.as_py()
-            if isinstance(value, dict):  # Hugging Face: bytes, or else a path
-                value = value.get("path") if value.get("bytes") is None else value["bytes"]
-            yield value if isinstance(value, bytes) else read_image(value, origin.root)
-
-
-def image_cells(origin: Origin) -> Iterator[pa.Array]:
-    """The column with the images of a table, some rows at a time."""
-    for batch in _batches(origin.table, [origin.image_column], 64):  # type: ignore[arg-type, list-item]
-        yield batch.column(0)
-
-
-def read_image(path: str | bytes | None, root: Path) -> bytes | Reject:
-    """An image that is a file of its own."""
-    if path is None:
-        return Reject("missing", "neither bytes nor a path (null)")
-    try:
-        descriptor = os.open(os.path.join(root, os.fsdecode(path)), os.O_RDONLY | os.O_NONBLOCK)  # so that a pipe does not hang
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                return Reject("missing", "not a plain file")
-            if status.st_size > MAX_IMAGE_BYTES:
-                return Reject("too large", f"{status.st_size} bytes, the limit is {MAX_IMAGE_BYTES}")
-            return _read_all(descriptor, status.st_size)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in PATH_ERRNOS:
-            raise
-        return Reject("missing", str(error.strerror))
-    except ValueError as error:  # a null character in the path
-        return Reject("missing", str(error))
-
-
-def _read_all(descriptor: int, size: int) -> bytes:
-    data = os.read(descriptor, size + 1)
-    while more := os.read(descriptor, 1 << 20):  # the system gave less than was asked for, or the file grows
-        data += more
-    return data
-
-
-def source_name(origin: Origin, row: int, path: bytes | None) -> str:
-    """A sample's name for people: a path, or a table's name and row."""
-    if path is None:
-        assert origin.table is not None
-        return f"{origin.prefix}{origin.table.name}#{row}"
-    return origin.prefix + _printable(path)
-
-
-def _printable(path: bytes) -> str:
-    return path.decode("utf-8", "backslashreplace")
+        return tar_images(origin.table)
+    return row_images(origin)

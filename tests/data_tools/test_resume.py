@@ -21,8 +21,8 @@ import data_tools.plan as plan_module
 import data_tools.sources as listing_module
 from data_tools.config import PackConfig, PackError
 from data_tools.images import Reject
+from data_tools.origins import Origin
 from data_tools.pack import OtherPackError, pack
-from data_tools.sources import Origin
 from data_tools.verify import verify
 
 from .conftest import make_image, tree, write_files

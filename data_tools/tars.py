@@ -1,0 +1,109 @@
+"""WebDataset tars as sources, read by the webdataset library's own rules; nothing in them is ever unpickled.
+
+Where it stands: `sources.py` asks for a tar's candidates (`list_tar`) and for its images (`tar_images`), each in one pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from data_tools.config import PackConfig, PackError
+from data_tools.images import Reject
+from data_tools.origins import ROWS, Origin, Part
+from data_tools.tables import LABEL_COLUMNS
+
+IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")  # of a sample in a tar
+
+
+def is_tar(table: Path | None) -> bool:
+    """Whether a source is a tar."""
+    return table is not None and table.suffix.lower() == ".tar"
+
+
+def list_tar(tar: Path, prefix: str, config: PackConfig) -> tuple[Origin, Iterator[Part]]:
+    """Samples of a WebDataset tar: labels in a member `json` (`labels` and `scores`, or `label`) or `cls`."""
+
+    def parts() -> Iterator[Part]:
+        samples = tar_samples(tar)
+        first = 0
+        while chunk := list(itertools.islice(((s["__key__"], *_labels_of(s, tar, config)) for s in samples), ROWS)):
+            keys, labels, scores = zip(*chunk, strict=True)
+            flat = [label for of in labels for label in of]
+            kinds = {type(label) for label in flat}
+            if not kinds <= {int} and not kinds <= {str}:
+                raise PackError(f"{tar} has labels of {', '.join(sorted(kind.__name__ for kind in kinds))}; give all ints or all names")
+            try:
+                values = pa.array(flat, pa.large_string() if str in kinds else pa.int64())
+                weights = pa.array([score for of in scores for score in of], pa.float32())
+            except (pa.ArrowException, OverflowError, TypeError) as error:
+                raise PackError(f"{tar} has labels or scores that are no such numbers: {error}") from None
+            yield Part(
+                row=np.arange(first, first + len(chunk), dtype=np.int64),
+                path=pa.nulls(len(chunk), pa.large_binary()),
+                raw_key=pa.array(keys, pa.large_string()),
+                label_lengths=np.array([len(of) for of in labels], dtype=np.int64),
+                labels=values,
+                score_lengths=np.array([len(of) for of in scores], dtype=np.int64),
+                scores=weights,
+            )
+            first += len(chunk)
+
+    return Origin(prefix, tar.parent, tar), parts()
+
+
+def tar_images(tar: Path) -> Iterator[bytes | Reject]:
+    """The image of each sample of a tar."""
+    for sample in tar_samples(tar):
+        image = next((sample[name] for name in IMAGE_MEMBERS if name in sample), None)
+        yield image if image is not None else Reject("missing", f"no member of the sample is {', '.join(IMAGE_MEMBERS)}")
+
+
+def tar_samples(tar: Path) -> Iterator[dict[str, Any]]:
+    """The samples of a WebDataset tar, by the webdataset library's own rules; its decoders, which unpickle, are not used."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    try:
+        _check_end(tar)
+        with tar.open("rb") as file:
+            yield from group_by_keys(tar_file_expander([{"url": str(tar), "stream": file}]))
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        raise PackError(f"{tar} cannot be read: {str(error).splitlines()[0]}; write it again or leave it out") from None
+
+
+def _check_end(tar: Path) -> None:
+    """Raises TarError unless a tar ends in zeros or with its file: readers take a damaged header for the end, and what follows is lost."""
+    with tarfile.open(tar, "r:") as opened, tar.open("rb") as file:
+        for _ in opened:
+            pass
+        file.seek(opened.offset)
+        if any(file.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"the header at byte {opened.offset} is damaged")
+
+
+def _labels_of(sample: dict[str, Any], tar: Path, config: PackConfig) -> tuple[list[Any], list[Any]]:
+    where = f"sample {sample['__key__']} of {tar}"
+    try:
+        told = json.loads(sample["json"]) if "json" in sample else {}
+        if not isinstance(told, dict):
+            raise PackError(f"{where} has a json that is no object; an object with `labels` works")
+        names = LABEL_COLUMNS if config.label_column is None else (config.label_column,)
+        name = next((name for name in names if name in told), None)
+        if name is None and "cls" in sample:
+            return [int(sample["cls"])], []
+    except ValueError as error:
+        raise PackError(f"{where} has a damaged label: {error}") from None
+    if name is None:
+        raise PackError(f"{where} has no label: neither a `cls` nor a `json` with {' or '.join(names)}; give label_column")
+    labels = told[name] if isinstance(told[name], list) else [told[name]]
+    scores = told.get(config.score_column or "scores") or []
+    if not isinstance(scores, list):
+        scores = [scores]
+    return labels, scores
