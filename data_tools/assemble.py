@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from data_tools import dataset as fmt
 from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset
 from data_tools.images import ACCEPTED, encoders
-from data_tools.shards import read_piece
+from data_tools.shards import Piece
 from data_tools.sources import Listing
 
 INDEX_ROWS = 2**17  # rows of a record batch of the index, or a shard more: small to hold ...
@@ -44,8 +45,29 @@ class PackResult:
     content_hash: str
 
 
-def assemble(folder: Path, split: str, pieces: list[Path], planned: int, listing: Listing, config: PackConfig) -> None:
-    """Writes all files of a split into `folder`, which holds its tars already. Raises PackError where no sample is left."""
+def assemble(
+    folder: Path,
+    split: str,
+    pieces: Iterable[Piece],
+    planned: int,
+    listing: Listing,
+    config: PackConfig,
+    *,
+    shard_names: Sequence[str] | None = None,
+    told: dict[str, Any] | None = None,
+) -> None:
+    """Writes all files of a split into `folder`, which holds its tars already. Raises PackError where no sample is left.
+
+    Args:
+        folder: what else lies in it goes away.
+        split: its name.
+        pieces: of its shards, in their order.
+        planned: samples, rejected ones counted.
+        listing: tells the classes.
+        config: tells the dataset's name.
+        shard_names: of the tars, if they are not `pack`'s own.
+        told: what dataset.json says of how the dataset was made, if `pack` did not make it.
+    """
     for left in (*folder.iterdir(), *folder.glob("shards/*/.*.partial")):  # by a start that was killed
         if left.is_dir() and left.name != "shards":
             shutil.rmtree(left)
@@ -55,14 +77,15 @@ def assemble(folder: Path, split: str, pieces: list[Path], planned: int, listing
     reasons: Counter[str] = Counter()
     example = ""
     max_labels, num_samples, num_rejects = 1, 0, 0
-    with _IndexWriter(folder, index_rows(planned)) as index, _SamplesWriter(folder) as samples, _RejectsWriter(folder) as rejects:
-        for number, file in enumerate(pieces):
-            piece = read_piece(file)
+    with IndexWriter(folder, index_rows(planned)) as index, SamplesWriter(folder) as samples, RejectsWriter(folder) as rejects:
+        for number, piece in enumerate(pieces):
             index.write(piece.rows.select(fmt.INDEX_SCHEMA.names))
             samples.write(number, piece.rows.select(fmt.SAMPLES_SCHEMA.names))
             rejects.write(piece.rejects)
             counts = {"samples": len(piece.rows), "bytes": piece.bytes, "first_sample": num_samples}
-            manifest.append({"name": fmt.shard_name(split, number), "checksum": piece.checksum, **counts})
+            manifest.append(
+                {"name": shard_names[number] if shard_names else fmt.shard_name(split, number), "checksum": piece.checksum, **counts}
+            )
             num_samples += len(piece.rows)
             num_rejects += len(piece.rejects)
             reasons.update(reject["reason"] for reject in piece.rejects)
@@ -74,7 +97,7 @@ def assemble(folder: Path, split: str, pieces: list[Path], planned: int, listing
         found = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
         raise PackError(f"no usable image is left for {split}: {found} (first: {example}); {ACCEPTED}")
 
-    _write_parquet(folder / "manifest.parquet", manifest, fmt.MANIFEST_SCHEMA)
+    write_parquet(folder / "manifest.parquet", manifest, fmt.MANIFEST_SCHEMA)
     if listing.class_names is not None:
         (folder / "classes.txt").write_text("\n".join(listing.class_names) + "\n", encoding="utf-8")
     others = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tar")
@@ -88,7 +111,7 @@ def assemble(folder: Path, split: str, pieces: list[Path], planned: int, listing
         "num_rejects": num_rejects,
         "num_classes": listing.num_classes,
         "max_labels": max_labels,
-        "made": made(config, listing.digest),
+        "made": made(config, listing.digest) if told is None else told,
         "files": {path.relative_to(folder).as_posix(): fmt.file_entry(path) for path in others},
     }
     header["content_hash"] = fmt.header_hash(header)
@@ -134,7 +157,7 @@ def index_rows(samples: int) -> int:
     return max(INDEX_ROWS, samples // INDEX_BATCHES)
 
 
-class _IndexWriter(ExitStack):
+class IndexWriter(ExitStack):
     """index.arrow, in record batches of about `rows`."""
 
     def __init__(self, folder: Path, rows: int) -> None:
@@ -145,6 +168,7 @@ class _IndexWriter(ExitStack):
         self.callback(self._flush)  # before the writer is closed
 
     def write(self, rows: pa.Table) -> None:
+        """Appends the rows of one shard."""
         self._pending.append(rows.cast(fmt.INDEX_SCHEMA))
         if sum(map(len, self._pending)) >= self._rows:
             self._flush()
@@ -155,7 +179,7 @@ class _IndexWriter(ExitStack):
         self._pending = []
 
 
-class _SamplesWriter(ExitStack):
+class SamplesWriter(ExitStack):
     """samples/*.parquet: a file for each folder of shards, a row group for each shard."""
 
     def __init__(self, folder: Path) -> None:
@@ -163,6 +187,7 @@ class _SamplesWriter(ExitStack):
         self._folder = folder
 
     def write(self, shard: int, rows: pa.Table) -> None:
+        """Appends the rows of one shard."""
         if shard % fmt.SHARDS_PER_FOLDER == 0:
             self.close()
             path = self._folder / fmt.samples_name(shard)
@@ -171,7 +196,7 @@ class _SamplesWriter(ExitStack):
         self._writer.write_table(rows.cast(fmt.SAMPLES_SCHEMA), row_group_size=max(1, len(rows)))
 
 
-class _RejectsWriter(ExitStack):
+class RejectsWriter(ExitStack):
     """rejects.parquet, if there is any."""
 
     def __init__(self, folder: Path) -> None:
@@ -180,11 +205,13 @@ class _RejectsWriter(ExitStack):
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, rejects: list[dict[str, str]]) -> None:
+        """Appends the rows of one shard."""
         if rejects:
             if self._writer is None:
                 self._writer = self.enter_context(pq.ParquetWriter(self._file, fmt.REJECTS_SCHEMA, compression="zstd"))
             self._writer.write_table(pa.Table.from_pylist(rejects, fmt.REJECTS_SCHEMA))
 
 
-def _write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+def write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """A small table, as all of a dataset are written."""
     pq.write_table(pa.Table.from_pylist(rows, schema), path, compression="zstd")

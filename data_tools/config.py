@@ -188,3 +188,57 @@ class PackConfig:
             raise PackError(f"max_side={self.max_side} must be at least min_side={self.min_side}; 512 would work, or None")
         if not 1 <= self.quality <= 100:
             raise PackError(f"quality={self.quality} must be in 1..100; 92 is usual")
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """Makes a dataset of WebDataset tars that others made, without touching them: its files go beside them."""
+
+    tars: Annotated[tuple[str, ...], Suppress]
+    """A folder with tars in it, at any depth, or tars."""
+
+    out: str | None = None
+    """Folder for the dataset's files, which then find the tars by relative paths. None: the tars' own folder."""
+
+    name: str | None = None
+    """The dataset's name. None: its folder's."""
+
+    split: str = "train"
+    """The split's name."""
+
+    label_column: str | None = None
+    """Field of a sample's `json` with its labels. None: one of the usual names, else the number in `cls` (docs/data.md)."""
+
+    score_column: str | None = None
+    """Field of a sample's `json` with a score for each label. None: `scores`."""
+
+    class_names: str | None = None
+    """Text file with a class name a line; line n (from 0) is label n. None: the sorted names found."""
+
+    num_classes: int | None = None
+    """Number of classes when labels are ints. None: the largest label + 1."""
+
+    check_images: Literal["decode", "header"] = "decode"
+    """decode: in full, as nothing less finds every damaged image; header: format, size and end marker, many times as fast."""
+
+    max_pixels: int = MAX_PIXELS
+    """Images with more pixels are left out unread (decompression bombs)."""
+
+    jobs: int = 0
+    """Processes that read tars; 0 takes the cores there are. The result does not depend on it."""
+
+    @property
+    def folder(self) -> str:
+        """Where the dataset's files go."""
+        if self.out is not None:
+            return self.out
+        return self.tars[0] if Path(self.tars[0]).is_dir() else str(Path(self.tars[0]).parent)
+
+    def check(self) -> None:
+        """Raises PackError for a value that cannot work, whatever the tars hold."""
+        if not self.tars:
+            raise PackError("no tar given; name a folder of WebDataset tars, or the tars")
+        if self.out is None and any((tar if Path(tar).is_dir() else str(Path(tar).parent)) != self.folder for tar in self.tars):
+            raise PackError("the tars lie in several folders; `--out DIR` says where the dataset's files go")
+        shared = ("split", "jobs", "num_classes", "max_pixels")
+        PackConfig(sources=self.tars, out=self.folder, **{name: getattr(self, name) for name in shared}).check()

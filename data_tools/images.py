@@ -11,6 +11,7 @@ perhaps smaller; the bytes depend on the image, the rules and `encoders()` alone
 from __future__ import annotations
 
 import io
+import re
 import struct
 from dataclasses import dataclass
 
@@ -128,7 +129,8 @@ def _size_fault(size: tuple[int, int], max_pixels: int, min_side: int) -> Reject
 
 
 def _damaged(error: Exception) -> Reject:
-    return Reject("damaged", f"{type(error).__name__}: {error}")
+    said = re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))  # an address is another one in each run
+    return Reject("damaged", f"{type(error).__name__}: {said}")
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding anew

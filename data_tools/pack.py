@@ -18,22 +18,19 @@ Invariants:
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
+import functools
 import itertools
 import json
-import multiprocessing
 import os
 import secrets
 import shutil
-import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +44,8 @@ from data_tools.durable import fsync, publish_folders, replace_file
 from data_tools.images import Reject
 from data_tools.origins import read_image
 from data_tools.plan import Plan, Spill, bucket_number, make_plans
-from data_tools.shards import write_shard
+from data_tools.processes import in_processes
+from data_tools.shards import read_piece, write_shard
 from data_tools.sizes import digest_of, planned_ends
 from data_tools.sources import Listing, in_table, list_sources
 
@@ -78,12 +76,14 @@ def pack(config: PackConfig, progress: Progress | None = None) -> tuple[PackResu
             if not assembled.is_file():
                 with _scratch(work, config) as scratch, warnings.catch_warnings():
                     warnings.filterwarnings("ignore", module="PIL")  # odd metadata, and bombs, which have a limit of their own
-                    job = _prepare(config, work, scratch)
-                    _write_shards(job, config, progress)
+                    job = prepare(config, work, scratch)
+                    write_shards(job, config, progress)
                     if config.task is not None:
                         return ()
                     for split in config.splits:
-                        assemble(work / split / "dataset", split, job.pieces(split), len(job.plans[split]), job.listing, config)
+                        assemble(
+                            work / split / "dataset", split, map(read_piece, job.pieces(split)), len(job.plans[split]), job.listing, config
+                        )
                 replace_file(assembled, "")
             _check_settings(config, work, None)
             _publish(work, out, config)
@@ -246,7 +246,7 @@ def _check_settings(config: PackConfig, work: Path, sources: dict[str, Any] | No
         raise OtherPackError(f"the sources are not those that {work} was begun with ({changed}); restore them, or remove it to start anew")
 
 
-def _prepare(config: PackConfig, work: Path, scratch: Path) -> _Job:
+def prepare(config: PackConfig, work: Path, scratch: Path) -> _Job:
     """Lists and plans, and makes sure that the sources of work that is there have not changed."""
     if (work / "job.json").is_file():
         _check_settings(config, work, None)  # before the listing, which may be long
@@ -306,8 +306,8 @@ def _publish(work: Path, out: Path, config: PackConfig) -> None:
 # ------------------------------------------------------------------------------------------------- writing
 
 
-def _write_shards(job: _Job, config: PackConfig, progress: Progress | None) -> None:
-    """Writes what this task's share lacks, in as many processes as are worth it."""
+def write_shards(job: _Job, config: PackConfig, progress: Progress | None) -> None:
+    """Writes what this task's share of the job's shards lacks, in as many processes as are worth it."""
     mine = share_of(job.shards, *config.share)
     todo = [shard for shard in mine if not job.piece(shard).is_file()]
     images = sum(shard.end - shard.first for shard in todo)
@@ -327,13 +327,13 @@ def _write_shards(job: _Job, config: PackConfig, progress: Progress | None) -> N
 
     processes = min(config.jobs or max(1, min(len(os.sched_getaffinity(0)), images // IMAGES_A_PROCESS)), len(todo))
     if processes > 1:
-        _in_processes(processes, job, todo, config, spill, tell)
+        in_processes(processes, functools.partial(_write_shard, job, config=config, spill=spill), todo, tell)
     else:
         for shard in todo:
-            _write_shard(job, shard, config, spill, lambda rejected: tell(1, int(rejected)))
+            _write_shard(job, shard, lambda rejected: tell(1, int(rejected)), config, spill)
 
 
-def _write_shard(job: _Job, shard: _Shard, config: PackConfig, spill: Spill | None, tell: Callable[[bool], None]) -> None:
+def _write_shard(job: _Job, shard: _Shard, tell: Callable[[int], None], config: PackConfig, spill: Spill | None) -> None:
     plan = job.plans[shard.split]
     planned = plan.rows(shard.first, shard.end)
     write_shard(job.tar(shard), job.piece(shard), planned, _images(job, shard, planned, spill), job.listing.origins, config, tell)
@@ -351,74 +351,3 @@ def _images(job: _Job, shard: _Shard, planned: pa.Table, spill: Spill | None) ->
             else:
                 assert spill is not None
                 yield spill.read(place, job.bucket(shard.split, bucket))
-
-
-def _in_processes(
-    count: int, job: _Job, todo: list[_Shard], config: PackConfig, spill: Spill | None, tell: Callable[[int, int], None]
-) -> None:  # fmt: skip
-    """Shares the shards out to processes, each taking the next one that nobody has; however it ends, all processes have ended."""
-    context = multiprocessing.get_context("spawn")  # pyarrow's threads do not survive a fork
-    following = context.Value("q", 0)
-    processes, told = [], []
-    try:
-        for _ in range(count):
-            here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(there, os.getpid(), following, job, todo, config, spill), daemon=True)
-            process.start()
-            there.close()
-            processes.append(process)
-            told.append(here)
-        open_pipes = list(told)
-        while open_pipes:
-            for pipe in wait(open_pipes):
-                assert isinstance(pipe, Connection)
-                try:
-                    said = pipe.recv()
-                except EOFError:
-                    open_pipes.remove(pipe)
-                    process = processes[told.index(pipe)]
-                    process.join()
-                    if process.exitcode:
-                        raise OSError(f"a packing process ended with status {process.exitcode}; the same command goes on") from None
-                    continue
-                if isinstance(said, BaseException):
-                    raise said
-                tell(*said)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def _work(
-    told: Connection, parent: int, following: Any, job: _Job, todo: list[_Shard], config: PackConfig, spill: Spill | None
-) -> None:  # fmt: skip
-    """One process: writes the shards that it gets hold of."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed pack leaves nobody behind who writes on
-    if os.getppid() != parent:
-        os._exit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends all
-    warnings.filterwarnings("ignore", module="PIL")
-    counts = [0, 0]
-
-    def tell(rejected: bool) -> None:
-        counts[0] += 1
-        counts[1] += rejected
-        if counts[0] == 100:  # a message an image would cost more than the image
-            send()
-
-    def send() -> None:
-        told.send(tuple(counts))
-        counts[:] = 0, 0
-
-    try:
-        while True:
-            with following.get_lock():
-                number = following.value
-                following.value += 1
-            if number >= len(todo):
-                return
-            _write_shard(job, todo[number], config, spill, tell)
-            send()
-    except BaseException as error:
-        told.send(error)

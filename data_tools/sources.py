@@ -15,7 +15,7 @@ Left to others: whether bytes are a good image, which sample goes where.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +94,23 @@ def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
 
 def list_sources(config: PackConfig, sibling: Dataset | None, folder: Path) -> Listing:
     """Lists and checks all sources, in files in `folder`. `sibling` is another split of the same output, whose classes are then used."""
-    origins, num_samples, found = _write_raw(config, folder / "raw.arrows")
+    class_folders: set[str] = set()
+    return make_listing(_listed(config, class_folders), class_folders, config, sibling, folder)
+
+
+def make_listing(
+    listed: Iterable[tuple[Origin, Iterable[Part]]], class_names: set[str], config: PackConfig, sibling: Dataset | None, folder: Path
+) -> Listing:
+    """The listing of the candidates of these origins. Raises PackError where their labels are none of the classes.
+
+    Args:
+        listed: the origins, each with its candidates.
+        class_names: that are there even if no candidate has them; looked at after the last origin.
+        config: tells the classes, where it is not left to the candidates.
+        sibling: another split, whose classes are then used.
+        folder: for the listing's files.
+    """
+    origins, num_samples, found = _write_raw(listed, class_names, config.class_map, folder / "raw.arrows")
     if not num_samples:
         raise PackError(f"no images in {', '.join(config.sources)}; give a folder of class folders or a table with rows")
     classes = settle_classes(found, config, sibling)
@@ -113,45 +129,51 @@ def list_sources(config: PackConfig, sibling: Dataset | None, folder: Path) -> L
     return Listing(tuple(origins), listing, num_samples, classes.names, classes.number, xxhash.xxh3_128_hexdigest(told.encode()))
 
 
-def _write_raw(config: PackConfig, file: Path) -> tuple[list[Origin], int, Found]:
+def _listed(config: PackConfig, class_folders: set[str]) -> Iterator[tuple[Origin, Iterable[Part]]]:
+    """The origins of all sources with their candidates; names of class folders are added to `class_folders`."""
+    for text in config.sources:
+        source = Path(text)
+        prefix = f"{source.resolve().name}/" if len(config.sources) > 1 else ""
+        tables = _tables(source)
+        if not tables:
+            _check_class_folders(source, config)
+            class_folders.update(entry.name for entry in _entries(source) if entry.is_dir())
+            yield Origin(prefix, source), _list_folder(source)
+        for table in tables:
+            yield list_tar(table, prefix, config) if is_tar(table) else list_table(table, prefix, config)
+
+
+def _write_raw(
+    listed: Iterable[tuple[Origin, Iterable[Part]]], class_names: set[str], map_file: str | None, file: Path
+) -> tuple[list[Origin], int, Found]:
     """Writes all candidates as they come, and says what there is."""
     origins: list[Origin] = []
     names: set[str] = set()
-    class_folders: set[str] = set()
     kinds: set[pa.DataType] = set()
     largest, place = None, 0
-    class_map = read_class_map(config.class_map) if config.class_map is not None else None
+    class_map = read_class_map(map_file) if map_file is not None else None
     with pa.OSFile(str(file), "wb") as opened, pa.ipc.new_stream(opened, _RAW_SCHEMA) as writer:
-        for text in config.sources:
-            source = Path(text)
-            prefix = f"{source.resolve().name}/" if len(config.sources) > 1 else ""
-            tables = _tables(source)
-            if not tables:
-                _check_class_folders(source, config)
-                class_folders.update(entry.name for entry in _entries(source) if entry.is_dir())
-            listed = [list_tar(table, prefix, config) if is_tar(table) else list_table(table, prefix, config) for table in tables]
-            listed = listed or [(Origin(prefix, source), _list_folder(source))]
-            for origin, parts in listed:
-                for part in parts:
-                    if class_map is not None:
-                        part = _mapped(part, origin, class_map)
-                    if len(part.labels):
-                        kinds.add(part.labels.type)
-                        if pa.types.is_large_string(part.labels.type):
-                            names.update(pc.unique(part.labels).to_pylist())
-                        else:
-                            largest = max(pc.max(part.labels).as_py(), -1 if largest is None else largest)
-                    if len(kinds) > 1:
-                        raise PackError("some sources have numbers as labels and some have names; give all of them names or all numbers")
-                    batch = _raw_batch(part, len(origins), place)
-                    place += len(batch)
-                    for start in range(0, len(batch), ROWS):
-                        writer.write_batch(batch.slice(start, ROWS))
-                origins.append(origin)
+        for origin, parts in listed:
+            for part in parts:
+                if class_map is not None:
+                    part = _mapped(part, origin, class_map)
+                if len(part.labels):
+                    kinds.add(part.labels.type)
+                    if pa.types.is_large_string(part.labels.type):
+                        names.update(pc.unique(part.labels).to_pylist())
+                    else:
+                        largest = max(pc.max(part.labels).as_py(), -1 if largest is None else largest)
+                if len(kinds) > 1:
+                    raise PackError("some sources have numbers as labels and some have names; give all of them names or all numbers")
+                batch = _raw_batch(part, len(origins), place)
+                place += len(batch)
+                for start in range(0, len(batch), ROWS):
+                    writer.write_batch(batch.slice(start, ROWS))
+            origins.append(origin)
     if class_map is not None:
         return origins, place, class_map.found
-    named = bool(class_folders) or pa.large_string() in kinds
-    return origins, place, Found(frozenset(names | class_folders) if named else None, largest)
+    named = bool(class_names) or pa.large_string() in kinds
+    return origins, place, Found(frozenset(names | class_names) if named else None, largest)
 
 
 def _mapped(part: Part, origin: Origin, class_map: ClassMap) -> Part:

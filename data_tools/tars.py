@@ -34,7 +34,7 @@ def list_tar(tar: Path, prefix: str, config: PackConfig) -> tuple[Origin, Iterat
     def parts() -> Iterator[Part]:
         samples = tar_samples(tar)
         first = 0
-        while chunk := list(itertools.islice(((s["__key__"], *_labels_of(s, tar, config)) for s in samples), ROWS)):
+        while chunk := list(itertools.islice(((s["__key__"], *labels_of(s, tar, config)) for s in samples), ROWS)):
             keys, labels, scores = zip(*chunk, strict=True)
             flat = [label for of in labels for label in of]
             kinds = {type(label) for label in flat}
@@ -43,7 +43,7 @@ def list_tar(tar: Path, prefix: str, config: PackConfig) -> tuple[Origin, Iterat
             try:
                 values = pa.array(flat, pa.large_string() if str in kinds else pa.int64())
                 weights = pa.array([score for of in scores for score in of], pa.float32())
-            except (pa.ArrowException, OverflowError, TypeError) as error:
+            except (pa.ArrowException, OverflowError, TypeError, UnicodeEncodeError) as error:
                 raise PackError(f"{tar} has labels or scores that are no such numbers: {error}") from None
             yield Part(
                 row=np.arange(first, first + len(chunk), dtype=np.int64),
@@ -88,7 +88,8 @@ def _check_end(tar: Path) -> None:
             raise tarfile.ReadError(f"the header at byte {opened.offset} is damaged")
 
 
-def _labels_of(sample: dict[str, Any], tar: Path, config: PackConfig) -> tuple[list[Any], list[Any]]:
+def labels_of(sample: dict[str, Any], tar: Path, config: PackConfig) -> tuple[list[Any], list[Any]]:
+    """Labels and scores of a sample, as its `json` or `cls` tells them. Raises PackError where neither does."""
     where = f"sample {sample['__key__']} of {tar}"
     try:
         told = json.loads(sample["json"]) if "json" in sample else {}

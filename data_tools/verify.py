@@ -3,7 +3,7 @@
 Where it stands: `dataset.py` says what the files are; here all of them are read. A dataset in which `verify` finds nothing is bit for bit
 the one whose name is its content hash. Where a tar is damaged, its samples are looked at one by one, so that one knows which are lost.
 
-Left to others: mending (copy the file again, or pack again).
+Left to others: mending (`repair.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from data_tools import dataset as fmt
 from data_tools import overlay
 from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.images import decode as decode_image
+from data_tools.peer_indices import index_file, kinds_beside, wrong_indices
 
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
@@ -61,7 +62,7 @@ def verify(path: Path, *, jobs: int = 0, decode: bool = False, share: float = 1.
     if not 0 < share <= 1:
         raise DatasetError(f"share={share:g} must lie in (0, 1]; 1 reads all tars")
     header = fmt.read_header(path)
-    problems = [problem for name, entry in sorted(header["files"].items()) if (problem := _check_file(path, name, entry))]
+    problems = [problem for name, entry in sorted(header["files"].items()) if (problem := check_file(path, name, entry))]
     damaged = {problem.file for problem in problems}
     overlays, faults = _check_overlays(path, header)
     problems += faults
@@ -70,11 +71,14 @@ def verify(path: Path, *, jobs: int = 0, decode: bool = False, share: float = 1.
     if "manifest.parquet" not in damaged:
         manifest = pq.read_table(path / "manifest.parquet").to_pylist()
         chosen = [shard for shard in manifest if xxhash.xxh3_64_intdigest(shard["name"].encode()) < share * 2**64]
-        problems += _strangers(path, header, manifest)
+        indices = kinds_beside(path / shard["name"] for shard in manifest)
+        problems += _strangers(path, header, manifest, indices)
         dataset = None if damaged else Dataset.open(path, overlays=(), check_shards=False)  # what is removed must be sound too
         total = tables_read + sum(shard["bytes"] for shard in chosen)
         with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
-            for shard, (found, decoded) in zip(chosen, pool.map(lambda s: _check_shard(path, s, dataset, decode), chosen), strict=True):
+            for shard, (found, decoded) in zip(
+                chosen, pool.map(lambda s: _check_shard(path, s, dataset, decode, indices), chosen), strict=True
+            ):
                 problems += found
                 counts["files"] += 1
                 counts["samples"] += shard["samples"]
@@ -85,7 +89,8 @@ def verify(path: Path, *, jobs: int = 0, decode: bool = False, share: float = 1.
     return Report(path=str(path), content_hash=header["content_hash"], problems=tuple(problems), **counts)
 
 
-def _check_file(path: Path, name: str, entry: dict[str, Any]) -> Problem | None:
+def check_file(path: Path, name: str, entry: dict[str, Any]) -> Problem | None:
+    """What is wrong with a file that dataset.json names."""
     file = path / name
     if not file.is_file():
         return Problem(name, "is missing")
@@ -114,18 +119,24 @@ def _check_overlays(path: Path, header: dict[str, Any]) -> tuple[int, list[Probl
     return len(files), problems
 
 
-def _strangers(path: Path, header: dict[str, Any], manifest: list[dict[str, Any]]) -> list[Problem]:
-    """Files that belong to nothing; overlays are looked at apart, and what `data dedup` keeps counts for nothing."""
+def _strangers(path: Path, header: dict[str, Any], manifest: list[dict[str, Any]], indices: tuple[str, ...]) -> list[Problem]:
+    """Files that belong to nothing; overlays are looked at apart, and beside tars that others made there may be anything."""
+    if header["made"].get("by") != "vitscale pack":
+        return []
     known = {"dataset.json", *header["files"], *(shard["name"] for shard in manifest)}
+    known |= {index_file(Path(shard["name"]), kind).as_posix() for shard in manifest for kind in indices}
     there = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink())
+    others = (".nv-meta/", ".repairing/", ".dedup/")  # of `energon prepare`, `data repair`, `data dedup`
     return [
         Problem(name, "is not a file of this dataset")
         for name in sorted(there)
-        if name not in known and not name.startswith(".dedup/") and Path(name).parent != Path(overlay.FOLDER)
+        if name not in known and not name.startswith(others) and Path(name).parent != Path(overlay.FOLDER)
     ]
 
 
-def _check_shard(path: Path, shard: dict[str, Any], dataset: Dataset | None, decode: bool) -> tuple[list[Problem], int]:
+def _check_shard(
+    path: Path, shard: dict[str, Any], dataset: Dataset | None, decode: bool, indices: tuple[str, ...]
+) -> tuple[list[Problem], int]:  # fmt: skip
     """What is wrong with a tar, and how many images were decoded."""
     name, file = shard["name"], path / shard["name"]
     if not file.is_file():
@@ -138,8 +149,12 @@ def _check_shard(path: Path, shard: dict[str, Any], dataset: Dataset | None, dec
             digest.update(block)
     if not problems and digest.hexdigest() != shard["checksum"]:
         problems.append(Problem(name, "does not have the xxh3_128 in the manifest"))
+    if not problems:  # of a damaged tar nothing can be said of its indices
+        wrong = wrong_indices(file, indices)
+        problems += [Problem(index_file(Path(name), kind).as_posix(), what) for kind, what in wrong.items()]
+    sound = not any(problem.file == name for problem in problems)
     decoded = 0
-    if dataset is not None and (problems or decode):
+    if dataset is not None and (not sound or decode):
         for sample in range(shard["first_sample"], shard["first_sample"] + shard["samples"]):
             try:
                 image = dataset.read(sample)

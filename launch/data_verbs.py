@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from data_tools.config import PackConfig
+from data_tools.config import IndexConfig, PackConfig
 from launch.flags import UsageError, parse
 from launch.terminal import Json, Verb, VerbError, print_json, progress_bar
 
@@ -95,7 +95,7 @@ def data_verify(words: list[str]) -> None:
         read = f"{counted(report.files, 'file')}, {counted(report.samples, 'sample')}, {report.bytes / 1e6:,.1f} MB{decoded}"
         print(f"{flags.dataset}: {read}; {'all as packed' if not report.problems else counted(len(report.problems), 'problem')}")
     if report.problems:
-        raise VerbError(f"{flags.dataset} is damaged ({report.problems[0].file} first); copy those files again, or pack again")
+        raise VerbError(f"{flags.dataset} is damaged ({report.problems[0].file} first); `vitscale data repair` makes good what it can")
 
 
 @dataclass(frozen=True)
@@ -299,11 +299,127 @@ def data_preview(words: list[str]) -> None:
         print(f"wrote {flags.html}")
 
 
+@dataclass(frozen=True)
+class IndexFlags:
+    """Flags of `vitscale data index`."""
+
+    tars: Annotated[
+        Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="TARS", help="A folder with WebDataset tars in it, or tars; or a dataset that is there."),
+    ]
+    config: Annotated[IndexConfig, tyro.conf.arg(name="")] = IndexConfig(tars=())  # noqa: RUF009 - frozen
+    dali: bool = False
+    """Also write an index for DALI beside each tar, X.idx."""
+    energon: bool = False
+    """Also write an index for Megatron-Energon beside each tar, X.tar.idx."""
+    json: Json = False
+
+
+def data_index(words: list[str]) -> None:
+    """A dataset of tars that others made, which stay as they are; DALI's and Energon's indices."""
+    flags = parse(IndexFlags, words, "data index", description=IndexConfig.__doc__)
+    if not flags.tars:
+        raise UsageError("`vitscale data index` needs a folder of tars, or tars; `vitscale data index laion-tars/` is one use")
+    from data_tools.dataset import Dataset, read_header
+    from data_tools.index import BY, index
+    from data_tools.peer_indices import DALI, ENERGON, write_indices
+    from vitscale.metrics import counted
+
+    config = dataclasses.replace(flags.config, tars=flags.tars)
+    folder = Path(config.folder)
+    kinds = [kind for kind, asked in ((DALI, flags.dali), (ENERGON, flags.energon)) if asked]
+    said: dict[str, object] = {}
+    packed = len(flags.tars) == 1 and (folder / "dataset.json").is_file() and read_header(folder)["made"].get("by") != BY
+    if packed and not kinds:
+        raise UsageError(f"{folder} has its index already; `--dali` and `--energon` write those of other readers")
+    if not packed:
+        with progress_bar("indexing", quiet=flags.json) as update:
+            result = index(config, update)
+        said = dataclasses.asdict(result)
+        if not flags.json:
+            size = f"{counted(result.shards, 'tar')}, {result.classes} classes, {result.bytes / 1e6:,.1f} MB"
+            print(f"{result.path}: {counted(result.samples, 'sample')} in {size}")
+            if result.rejects:
+                reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
+                print(f"{result.path}: {counted(result.rejects, 'sample')} left out ({reasons}); rejects.parquet names them")
+    if kinds:
+        dataset = Dataset.open(folder)
+        with progress_bar("indices", quiet=flags.json) as update:
+            written = write_indices([folder / name for name in dataset.shard_names], kinds, config.jobs, update)
+        said["indices"] = dataclasses.asdict(written)
+        if not flags.json:
+            print(f"{folder}: {counted(written.written, 'index file')} of other readers written, {written.there} were there")
+    if flags.json:
+        print_json(said)
+
+
+@dataclass(frozen=True)
+class RepairFlags:
+    """Makes good what `data verify` finds, and replaces nothing but by the very bytes that were lost. Status 1 if anything stays broken."""
+
+    dataset: Split
+    sources: Annotated[
+        Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="SOURCE", help="What the dataset was packed from, in the same order, or a copy of the dataset."),
+    ] = ()
+    image_root: str | None = None
+    """As it was packed with."""
+    class_map: str | None = None
+    """As it was packed with."""
+    content_hash: str | None = None
+    """Which dataset it is, if dataset.json does not say it any more; a run's run.json does."""
+    retire: bool = False
+    """Remove samples that stay lost by an overlay: numbering and identity of the dataset stay, training replaces them."""
+    dry_run: bool = False
+    """Tell what would be tried, and change nothing."""
+    jobs: int = 0
+    """Processes; 0 takes the cores there are."""
+    json: Json = False
+
+
+def data_repair(words: list[str]) -> None:
+    """Makes good what `data verify` finds, from the tars, a copy or the sources."""
+    flags = parse(RepairFlags, words, "data repair")
+    from data_tools.repair import repair
+    from vitscale.metrics import counted
+
+    with progress_bar("repairing", quiet=flags.json) as update:
+        report = repair(
+            Path(flags.dataset),
+            flags.sources,
+            image_root=flags.image_root,
+            class_map=flags.class_map,
+            content_hash=flags.content_hash,
+            retire=flags.retire,
+            dry_run=flags.dry_run,
+            jobs=flags.jobs,
+            progress=lambda _, done, total: update(done, total),
+        )
+    if flags.json:
+        print_json(dataclasses.asdict(report))
+    else:
+        for mended in report.mended:
+            print(f"{flags.dataset}/{mended.file}: {mended.how}")
+        for problem in report.broken:
+            sample = f" sample {problem.sample} (key {problem.key}):" if problem.sample is not None else ""
+            print(f"{flags.dataset}/{problem.file}:{sample} {problem.what}")
+        left = len({problem.file for problem in report.broken})
+        retired = f", {counted(report.retired, 'sample')} retired" if report.retired else ""
+        done = "would be mended" if flags.dry_run else "mended"
+        print(f"{flags.dataset}: {counted(len(report.mended), 'file')} {done}{retired}, {left} still broken")
+    if report.broken:
+        raise VerbError(
+            f"{flags.dataset} is damaged still ({report.broken[0].file} first); give SOURCE or a copy, or `--retire` what is lost"
+        )
+
+
 DATA_VERBS: dict[str, Verb] = {
     "pack": pack,
+    "data index": data_index,
     "data overlay": data_overlay,
     "data dedup": data_dedup,
     "data verify": data_verify,
     "data stats": data_stats,
     "data preview": data_preview,
+    "data repair": data_repair,
 }

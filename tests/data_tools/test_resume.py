@@ -156,7 +156,7 @@ def test_a_process_that_is_killed_ends_the_pack_and_the_same_command_goes_on(tmp
         if workers:
             os.kill(workers[0], signal.SIGKILL)
 
-    with pytest.raises(OSError, match="a packing process ended with status -9; the same command goes on"):
+    with pytest.raises(OSError, match="a worker process ended with status -9; the same command goes on"):
         pack(PackConfig(out=str(tmp_path / "out"), jobs=2, **config), kill_one)  # type: ignore[arg-type]
     pack(PackConfig(out=str(tmp_path / "out"), jobs=2, **config))  # type: ignore[arg-type]
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")

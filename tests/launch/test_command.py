@@ -57,7 +57,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 # What is typed, where DATA, RUN and TMP stand for a dataset, a finished run and an empty folder; and what the one line must say.
 BAD_INPUT = {
-    "pretrian": "(perhaps `vitscale pretrain` was meant); there are pack, data ",
+    "pretrian": "(perhaps `vitscale pretrain` was meant); there are pack, data index, data ",
     "checkpoint shwo RUN": "is not a verb (perhaps `vitscale checkpoint show` was meant); there are checkpoint show, checkpoint export",
     "pretrain": "needs a recipe as its first word; there are vit-b32-jft300m",
     "pretrain vit-h15": "no recipe is called 'vit-h15'; there are",
