@@ -24,6 +24,7 @@ from data_tools.dataset import Dataset
 from data_tools.images import ACCEPTED, encoders
 from data_tools.shards import Piece
 from data_tools.sources import Listing
+from data_tools.storage import Location, Url
 
 INDEX_ROWS = 2**17  # rows of a record batch of the index, or a shard more: small to hold ...
 INDEX_BATCHES = 128  # ... but no more batches than about this, because each costs those who open it
@@ -34,7 +35,7 @@ class PackResult:
     """What became of one split. `reasons` counts the rejects by reason; rejects.parquet names each."""
 
     split: str
-    path: Path
+    path: Location
     samples: int
     shards: int
     rejects: int
@@ -118,16 +119,16 @@ def assemble(
     (folder / "dataset.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
 
-def result_of(folder: Path) -> PackResult:
-    """What became of a split that is in place."""
-    dataset = Dataset.open(folder)
+def result_of(folder: Path, url: Url | None = None) -> PackResult:
+    """What became of a split that is in place; or of one that is elsewhere, but for its tars and the names of its samples."""
     header = fmt.read_header(folder)
+    dataset = Dataset.open(folder) if url is None else Dataset(folder, header)
     rejects = folder / "rejects.parquet"
     reasons = Counter(pq.read_table(rejects, columns=["reason"])["reason"].to_pylist()) if rejects.is_file() else Counter()
     used = dataset.used_classes()
     return PackResult(
         split=dataset.split,
-        path=folder,
+        path=folder if url is None else url,
         samples=dataset.num_samples,
         shards=len(dataset.shard_names),
         rejects=header["num_rejects"],
@@ -140,7 +141,7 @@ def result_of(folder: Path) -> PackResult:
 
 
 # Where things lay, where they go and who does the work must not change the content hash.
-NOT_TOLD = ("sources", "out", "name", "split", "image_root", "class_map", "class_names", "jobs", "task")
+NOT_TOLD = ("sources", "out", "name", "split", "image_root", "class_map", "class_names", "jobs", "task", "work", "requests")
 
 
 def made(config: PackConfig, listing: str | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tyro.conf import Suppress  # the command line takes these as positional wor
 from tyro.constructors import PrimitiveConstructorSpec
 
 from data_tools.errors import UserError
+from data_tools.storage import Url, location
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: 256 MiB as RGB
 MAX_PIXELS_LIMIT = 2 * MAX_PIXELS  # Pillow itself refuses more, here and in training
@@ -49,10 +50,11 @@ class PackConfig:
     """Packs images and labels into a dataset directory: OUT/train and OUT/val, or one split of them."""
 
     sources: Annotated[tuple[str, ...], Suppress]
-    """A folder of class folders; Parquet, Arrow (Feather, IPC), CSV, TSV or JSONL tables; WebDataset tars; or folders of tables or tars."""
+    """A folder of class folders; Parquet, Arrow (Feather, IPC), CSV, TSV or JSONL tables; WebDataset tars; or folders of tables or tars.
+    Any of them may be a URL: s3://, gs://, az://; https:// for a table or a tar."""
 
     out: Annotated[str, Suppress]
-    """Folder that gets a subfolder for each split. Existing splits are never touched."""
+    """Folder that gets a subfolder for each split, here or in object storage (s3://bucket/folder). Existing splits are never touched."""
 
     split: str = "train"
     """The split's name, if all samples go into one (val_fraction 0)."""
@@ -76,7 +78,7 @@ class PackConfig:
     """Table column with the image's bytes, path, or {bytes, path}. None: one of the usual names (docs/data.md)."""
 
     image_root: str | None = None
-    """Folder that paths in a table start from. None: the table's own folder."""
+    """Folder or URL that paths in a table start from. None: the table's own folder."""
 
     label_column: str | None = None
     """Table column with labels: ints or names, or a list of either. None: one of the usual names."""
@@ -107,6 +109,13 @@ class PackConfig:
     """I/N, I from 0: do this share of the shards only, as one of N tasks on any machines that see OUT. The same command without --task does
     what is left and puts the dataset together."""
 
+    work: str | None = None
+    """Folder for the work where OUT is a URL: listing, plan, locks, and each tar until it is put in OUT; with the same one a pack goes on.
+    Tasks need one that all of them see."""
+
+    requests: int = 32
+    """Requests to object storage at once, in each process."""
+
     check_images: Literal["decode", "header"] = "decode"
     """decode: in full, as nothing less finds every damaged image; header: format, size and end marker, many times as fast."""
 
@@ -128,7 +137,8 @@ class PackConfig:
     @property
     def source_names(self) -> list[str]:
         """The sources by their last names, wherever they lie."""
-        return [Path(source).resolve().name for source in self.sources]
+        places = [location(source) for source in self.sources]
+        return [place.name if isinstance(place, Url) else place.resolve().name for place in places]
 
     @property
     def dataset_name(self) -> str:
@@ -172,6 +182,7 @@ class PackConfig:
             raise PackError(f"samples_per_shard={self.samples_per_shard} must be at least 1; 10000 is usual")
         if self.shard_bytes is not None and self.shard_bytes < 1:
             raise PackError(f"shard_bytes={self.shard_bytes} must be at least 1; 1GB is usual")
+        self._check_places()
         if self.jobs < 0:
             raise PackError(f"jobs={self.jobs} must be at least 0; 0 takes the cores there are")
         if self.task is not None and not (re.fullmatch(r"\d{1,6}/[1-9]\d{0,5}", self.task) and self.share[0] < self.share[1]):
@@ -188,6 +199,19 @@ class PackConfig:
             raise PackError(f"max_side={self.max_side} must be at least min_side={self.min_side}; 512 would work, or None")
         if not 1 <= self.quality <= 100:
             raise PackError(f"quality={self.quality} must be in 1..100; 92 is usual")
+
+    def _check_places(self) -> None:
+        for source in self.sources:
+            location(source)  # raises where it is no URL
+        out = location(self.out)
+        if not isinstance(out, Url) and self.work is not None:
+            raise PackError(f"work={self.work} is for an OUT in object storage; a local one keeps the work in {self.out}, so leave it out")
+        if isinstance(out, Url) and out.on_web:
+            raise PackError(f"out={out} cannot be written to; give a folder, or s3://, gs:// or az:// and a bucket")
+        if isinstance(out, Url) and self.work is None:
+            raise PackError(f"out={out} is in object storage, so work needs a folder here to go on from; --work /scratch/pack would work")
+        if not 1 <= self.requests <= 1024:
+            raise PackError(f"requests={self.requests} must be in 1..1024; 32 is usual")
 
 
 @dataclass(frozen=True)

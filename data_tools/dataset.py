@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ import xxhash
 
 from data_tools.errors import UserError
 from data_tools.overlay import Lists, Overlay, overlay_names, read_overlays
+from data_tools.storage import Location
 
 FORMAT = "vitscale-dataset"
 FORMAT_VERSION = 1
@@ -138,6 +140,11 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
+def bytes_entry(data: bytes) -> dict[str, Any]:
+    """The same of a file's bytes."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def splits_in(path: Path) -> list[Path]:
     """The dataset directories right below `path`; what a killed `pack` left has a hidden name."""
     return sorted(file.parent for file in path.glob("*/dataset.json") if not file.parent.name.startswith("."))
@@ -145,13 +152,21 @@ def splits_in(path: Path) -> list[Path]:
 
 def read_header(path: Path) -> dict[str, Any]:
     """dataset.json of one split's directory, its own hash checked."""
+    if url := re.match(r"([a-z0-9]+):/+(?=[^/])", str(path)):  # a Path has one slash left
+        place = f"{url[1]}://{str(path)[url.end() :]}"
+        raise DatasetError(f"{place} is not read from where it is; copy it to a disk, as with `aws s3 sync {place} DIR`, and give that")
     file = path / "dataset.json"
     if not file.is_file():
         splits = ", ".join(str(split) for split in splits_in(path))
         hint = f"open one of its splits: {splits}" if splits else "give a directory that `vitscale pack` wrote"
         raise DatasetError(f"{path} is not a dataset: it has no dataset.json; {hint}")
+    return parse_header(file.read_bytes(), file)
+
+
+def parse_header(data: bytes, file: Location) -> dict[str, Any]:
+    """A dataset.json that lies in `file`, its own hash checked."""
     try:
-        header = json.loads(file.read_bytes())
+        header = json.loads(data)
     except ValueError as error:
         raise DatasetError(f"{file} is damaged: {error}; restore it or pack again") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
@@ -469,7 +484,12 @@ def _reopen(path: Path, content_hash: str, overlays: tuple[str, ...]) -> Dataset
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
-    return tuple(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+    return parse_classes(path.read_bytes())
+
+
+def parse_classes(data: bytes) -> tuple[str, ...]:
+    """The class names in the bytes of a classes.txt."""
+    return tuple(data.decode().removesuffix("\n").split("\n"))
 
 
 def _read_keys(path: str, row_group: int) -> pa.Array:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_tools.config import PackConfig, PackError
-from data_tools.dataset import Dataset
+from data_tools.storage import Location
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,16 @@ class Classes:
     where: str
 
 
-def settle_classes(found: Found, config: PackConfig, sibling: Dataset | None) -> Classes:
+@dataclass(frozen=True)
+class Sibling:
+    """Another split of the same output, whose classes the new one must share."""
+
+    path: Location
+    class_names: tuple[str, ...] | None
+    num_classes: int
+
+
+def settle_classes(found: Found, config: PackConfig, sibling: Sibling | None) -> Classes:
     """The classes that the config, another split of the same output or the labels themselves give. Raises PackError."""
     names, where = None, "the labels found" if config.class_map is None else config.class_map
     if config.class_names is not None:

@@ -37,17 +37,20 @@ from typing import Any
 import pyarrow as pa
 
 from data_tools import dataset as fmt
+from data_tools import remote_out
 from data_tools.assemble import PackResult, assemble, made, result_of
 from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset, read_header
 from data_tools.durable import fsync, publish_folders, replace_file
 from data_tools.images import Reject
-from data_tools.origins import read_image
+from data_tools.labels import Sibling
+from data_tools.origins import Origin, read_images
 from data_tools.plan import Plan, Spill, bucket_number, make_plans
 from data_tools.processes import in_processes
 from data_tools.shards import read_piece, write_shard
 from data_tools.sizes import digest_of, planned_ends
 from data_tools.sources import Listing, in_table, list_sources
+from data_tools.storage import Location, StorageError, Url, in_turn, location, stamp
 
 Progress = Callable[[int, int, int], None]  # images done, images in all, rejected so far
 
@@ -61,43 +64,70 @@ def pack(config: PackConfig, progress: Progress | None = None) -> tuple[PackResu
     decoded once in full, since nothing less finds a truncated one: 1 to 3 ms of a core for a photograph of 500 x 375 pixels.
     """
     config.check()
-    out = Path(config.out)
-    work = out / f".packing-{'+'.join(config.splits)}"
-    if (done := _finished(config)) is not None:
+    out = location(config.out)
+    home = out if isinstance(out, Path) else Path(config.work or "")
+    work = home / f".packing-{'+'.join(config.splits)}"
+    with _leaving_no_empty(home):
+        return _pack(config, out, home, work, progress)
+
+
+def _pack(config: PackConfig, out: Location, home: Path, work: Path, progress: Progress | None) -> tuple[PackResult, ...]:
+    if (done := _finished(config, out, home)) is not None:
         shutil.rmtree(work, ignore_errors=True)  # of a pack that was killed in its last moment
         return done
     assembled = work / "assembled"
     found = work.exists()
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     if not assembled.is_file():
-        _check_out(config, out)
+        _check_out(config, out, work)
     try:
         with _held(work, config):
             if not assembled.is_file():
                 with _scratch(work, config) as scratch, warnings.catch_warnings():
                     warnings.filterwarnings("ignore", module="PIL")  # odd metadata, and bombs, which have a limit of their own
                     job = prepare(config, work, scratch)
+                    if isinstance(out, Url):
+                        for split in config.splits:
+                            remote_out.claim(out / split, _job_name(work) or "")
                     write_shards(job, config, progress)
                     if config.task is not None:
                         return ()
                     for split in config.splits:
+                        (work / split / "dataset").mkdir(parents=True, exist_ok=True)  # tars in object storage have none
                         assemble(
                             work / split / "dataset", split, map(read_piece, job.pieces(split)), len(job.plans[split]), job.listing, config
                         )
                 replace_file(assembled, "")
             _check_settings(config, work, None)
+            if isinstance(out, Url):
+                results = _publish_remote(work, out, config)
+                shutil.rmtree(work)
+                return results
             _publish(work, out, config)
             shutil.rmtree(work)
     except BaseException as error:
         # What cannot succeed, and what has done nothing yet, leaves nothing; what was there before or was stopped is kept, to go on with
         vain = isinstance(error, PackError) or not any((*work.glob("*/pieces/*/*.arrow"), *work.glob("spill-*/done.json")))
         if not found and config.task is None and vain and not isinstance(error, OtherPackError):
-            shutil.rmtree(work, ignore_errors=True)
+            with suppress(StorageError):  # and then the work is kept too, for the split is still ours
+                if isinstance(out, Url) and (name := _job_name(work)) is not None:
+                    for split in config.splits:
+                        remote_out.withdraw(out / split, name)
+                shutil.rmtree(work, ignore_errors=True)
+        raise
+    assert isinstance(out, Path)
+    return tuple(result_of(out / split) for split in config.splits)
+
+
+@contextmanager
+def _leaving_no_empty(home: Path) -> Iterator[None]:
+    """Removes what folders were made and hold nothing."""
+    missing = [folder for folder in (home, *home.parents) if not folder.exists()]
+    try:
+        yield
+    finally:
         for folder in missing:
             with suppress(OSError):
                 folder.rmdir()
-        raise
-    return tuple(result_of(out / split) for split in config.splits)
 
 
 class OtherPackError(PackError):
@@ -112,26 +142,42 @@ def share_of(items: list[Any], number: int, count: int) -> list[Any]:
     return items[number * len(items) // count : (number + 1) * len(items) // count]
 
 
-def _finished(config: PackConfig) -> tuple[PackResult, ...] | None:
+def _finished(config: PackConfig, out: Location, home: Path) -> tuple[PackResult, ...] | None:
     """What is in place already, where all of it was made of the same sources with the same settings."""
-    folders = [Path(config.out) / split for split in config.splits]
-    if not all((folder / "dataset.json").is_file() for folder in folders):
-        return None
-    for folder in folders:
-        header = read_header(folder)
+    headers: dict[Location, dict[str, Any]] = {}
+    for split in config.splits:
+        if (header := _header(out / split)) is None:
+            return None
+        headers[out / split] = header
+    for folder, header in headers.items():
         there = header["made"] | {"name": header["name"]}
         if changed := _differences(there, made(config, there.get("listing")) | {"name": config.dataset_name}):
             raise PackError(f"{folder} exists and is another dataset ({changed}); give another OUT, or move it away")
-    with tempfile.TemporaryDirectory(prefix=".listing-", dir=config.out) as scratch:  # as large as the plan of a pack, so not in /tmp
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".listing-", dir=home) as scratch:  # as large as the plan of a pack, so not in /tmp
         beside = Path(scratch)
         plain = config.shard_bytes is None  # otherwise the digest is also of the plan
-        digest = (list_sources(config, _sibling(config), beside) if plain else _planned(config, beside, beside).listing).digest
-    for folder in folders:
-        if read_header(folder)["made"].get("listing") != digest:
-            raise PackError(
-                f"{folder} exists and the sources list other samples than it was packed from; give another OUT, or move it away"
-            )
-    return tuple(result_of(folder) for folder in folders)
+        digest = (list_sources(config, _sibling(out), beside) if plain else _planned(config, beside, beside).listing).digest
+        for folder, header in headers.items():
+            if header["made"].get("listing") != digest:
+                raise PackError(
+                    f"{folder} exists and the sources list other samples than it was packed from; give another OUT, or move it away"
+                )
+        results = []
+        for folder, header in headers.items():
+            if isinstance(folder, Path):
+                results.append(result_of(folder))
+            else:
+                remote_out.release(folder)  # of a pack that was killed in its last moment
+                results.append(result_of(remote_out.fetch(folder, header, Path(scratch) / header["split"]), folder))
+    return tuple(results)
+
+
+def _header(folder: Location) -> dict[str, Any] | None:
+    """dataset.json of a split, if it is there."""
+    if isinstance(folder, Url):
+        return remote_out.header(folder)
+    return read_header(folder) if (folder / "dataset.json").is_file() else None
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -139,7 +185,14 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name))
 
 
-def _check_out(config: PackConfig, out: Path) -> None:
+def _check_out(config: PackConfig, out: Location, work: Path) -> None:
+    if isinstance(out, Url):
+        for split in config.splits:
+            remote_out.check_free(out / split, _job_name(work))
+        for prefix in config.sources:
+            if f"{out}/".startswith(f"{prefix.rstrip('/')}/"):
+                raise PackError(f"out={out} lies inside the source {prefix}; give an OUT outside of it")
+        return
     if out.exists() and not out.is_dir():
         raise PackError(f"out={out} is a file; give a folder, or a path that does not exist")
     for split in config.splits:
@@ -150,11 +203,15 @@ def _check_out(config: PackConfig, out: Path) -> None:
             raise PackError(f"out={out} lies inside the source {source}; give an OUT outside of it")
 
 
-def _sibling(config: PackConfig) -> Dataset | None:
+def _sibling(out: Location) -> Sibling | None:
     """Another split in OUT, whose classes the new one must share."""
-    out = Path(config.out)
+    if isinstance(out, Url):
+        return remote_out.sibling(out)
     others = fmt.splits_in(out) if out.is_dir() else []
-    return Dataset.open(others[0], check_shards=False) if others else None
+    if not others:
+        return None
+    dataset = Dataset.open(others[0], check_shards=False)
+    return Sibling(dataset.path, dataset.class_names, dataset.num_classes)
 
 
 # ----------------------------------------------------------------------------------------------- the work at hand
@@ -179,9 +236,12 @@ class _Job:
     routes: Path
     shards: list[_Shard]
     work: Path
+    passing: Path | None
+    """Where tars lie until they are put in object storage, if that is where OUT is."""
 
     def tar(self, shard: _Shard) -> Path:
-        return self.work / shard.split / "dataset" / fmt.shard_name(shard.split, shard.number)
+        folder = self.work / shard.split / "dataset" if self.passing is None else self.passing / shard.split
+        return folder / fmt.shard_name(shard.split, shard.number)
 
     def piece(self, shard: _Shard) -> Path:
         folder = f"{shard.number // fmt.SHARDS_PER_FOLDER:03d}"
@@ -223,7 +283,11 @@ def _scratch(work: Path, config: PackConfig) -> Iterator[Path]:
 
 
 def _settings(config: PackConfig) -> dict[str, Any]:
-    where = {"sources": [str(Path(source).resolve()) for source in config.sources], "image_root": config.image_root}
+    places = [location(source) for source in config.sources]
+    where: dict[str, Any] = {"sources": [str(place) if isinstance(place, Url) else str(place.resolve()) for place in places]}
+    where["image_root"] = config.image_root
+    if isinstance(out := location(config.out), Url):  # for the work does not lie in it
+        where["out"] = str(out)
     return made(config, None) | {"name": config.dataset_name, "splits": list(config.splits), **where}
 
 
@@ -233,7 +297,7 @@ def _check_settings(config: PackConfig, work: Path, sources: dict[str, Any] | No
     asked: dict[str, Any] = {"settings": _settings(config), "sources": sources}
     if sources is not None and not job_file.is_file():
         beside = work / f".job-{secrets.token_hex(4)}"
-        beside.write_text(json.dumps(asked, indent=1))
+        beside.write_text(json.dumps({"name": secrets.token_hex(16), **asked}, indent=1))
         fsync(beside)
         with suppress(FileExistsError):  # shares begin at once, and one of them is first
             os.link(beside, job_file)
@@ -251,13 +315,14 @@ def prepare(config: PackConfig, work: Path, scratch: Path) -> _Job:
     if (work / "job.json").is_file():
         _check_settings(config, work, None)  # before the listing, which may be long
     job = _planned(config, scratch, work)
-    _check_settings(config, work, _identity(job))
+    _check_settings(config, work, _identity(job, config.requests))
     return job
 
 
 def _planned(config: PackConfig, scratch: Path, work: Path) -> _Job:
     """Lists the sources and plans the shards."""
-    listing = list_sources(config, _sibling(config), scratch)
+    out = location(config.out)
+    listing = list_sources(config, _sibling(out), scratch)
     plans, routes = make_plans(listing, config, config.splits, scratch)
     for split, plan in plans.items():
         if not len(plan):
@@ -271,16 +336,24 @@ def _planned(config: PackConfig, scratch: Path, work: Path) -> _Job:
     shards = [
         _Shard(split, number, first, end) for split in plans for number, (first, end) in enumerate(itertools.pairwise([0, *ends[split]]))
     ]
-    return _Job(listing, plans, routes, shards, work)
+    return _Job(listing, plans, routes, shards, work, scratch / "tars" if isinstance(out, Url) else None)
 
 
-def _identity(job: _Job) -> dict[str, Any]:
-    """What tells that sources have changed: the listing (names, labels, keys), and size and time of each table."""
-    tables = {}
-    for number, origin in enumerate(job.listing.origins):
-        if origin.table is not None:
-            status = origin.table.stat()
-            tables[f"table {number}, {origin.table.name}"] = f"{status.st_size} bytes of {status.st_mtime_ns}"
+def _job_name(work: Path) -> str | None:
+    """What the work is called among all there are; None where it has not begun."""
+    try:
+        name: str = json.loads((work / "job.json").read_text())["name"]
+    except FileNotFoundError:
+        return None
+    return name
+
+
+def _identity(job: _Job, requests: int) -> dict[str, Any]:
+    """What tells that sources have changed: the listing (names, labels, keys), and size and time, or version, of each table."""
+    origins = job.listing.origins
+    named = {f"table {number}, {of.table.name}": of.table for number, of in enumerate(origins) if of.table is not None}
+    stamps = in_turn(named.values(), lambda table: isinstance(table, Url), lambda table, _: stamp(table), requests)
+    tables = dict(zip(named, stamps, strict=True))
     return {"samples": job.listing.num_samples, "shards": len(job.shards), "listing": job.listing.digest, **tables}
 
 
@@ -288,19 +361,44 @@ def _publish(work: Path, out: Path, config: PackConfig) -> None:
     """Gives the splits their names; after a kill between two of them, those that have none yet."""
     names = {hidden: out / split for split in config.splits if (hidden := work / split / "dataset").exists()}
     for hidden in names:
-        for other in fmt.splits_in(out):  # one that was packed meanwhile
-            ours, theirs = (
-                ((f / "classes.txt").read_bytes() if (f / "classes.txt").is_file() else b"", read_header(f)["num_classes"])
-                for f in (hidden, other)
-            )
-            if ours != theirs:
-                raise OtherPackError(f"{other} was packed meanwhile with other classes; move it away to go on, or remove {work}")
+        _check_classes(hidden, [(str(other), _classes_of(other)) for other in fmt.splits_in(out)], work)
     try:
         publish_folders(names)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
         raise PackError(f"{', '.join(config.splits)} cannot be put in place: {error}; was it packed meanwhile?") from None
+
+
+def _check_classes(hidden: Path, others: list[tuple[str, Any]], work: Path) -> None:
+    """Raises OtherPackError where a split that was packed meanwhile has other classes."""
+    for other, classes in others:
+        if classes != _classes_of(hidden):
+            raise OtherPackError(f"{other} was packed meanwhile with other classes; move it away to go on, or remove {work}")
+
+
+def _classes_of(folder: Location) -> tuple[str | None, int]:
+    """What must be the same in all splits of an OUT."""
+    header = _header(folder)
+    assert header is not None
+    return header["files"].get("classes.txt", {}).get("sha256"), header["num_classes"]
+
+
+def _publish_remote(work: Path, out: Url, config: PackConfig) -> tuple[PackResult, ...]:
+    """Puts in object storage what has no place there yet; after a kill anywhere in it, the same again."""
+    hidden = {out / split: work / split / "dataset" for split in config.splits}
+    for url, folder in hidden.items():
+        _check_classes(folder, [(str(other), _classes_of(other)) for other in remote_out.splits_in(out) if other not in hidden], work)
+        if (name := remote_out.lost(folder, url)) is not None:
+            number = int(Path(name).stem.rpartition("-")[2])
+            (work / folder.parent.name / "pieces" / f"{number // fmt.SHARDS_PER_FOLDER:03d}" / f"{number:06d}.arrow").unlink()
+            (work / "assembled").unlink()
+            raise StorageError(f"{url / name} is gone, or is not what was put there; the same command makes it again")
+    for url, folder in hidden.items():
+        remote_out.publish(folder, url)
+    for url in hidden:
+        remote_out.release(url)
+    return tuple(result_of(folder, url) for url, folder in hidden.items())
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -316,7 +414,7 @@ def write_shards(job: _Job, config: PackConfig, progress: Progress | None) -> No
         number, count = config.share
         spill = Spill(job.work / f"spill-{number}-of-{count}")
         wanted = {job.bucket(s.split, b) for s in mine for b in job.plans[s.split].buckets(s.first, s.end)}
-        spill.fill(job.listing, job.routes, frozenset(wanted))
+        spill.fill(job.listing, job.routes, frozenset(wanted), config.requests)
     done = [sum(shard.end - shard.first for shard in mine) - images, 0]
 
     def tell(images: int, rejects: int) -> None:
@@ -336,18 +434,25 @@ def write_shards(job: _Job, config: PackConfig, progress: Progress | None) -> No
 def _write_shard(job: _Job, shard: _Shard, tell: Callable[[int], None], config: PackConfig, spill: Spill | None) -> None:
     plan = job.plans[shard.split]
     planned = plan.rows(shard.first, shard.end)
-    write_shard(job.tar(shard), job.piece(shard), planned, _images(job, shard, planned, spill), job.listing.origins, config, tell)
+    images = read_images(_images(job, shard, planned, spill), config.requests)
+    out = location(config.out)
+    keep = None
+    if isinstance(out, Url):
+        keep = functools.partial(remote_out.keep, url=out / shard.split / fmt.shard_name(shard.split, shard.number))
+    write_shard(job.tar(shard), job.piece(shard), planned, images, job.listing.origins, config, tell, keep)
 
 
-def _images(job: _Job, shard: _Shard, planned: pa.Table, spill: Spill | None) -> Iterator[bytes | Reject]:
-    """The images of a shard, in its order."""
+def _images(
+    job: _Job, shard: _Shard, planned: pa.Table, spill: Spill | None
+) -> Iterator[tuple[bytes, Origin] | Callable[[], bytes | Reject]]:
+    """How the images of a shard are to be had, in its order."""
     plan, origins = job.plans[shard.split], job.listing.origins
     for bucket in plan.buckets(shard.first, shard.end):
         first, end = max(plan.starts[bucket], shard.first) - shard.first, min(plan.starts[bucket + 1], shard.end) - shard.first
         rows = planned.slice(first, end - first).select(["place", "origin", "path"])
         for place, origin, path in zip(*(column.to_pylist() for column in rows.columns), strict=True):
             if not in_table(origins[origin]):
-                yield read_image(path, origins[origin].root)
+                yield path, origins[origin]
             else:
                 assert spill is not None
-                yield spill.read(place, job.bucket(shard.split, bucket))
+                yield functools.partial(spill.read, place, job.bucket(shard.split, bucket))

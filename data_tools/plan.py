@@ -150,7 +150,7 @@ class Spill:
         self._spans = os.open(folder / "spans", os.O_RDWR | os.O_CREAT, 0o666)
         self._files: dict[int, int] = {}
 
-    def fill(self, listing: Listing, routes: Path, wanted: frozenset[int]) -> None:
+    def fill(self, listing: Listing, routes: Path, wanted: frozenset[int], requests: int) -> None:
         """Copies the images of the wanted buckets from all tables that have not been copied."""
         done_file = self.folder / "done.json"
         done: dict[str, Any] = json.loads(done_file.read_text()) if done_file.is_file() else {}
@@ -168,7 +168,7 @@ class Spill:
                 if done_tables < done["tables"] or number not in first_place:  # copied, or without a row
                     continue
                 place = first_place[number]
-                for image in table_images(origin):
+                for image in table_images(origin, requests):
                     bucket = int(bucket_of[place])
                     if bucket in wanted:
                         if bucket not in files:

@@ -49,8 +49,10 @@ def write_shard(
     origins: tuple[Origin, ...],
     config: PackConfig,
     tell: Tell,
+    keep: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes the tar of the planned samples, whose images come in their order, and then its piece."""
+    """Writes the tar of the planned samples, whose images come in their order, and then its piece. `keep` may take the tar elsewhere
+    before."""
     columns: dict[str, list[Any]] = {name: [] for name in PIECE_SCHEMA.names}
     rejects: list[dict[str, str]] = []
     tar_file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,6 +82,8 @@ def write_shard(
         os.fsync(file.fileno())
     beside.rename(tar_file)
     fsync(tar_file.parent)
+    if keep is not None:
+        keep(tar_file)
     said = {"bytes": tar.bytes, "checksum": tar.checksum, "rejects": rejects}
     table = pa.Table.from_pydict(columns, PIECE_SCHEMA.with_metadata({"shard": json.dumps(said)}))
     beside = piece_file.with_name(f".{piece_file.name}.{token}.partial")

@@ -29,10 +29,11 @@ import pyarrow.compute as pc
 import xxhash
 
 from data_tools.config import PackConfig
-from data_tools.origins import PATH_ERRNOS, Origin
+from data_tools.origins import PATH_ERRNOS, Origin, locate
 from data_tools.plan import Plan
 from data_tools.shards import label_json
 from data_tools.sources import Listing, in_table
+from data_tools.storage import Location, Missing, RemoteFile, Url, sequential
 from data_tools.tables import image_cells
 from data_tools.tar import BLOCK
 from data_tools.tars import IMAGE_MEMBERS, is_tar
@@ -118,21 +119,26 @@ def _image_sizes(listing: Listing, file: Path) -> np.ndarray:
                 if number in in_cells:  # the listing has an origin's rows in their order, and all of them
                     taken[rows] = np.fromiter(itertools.islice(in_cells[number], len(rows)), np.int64, len(rows))
                 else:
-                    root = listing.origins[number].root
+                    origin = listing.origins[number]
                     paths = batch["path"].take(pa.array(rows)).to_pylist()
                     pieces = [paths[start::LOOKERS] for start in range(LOOKERS)]
-                    for start, found in enumerate(pool.map(lambda piece, root=root: [_file_size(path, root) for path in piece], pieces)):
+                    for start, found in enumerate(
+                        pool.map(lambda piece, origin=origin: [_file_size(path, origin) for path in piece], pieces)
+                    ):
                         taken[rows[start::LOOKERS]] = found
             first = batch["place"][0].as_py()
             sizes[first : first + len(batch)] = taken
     return sizes
 
 
-def _file_size(path: str | bytes | None, root: Path) -> int:
-    """Bytes of an image that is a file of its own; 0 for what cannot be found, and is rejected when its turn comes."""
+def _file_size(path: str | bytes | None, origin: Origin) -> int:
+    """Bytes of an image that is a file or an object of its own; 0 for what cannot be found, and is rejected when its turn comes."""
+    place = locate(path, origin)
     try:
-        status = os.stat(os.path.join(root, os.fsdecode(path))) if path is not None else None
-    except ValueError:  # a null character in the path
+        if isinstance(place, Url):
+            return RemoteFile(place).size
+        status = os.stat(place) if isinstance(place, str) else None
+    except (Missing, ValueError):  # or a null character in the path
         return 0
     except OSError as error:
         if error.errno not in PATH_ERRNOS:
@@ -158,14 +164,14 @@ def _cell_sizes(origin: Origin) -> Iterator[int]:
             paths = [path if text is None else text for path, text in zip(paths, column.to_pylist(), strict=True)]
             column = pa.nulls(len(column), pa.binary())
         lengths = pc.binary_length(column.cast(pa.large_binary())).to_pylist()
-        yield from (_file_size(path, origin.root) if length is None else length for path, length in zip(paths, lengths, strict=True))
+        yield from (_file_size(path, origin) if length is None else length for path, length in zip(paths, lengths, strict=True))
 
 
-def _member_sizes(tar: Path) -> Iterator[int]:
+def _member_sizes(tar: Location) -> Iterator[int]:
     """The sizes of the images of a WebDataset tar, from its headers; samples are those that `sources.tar_samples` finds."""
     from webdataset.tariterators import group_by_keys
 
-    with tarfile.open(tar, "r:") as opened:
+    with sequential(tar) as file, tarfile.open(fileobj=file, mode="r:") as opened:
 
         def members() -> Iterator[dict[str, Any]]:
             while (member := opened.next()) is not None:

@@ -1,6 +1,6 @@
 """What there is to pack: the listing of sources, with a key and labels for every image.
 
-Where it stands: `pack.py` asks for a `Listing`, `plan.py` puts it in order, then `origins.read_image` and `table_images` give the bytes.
+Where it stands: `pack.py` asks for a `Listing`, `plan.py` puts it in order, then `origins.read_images` and `table_images` give the bytes.
 Formats are read by `tables.py` and `tars.py`. All that can be refused without reading an image (labels, columns, class names) is refused
 before any tar is written.
 
@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,6 @@ import pyarrow.compute as pc
 import xxhash
 
 from data_tools.config import PackConfig, PackError
-from data_tools.dataset import Dataset
 from data_tools.images import Reject
 from data_tools.keys import clean_keys, hashed_key, key_hashes, repeated
 from data_tools.labels import (
@@ -33,6 +33,7 @@ from data_tools.labels import (
     ClassMap,
     Found,
     Lists,
+    Sibling,
     check_scores,
     merge_duplicates,
     number_labels,
@@ -41,11 +42,13 @@ from data_tools.labels import (
     starts_of,
 )
 from data_tools.origins import ROWS, Origin, Part, printable, source_name
+from data_tools.storage import Location, Missing, Url, entries, exists, in_turn, location, walk
 from data_tools.tables import LIST_SUFFIXES, TABLE_SUFFIXES, list_table, row_images
 from data_tools.tars import is_tar, list_tar, tar_images
 
 # Any other file in a class folder is looked into, so that no image is lost for its name.
 NO_IMAGE_SUFFIXES = (".txt", ".json", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".npy", ".log", ".db", ".ini")
+HIDDEN = (".", "__MACOSX")
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 
 LISTING_SCHEMA = pa.schema(
@@ -92,14 +95,14 @@ def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
         yield from pa.ipc.open_stream(opened)
 
 
-def list_sources(config: PackConfig, sibling: Dataset | None, folder: Path) -> Listing:
+def list_sources(config: PackConfig, sibling: Sibling | None, folder: Path) -> Listing:
     """Lists and checks all sources, in files in `folder`. `sibling` is another split of the same output, whose classes are then used."""
     class_folders: set[str] = set()
     return make_listing(_listed(config, class_folders), class_folders, config, sibling, folder)
 
 
 def make_listing(
-    listed: Iterable[tuple[Origin, Iterable[Part]]], class_names: set[str], config: PackConfig, sibling: Dataset | None, folder: Path
+    listed: Iterable[tuple[Origin, Iterable[Part]]], class_names: set[str], config: PackConfig, sibling: Sibling | None, folder: Path
 ) -> Listing:
     """The listing of the candidates of these origins. Raises PackError where their labels are none of the classes.
 
@@ -131,14 +134,14 @@ def make_listing(
 
 def _listed(config: PackConfig, class_folders: set[str]) -> Iterator[tuple[Origin, Iterable[Part]]]:
     """The origins of all sources with their candidates; names of class folders are added to `class_folders`."""
-    for text in config.sources:
-        source = Path(text)
-        prefix = f"{source.resolve().name}/" if len(config.sources) > 1 else ""
+    for number, text in enumerate(config.sources):
+        source = location(text)
+        prefix = f"{config.source_names[number]}/" if len(config.sources) > 1 else ""
         tables = _tables(source)
         if not tables:
             _check_class_folders(source, config)
             class_folders.update(entry.name for entry in _entries(source) if entry.is_dir())
-            yield Origin(prefix, source), _list_folder(source)
+            yield Origin(prefix, source), _list_folder(source, config.requests)
         for table in tables:
             yield list_tar(table, prefix, config) if is_tar(table) else list_table(table, prefix, config)
 
@@ -260,24 +263,34 @@ def _starts(lists: pa.ListArray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------- folders
 
 
-def _tables(source: Path) -> list[Path]:
+def _tables(source: Location) -> list[Location]:
     """The tables that a source stands for; none for a folder of class folders."""
-    if source.is_file():
+    if _is_file(source):
         suffixes = (*TABLE_SUFFIXES, *LIST_SUFFIXES, ".tar")
         if source.suffix.lower() not in suffixes:
             raise PackError(f"{source} is neither a table nor a tar by its name; these are: {', '.join(suffixes)}")
         return [source]
-    if not source.is_dir():
+    if isinstance(source, Path) and not source.is_dir():
         raise PackError(f"source {source} does not exist; give a folder or a table")
-    entries = _entries(source)
-    tables = [source / entry.name for entry in entries if entry.name.lower().endswith((*TABLE_SUFFIXES, ".tar"))]
-    if tables and len(tables) < len(entries):
-        other = next(entry.name for entry in entries if source / entry.name not in tables)
+    try:
+        there = _entries(source)
+    except Missing:
+        raise PackError(f"source {source} does not exist; give a folder or a table") from None
+    tables = [source / entry.name for entry in there if entry.name.lower().endswith((*TABLE_SUFFIXES, ".tar"))]
+    if tables and len(tables) < len(there):
+        other = next(entry.name for entry in there if source / entry.name not in tables)
         raise PackError(f"{source} holds tables and also {other}; name the tables or the folder of class folders")
     return tables
 
 
-def _check_class_folders(root: Path, config: PackConfig) -> None:
+def _is_file(source: Location) -> bool:
+    """Whether a source is a file of its own; an object is known to be one by its name, since a folder may begin like it."""
+    if isinstance(source, Path):
+        return source.is_file()
+    return source.on_web or (source.suffix.lower() in (*TABLE_SUFFIXES, *LIST_SUFFIXES, ".tar") and exists(source))
+
+
+def _check_class_folders(root: Location, config: PackConfig) -> None:
     folders = [entry.name for entry in _entries(root) if entry.is_dir()]
     if folders and SPLIT_NAMES.issuperset(folders) and config.class_names is None:
         commands = "; ".join(f"vitscale pack {root / name} {config.out} --split {name}" for name in folders)
@@ -294,9 +307,12 @@ def _check_class_folders(root: Path, config: PackConfig) -> None:
             raise PackError(f"class folder {entry.name!r} in {root} is not UTF-8; rename it") from None
 
 
-def _list_folder(root: Path) -> Iterator[Part]:
-    for folder in _entries(root):
-        paths = [f"{folder.name}/{path}" for path in _files(root / folder.name, frozenset())]
+def _list_folder(root: Location, requests: int) -> Iterator[Part]:
+    """The images of each class folder; the lists of folders in object storage are asked for ahead."""
+    classes = _entries(root)
+    listed = in_turn(classes, lambda _: isinstance(root, Url), lambda folder, _: _below(root / folder.name), min(requests, len(classes)))
+    for folder, files in zip(classes, listed, strict=True):
+        paths = [f"{folder.name}/{path}" for path in files]
         raw_keys = [printable(os.fsencode(os.path.splitext(path)[0])) for path in paths]
         yield Part(
             row=np.full(len(paths), -1, dtype=np.int64),
@@ -307,6 +323,18 @@ def _list_folder(root: Path) -> Iterator[Part]:
             score_lengths=np.zeros(len(paths), dtype=np.int64),
             scores=pa.array([], pa.float32()),
         )
+
+
+def _below(folder: Location) -> list[str]:
+    return _objects(walk(folder)) if isinstance(folder, Url) else list(_files(folder, frozenset()))
+
+
+def _objects(sizes: dict[str, int]) -> list[str]:
+    """What `_files` gives, of all the objects below a place. Objects of no bytes that stand for folders are none."""
+    folders = {path.rpartition("/")[0] for path in sizes}
+    parts = [path.split("/") for path, size in sizes.items() if size or path not in folders]
+    seen = (of for of in parts if not any(part.startswith(HIDDEN) for part in of) and not of[-1].lower().endswith(NO_IMAGE_SUFFIXES))
+    return ["/".join(of) for of in sorted(seen, key=lambda of: [part.encode() for part in of])]
 
 
 def _files(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[str]:
@@ -322,17 +350,31 @@ def _files(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[str]:
             yield entry.name
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+class _Entry(NamedTuple):
+    """What a folder in object storage holds; as os.DirEntry."""
+
+    name: str
+    folder: bool
+
+    def is_dir(self) -> bool:
+        return self.folder
+
+
+def _entries(folder: Location) -> list[_Entry | os.DirEntry[str]]:
     """What counts in a folder, sorted: not hidden, and not a file whose suffix says that it is no image."""
-    with os.scandir(folder) as entries:
-        return sorted(
-            (
-                entry
-                for entry in entries
-                if not entry.name.startswith((".", "__MACOSX")) and (entry.is_dir() or not entry.name.lower().endswith(NO_IMAGE_SUFFIXES))
-            ),
-            key=lambda entry: os.fsencode(entry.name),
-        )
+    if isinstance(folder, Url):
+        folders, objects = entries(folder)
+        return _that_count([*(_Entry(name, True) for name in folders), *(_Entry(name, False) for name in objects)])
+    with os.scandir(folder) as scanned:
+        return _that_count(scanned)
+
+
+def _that_count(there: Iterable[_Entry | os.DirEntry[str]]) -> list[_Entry | os.DirEntry[str]]:
+    seen = (entry for entry in there if not entry.name.startswith(HIDDEN))
+    return sorted(
+        (entry for entry in seen if entry.is_dir() or not entry.name.lower().endswith(NO_IMAGE_SUFFIXES)),
+        key=lambda entry: os.fsencode(entry.name),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- images--
@@ -343,9 +385,9 @@ def in_table(origin: Origin) -> bool:
     return origin.image_column is not None or is_tar(origin.table)
 
 
-def table_images(origin: Origin) -> Iterator[bytes | Reject]:
-    """All images that lie in a table or a tar, row by row."""
+def table_images(origin: Origin, requests: int) -> Iterator[bytes | Reject]:
+    """All images that lie in a table or a tar, row by row; `requests` at once to object storage, where rows have paths after all."""
     if is_tar(origin.table):
         assert origin.table is not None
         return tar_images(origin.table)
-    return row_images(origin)
+    return row_images(origin, requests)

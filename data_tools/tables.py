@@ -6,8 +6,9 @@ Memory holds a row group of Parquet, or a record batch of a compressed Arrow tab
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ import pyarrow.parquet as pq
 
 from data_tools.config import PackConfig, PackError
 from data_tools.images import Reject
-from data_tools.origins import ROWS, Origin, Part, read_image
+from data_tools.origins import ROWS, Origin, Part, read_images
+from data_tools.storage import Location, RemoteFile, Url, location, sequential
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl")  # tables as text, which must be named one by one: in a folder they are notes beside images
@@ -32,7 +34,7 @@ SCORE_COLUMNS = ("scores", "score")
 KEY_COLUMNS = ("key", "__key__", "id", "image_id")
 
 
-def list_table(table: Path, prefix: str, config: PackConfig) -> tuple[Origin, Iterator[Part]]:
+def list_table(table: Location, prefix: str, config: PackConfig) -> tuple[Origin, Iterator[Part]]:
     """The table as an origin, and its candidates. Raises PackError for columns that are missing or no such thing."""
     with _reading(table):
         schema = _schema(table)
@@ -55,7 +57,7 @@ def list_table(table: Path, prefix: str, config: PackConfig) -> tuple[Origin, It
         has_bytes = any(image_type.get_field_index(name) >= 0 for name in ("bytes", "path"))
     if not by_path and not has_bytes:
         raise PackError(f"image_column={image} of {table} is {image_type}; it must hold bytes, paths, or a struct of bytes and path")
-    root = Path(config.image_root) if config.image_root is not None else table.parent
+    root = location(config.image_root) if config.image_root is not None else table.parent
     origin = Origin(prefix, root, table, None if by_path else image)
     columns = [label, *([score] if score else []), *([key] if key else []), *([image] if by_path else [])]
 
@@ -90,14 +92,18 @@ def list_table(table: Path, prefix: str, config: PackConfig) -> tuple[Origin, It
     return origin, parts()
 
 
-def row_images(origin: Origin) -> Iterator[bytes | Reject]:
+def row_images(origin: Origin, requests: int) -> Iterator[bytes | Reject]:
     """All images that lie in a table, row by row."""
-    for column in image_cells(origin):
-        for cell in column:
-            value = cell.as_py()
-            if isinstance(value, dict):  # Hugging Face: bytes, or else a path
-                value = value.get("path") if value.get("bytes") is None else value["bytes"]
-            yield value if isinstance(value, bytes) else read_image(value, origin.root)
+
+    def wanted() -> Iterator[Callable[[], bytes] | tuple[str | None, Origin]]:
+        for column in image_cells(origin):
+            for cell in column:
+                value = cell.as_py()
+                if isinstance(value, dict):  # Hugging Face: bytes, or else a path
+                    value = value.get("path") if value.get("bytes") is None else value["bytes"]
+                yield functools.partial(bytes, value) if isinstance(value, bytes) else (value, origin)
+
+    return read_images(wanted(), requests)
 
 
 def image_cells(origin: Origin) -> Iterator[pa.Array]:
@@ -107,7 +113,7 @@ def image_cells(origin: Origin) -> Iterator[pa.Array]:
         yield batch.column(0)
 
 
-def _choose(table: Path, schema: pa.Schema, setting: str, given: str | None, usual: tuple[str, ...]) -> str | None:
+def _choose(table: Location, schema: pa.Schema, setting: str, given: str | None, usual: tuple[str, ...]) -> str | None:
     if given is not None and given not in schema.names:
         raise PackError(f"{setting}={given} is not a column of {table}; its columns are {', '.join(schema.names)}")
     return given if given is not None else next((name for name in usual if name in schema.names), None)
@@ -153,16 +159,17 @@ def _flat_scores(column: pa.Array, what: str) -> tuple[np.ndarray, pa.Array]:
     return lengths, pc.fill_null(column.cast(pa.float32(), safe=False), float("nan"))
 
 
-def _schema(table: Path) -> pa.Schema:
+def _schema(table: Location) -> pa.Schema:
     if table.suffix.lower() == ".parquet":
-        return pq.read_schema(table)
+        with pq.ParquetFile(_by_ranges(table)) as file:
+            return file.schema_arrow
     if table.suffix.lower() in LIST_SUFFIXES:
         return _text_reader(table).schema
-    with pa.memory_map(str(table)) as mapped:
+    with _mapped(table) as mapped:
         return _ipc_reader(mapped, None).schema
 
 
-def _batches(table: Path, columns: list[str], parquet_rows: int) -> Iterator[pa.RecordBatch]:
+def _batches(table: Location, columns: list[str], parquet_rows: int) -> Iterator[pa.RecordBatch]:
     """The table from front to back. In memory: a row group of Parquet, a record batch of a compressed Arrow table."""
     for batch in _unchecked_batches(table, columns, parquet_rows):
         with _reading(table):
@@ -170,9 +177,9 @@ def _batches(table: Path, columns: list[str], parquet_rows: int) -> Iterator[pa.
         yield batch
 
 
-def _unchecked_batches(table: Path, columns: list[str], parquet_rows: int) -> Iterator[pa.RecordBatch]:
+def _unchecked_batches(table: Location, columns: list[str], parquet_rows: int) -> Iterator[pa.RecordBatch]:
     if table.suffix.lower() == ".parquet":
-        with _reading(table), pq.ParquetFile(table) as file:
+        with _reading(table), pq.ParquetFile(_by_ranges(table)) as file:
             yield from file.iter_batches(parquet_rows, columns=columns)
         return
     if table.suffix.lower() in LIST_SUFFIXES:
@@ -180,7 +187,7 @@ def _unchecked_batches(table: Path, columns: list[str], parquet_rows: int) -> It
             for batch in _text_reader(table):
                 yield batch.select(columns)
         return
-    with _reading(table), pa.memory_map(str(table)) as mapped:
+    with _reading(table), _mapped(table) as mapped:
         numbers = [_ipc_reader(mapped, None).schema.names.index(name) for name in columns]
         reader = _ipc_reader(mapped, pa.ipc.IpcReadOptions(included_fields=numbers))
         if isinstance(reader, pa.ipc.RecordBatchFileReader):
@@ -189,18 +196,18 @@ def _unchecked_batches(table: Path, columns: list[str], parquet_rows: int) -> It
             yield from reader
 
 
-def _text_reader(table: Path) -> Any:
+def _text_reader(table: Location) -> Any:
     """A CSV, TSV or JSONL file in batches; types are those of the first megabyte, but names stay text whatever they look like."""
     if table.suffix.lower() == ".jsonl":
-        return pa.json.open_json(table)
+        return pa.json.open_json(_in_a_row(table))
     names = {name: pa.string() for name in (*BYTES_COLUMNS, *PATH_COLUMNS, *KEY_COLUMNS)}
     parsing = pa.csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
     return pa.csv.open_csv(
-        table, parse_options=parsing, convert_options=pa.csv.ConvertOptions(column_types=names, strings_can_be_null=True)
+        _in_a_row(table), parse_options=parsing, convert_options=pa.csv.ConvertOptions(column_types=names, strings_can_be_null=True)
     )
 
 
-def _ipc_reader(mapped: pa.MemoryMappedFile, options: pa.ipc.IpcReadOptions | None) -> Any:
+def _ipc_reader(mapped: pa.NativeFile, options: pa.ipc.IpcReadOptions | None) -> Any:
     mapped.seek(0)
     if mapped.read(6) == b"ARROW1":
         return pa.ipc.open_file(mapped, options=options)
@@ -208,8 +215,22 @@ def _ipc_reader(mapped: pa.MemoryMappedFile, options: pa.ipc.IpcReadOptions | No
     return pa.ipc.open_stream(mapped, options=options)
 
 
+def _by_ranges(table: Location) -> Path | pa.PythonFile:
+    """For Parquet, which asks for its footer and for the columns that are read."""
+    return pa.PythonFile(RemoteFile(table), "r") if isinstance(table, Url) else table
+
+
+def _in_a_row(table: Location) -> Path | pa.PythonFile:
+    """For what is read from front to back."""
+    return pa.PythonFile(sequential(table), "r") if isinstance(table, Url) else table
+
+
+def _mapped(table: Location) -> pa.NativeFile:
+    return pa.PythonFile(sequential(table), "r") if isinstance(table, Url) else pa.memory_map(str(table))
+
+
 @contextmanager
-def _reading(table: Path) -> Iterator[None]:
+def _reading(table: Location) -> Iterator[None]:
     """Makes one line of what pyarrow says of a damaged table."""
     try:
         yield

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,17 +18,19 @@ import pyarrow as pa
 from data_tools.config import PackConfig, PackError
 from data_tools.images import Reject
 from data_tools.origins import ROWS, Origin, Part
+from data_tools.storage import Location, sequential
 from data_tools.tables import LABEL_COLUMNS
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")  # of a sample in a tar
+META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
 
 
-def is_tar(table: Path | None) -> bool:
+def is_tar(table: Location | None) -> bool:
     """Whether a source is a tar."""
     return table is not None and table.suffix.lower() == ".tar"
 
 
-def list_tar(tar: Path, prefix: str, config: PackConfig) -> tuple[Origin, Iterator[Part]]:
+def list_tar(tar: Location, prefix: str, config: PackConfig) -> tuple[Origin, Iterator[Part]]:
     """Samples of a WebDataset tar: labels in a member `json` (`labels` and `scores`, or `label`) or `cls`."""
 
     def parts() -> Iterator[Part]:
@@ -59,36 +61,50 @@ def list_tar(tar: Path, prefix: str, config: PackConfig) -> tuple[Origin, Iterat
     return Origin(prefix, tar.parent, tar), parts()
 
 
-def tar_images(tar: Path) -> Iterator[bytes | Reject]:
+def tar_images(tar: Location) -> Iterator[bytes | Reject]:
     """The image of each sample of a tar."""
     for sample in tar_samples(tar):
         image = next((sample[name] for name in IMAGE_MEMBERS if name in sample), None)
         yield image if image is not None else Reject("missing", f"no member of the sample is {', '.join(IMAGE_MEMBERS)}")
 
 
-def tar_samples(tar: Path) -> Iterator[dict[str, Any]]:
-    """The samples of a WebDataset tar, by the webdataset library's own rules; its decoders, which unpickle, are not used."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+def tar_samples(tar: Location) -> Iterator[dict[str, Any]]:
+    """The samples of a WebDataset tar in one pass, grouped by the webdataset library; its decoders, which unpickle, are not used."""
+    from webdataset.tariterators import group_by_keys
 
     try:
-        _check_end(tar)
-        with tar.open("rb") as file:
-            yield from group_by_keys(tar_file_expander([{"url": str(tar), "stream": file}]))
+        with sequential(tar) as file:
+            yield from group_by_keys(_members(file, str(tar)))
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise PackError(f"{tar} cannot be read: {str(error).splitlines()[0]}; write it again or leave it out") from None
 
 
-def _check_end(tar: Path) -> None:
-    """Raises TarError unless a tar ends in zeros or with its file: readers take a damaged header for the end, and what follows is lost."""
-    with tarfile.open(tar, "r:") as opened, tar.open("rb") as file:
-        for _ in opened:
-            pass
-        file.seek(opened.offset)
-        if any(file.read(tarfile.BLOCKSIZE)):
-            raise tarfile.ReadError(f"the header at byte {opened.offset} is damaged")
+def _members(file: IO[bytes], url: str) -> Iterator[dict[str, Any]]:
+    """The members that the webdataset library would see."""
+    with tarfile.open(fileobj=file, mode="r|", tarinfo=_SoundHeader) as opened:
+        for member in opened:
+            if member.isreg() and not META.match(member.name):
+                content = opened.extractfile(member)
+                assert content is not None
+                yield {"fname": member.name, "data": content.read(), "__url__": url}
+            opened.members = []  # type: ignore[attr-defined] # which grows otherwise
 
 
-def labels_of(sample: dict[str, Any], tar: Path, config: PackConfig) -> tuple[list[Any], list[Any]]:
+class _SoundHeader(tarfile.TarInfo):
+    """A header that stops the reading where it is damaged: readers take such a one for the tar's end, and what follows is lost."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _SoundHeader:
+        """As of any TarInfo."""
+        if not any(buf):
+            raise tarfile.EOFHeaderError("zeros end a tar") if buf else tarfile.EmptyHeaderError("empty")  # type: ignore[attr-defined]
+        try:
+            return super().frombuf(buf, encoding, errors)  # type: ignore[return-value]
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"a header is damaged ({error})") from None
+
+
+def labels_of(sample: dict[str, Any], tar: Location, config: PackConfig) -> tuple[list[Any], list[Any]]:
     """Labels and scores of a sample, as its `json` or `cls` tells them. Raises PackError where neither does."""
     where = f"sample {sample['__key__']} of {tar}"
     try:

@@ -215,9 +215,9 @@ def test_a_copy_of_tables_goes_on_with_the_table_that_it_was_at(tmp_path: Path, 
     copied: list[str] = []
     images = plan_module.table_images
 
-    def stop_in_the_third(origin: Origin) -> Iterator[bytes | Reject]:
+    def stop_in_the_third(origin: Origin, requests: int) -> Iterator[bytes | Reject]:
         copied.append(origin.table.name if origin.table else "")
-        for number, image in enumerate(images(origin)):
+        for number, image in enumerate(images(origin, requests)):
             if len(copied) == 3 and number == 5:
                 raise KeyboardInterrupt
             yield image

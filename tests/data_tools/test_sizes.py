@@ -122,7 +122,7 @@ def test_the_sizes_of_a_tars_samples_are_those_of_its_images(tmp_path: Path) -> 
     from data_tools.sizes import _cell_sizes
 
     origin = listing_module.Origin("", tmp_path, odd_tar(tmp_path / "t.tar", [make_image(i) for i in range(9)]))
-    assert list(_cell_sizes(origin)) == [len(image) if isinstance(image, bytes) else 0 for image in table_images(origin)]
+    assert list(_cell_sizes(origin)) == [len(image) if isinstance(image, bytes) else 0 for image in table_images(origin, 4)]
 
 
 def test_long_labels_are_planned_as_they_are_written(tmp_path: Path) -> None:
