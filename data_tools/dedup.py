@@ -80,7 +80,7 @@ class Deduplicated:
     """That are not removed already."""
     unreadable: int
     plain: int
-    """With too little in them to be told apart; only the same file counts as a copy of them."""
+    """With too little in them to be told apart from each other."""
     same_file: int
     near: int
     leaked: dict[str, int]
@@ -100,7 +100,7 @@ def dedup(
         against: directories of splits that nothing of the dataset may be in.
         inside: also look for copies inside the dataset.
         distance: bits that may differ; 31 is what PDQ's authors advise.
-        min_quality: PDQ's quality below which a picture is too plain for its hash to say anything.
+        min_quality: PDQ's quality; where both of two pictures have less, they are too plain for their hashes to say anything.
         mirror: a mirrored copy is a copy.
         listing: CSV or Parquet file that gets a row for each removed sample.
         dry_run: writes the listing only.
@@ -269,15 +269,17 @@ class Search:
         """Marks what the n-th evaluation set has too."""
         other, rows = self.datasets[number], self.rows[number]
         there = ~other.overlay.removed(np.arange(other.num_samples))
-        told = np.flatnonzero(there & self._told(rows))
-        for start in range(0, len(told), self.block):
-            some = told[start : start + self.block]
-            index = _index(rows["hash"][some], self.distance)
-            for batch in self._batches(np.flatnonzero(self.alive & self._told(self.rows[0]))):
-                batch = batch[self.alive[batch]]
-                match, far = self._nearest(index, batch)
-                found = match >= 0
-                self._remove(batch[found], some[match[found]], number, far[found])
+        telling, mine_telling = self._telling(rows), self._telling(self.rows[0])
+        read, mine_read = rows["quality"] != NOT_READ, self.rows[0]["quality"] != NOT_READ
+        for indexed, asked in ((there & read, mine_telling), (there & telling, mine_read & ~mine_telling)):
+            candidates = np.flatnonzero(indexed)
+            for start in range(0, len(candidates), self.block):
+                some = candidates[start : start + self.block]
+                index = _index(rows["hash"][some], self.distance)
+                for batch in self._batches(np.flatnonzero(asked & self.alive)):
+                    match, far = self._nearest(index, batch)
+                    found = match >= 0
+                    self._remove(batch[found], some[match[found]], number, far[found])
         mine, theirs = _files(self.datasets[0]), _files(other)
         order = np.flatnonzero(there)
         order = order[np.argsort(theirs[order], kind="stable")]
@@ -299,8 +301,10 @@ class Search:
 
     def _near(self) -> None:
         """Goes through the samples from the largest picture to the smallest; one that is like none of those kept is kept."""
-        order = np.flatnonzero(self.alive & self._told(self.rows[0]))
+        telling = self._telling(self.rows[0])
+        order = np.flatnonzero(self.alive & telling)
         order = order[np.argsort(-_pixels(self.datasets[0])[order], kind="stable")]
+        plain = np.flatnonzero(self.alive & ~telling & (self.rows[0]["quality"] != NOT_READ))  # copies of others, but nobody's originals
         for start in range(0, len(order), self.block):
             kept: list[np.ndarray] = []
             index = _index(np.zeros((0, BITS // 8), np.uint8), self.distance, size=min(self.block, len(order)))
@@ -310,7 +314,7 @@ class Search:
                 new = self._drop_inside(new)
                 index.add(np.ascontiguousarray(self.rows[0]["hash"][new]))
                 kept.append(new)
-            for batch in self._batches(order[start + self.block :]):
+            for batch in self._batches(np.concatenate([order[start + self.block :], plain])):
                 self._drop_known(index, batch[self.alive[batch]], kept)
 
     def _drop_known(self, index: Any, batch: np.ndarray, kept: list[np.ndarray]) -> np.ndarray:
@@ -365,10 +369,10 @@ class Search:
     def _batches(self, order: np.ndarray) -> Iterator[np.ndarray]:
         yield from (order[start : start + BATCH] for start in range(0, len(order), BATCH))
 
-    def _told(self, rows: np.ndarray) -> np.ndarray:
-        """Whether there is enough in each picture to tell it by."""
-        told: np.ndarray = (rows["quality"] >= self.min_quality) & (rows["quality"] != NOT_READ)
-        return told
+    def _telling(self, rows: np.ndarray) -> np.ndarray:
+        """Whether there is enough in each picture to tell others by it."""
+        telling: np.ndarray = (rows["quality"] >= self.min_quality) & (rows["quality"] != NOT_READ)
+        return telling
 
     def _remove(self, samples: np.ndarray, witness: np.ndarray, source: int, far: np.ndarray, *, same_file: bool = False) -> None:
         self.alive[samples] = False

@@ -168,7 +168,7 @@ class DedupFlags:
     distance: int = 31
     """Bits of 256 that may differ, at most 47. More finds more cropped and marked copies, and more that are only similar."""
     min_quality: int = 50
-    """Pictures with less in them (PDQ's quality, 0 to 100) are too plain to be told by their hash; only the same file is a copy of them."""
+    """Of two pictures one must have this much in it (PDQ's quality, 0 to 100); plainer ones are copies only if they are the same file."""
     mirror: bool = True
     """A mirrored copy is a copy."""
     list: str | None = None
