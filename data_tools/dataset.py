@@ -32,6 +32,7 @@ import xxhash
 
 from data_tools.errors import UserError
 from data_tools.overlay import Lists, Overlay, overlay_names, read_overlays
+from data_tools.stage import staged
 from data_tools.storage import Location
 
 FORMAT = "vitscale-dataset"
@@ -200,9 +201,10 @@ class Dataset:
     in use say; labels are given as they say, and a sample that they remove is not read.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], overlays: tuple[str, ...] | None = None) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], overlays: tuple[str, ...] | None = None, stage: Path | None = None) -> None:
         """For `open`, which has checked the files."""
         self.path = path
+        self._stage = stage
         self.name: str = header["name"]
         self.split: str = header["split"]
         self.num_samples: int = header["num_samples"]
@@ -216,7 +218,8 @@ class Dataset:
         self.shard_bytes: np.ndarray = manifest["bytes"].to_numpy()
         self.first_samples: np.ndarray = manifest["first_sample"].to_numpy()
         # The mapped index as numpy views, a few hundred record batches at most.
-        reader = pa.ipc.open_file(pa.memory_map(str(path / "index.arrow")))
+        index = path / "index.arrow" if stage is None else staged(path / "index.arrow", header["files"]["index.arrow"], stage)
+        reader = pa.ipc.open_file(pa.memory_map(str(index)))
         if not reader.schema.equals(INDEX_SCHEMA):
             raise DatasetError(f"{path / 'index.arrow'} has columns {reader.schema.names}, not {INDEX_SCHEMA.names}")
         self._batches = [_views(reader.get_batch(i)) for i in range(reader.num_record_batches)]
@@ -241,11 +244,13 @@ class Dataset:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, overlays: tuple[str, ...] | None = None, check_index: bool = False, check_shards: bool = True
-    ) -> Dataset:
+        cls, path: str | Path, *, overlays: tuple[str, ...] | None = None, stage: Path | None = None, check_index: bool = False,
+        check_shards: bool = True,
+    ) -> Dataset:  # fmt: skip
         """Opens the split's directory `path`, or raises DatasetError or OverlayError.
 
         `overlays` are the names of those to use, as `overlay.names` has them; None takes all there are, () gives it as it was packed.
+        `stage` is a folder on this machine's own disk that the index is copied to, if it is not there yet, and mapped from.
 
         Always checked: dataset.json, the hashes of manifest.parquet and classes.txt, and the sizes of all other files.
         `check_index` also hashes index.arrow and samples/ (over 10 GB at 300 M samples, so not by default; a damaged
@@ -262,7 +267,7 @@ class Dataset:
             if (check_index or name in ("manifest.parquet", "classes.txt")) and file_entry(file) != entry:
                 raise DatasetError(f"{file} was changed: its SHA-256 is not dataset.json's; restore it or pack again")
         try:
-            dataset = cls(path, header, overlays)
+            dataset = cls(path, header, overlays, stage)
         except UserError:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:  # all of which pyarrow raises on damaged bytes
@@ -440,7 +445,7 @@ class Dataset:
         return self.num_samples
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.content_hash, self.overlay.names)
+        return _reopen, (self.path, self.content_hash, self.overlay.names, self._stage)
 
     def _shard_number(self, sample: int) -> int:
         self._check_sample(sample)
@@ -476,8 +481,8 @@ class Dataset:
             return "?"
 
 
-def _reopen(path: Path, content_hash: str, overlays: tuple[str, ...]) -> Dataset:
-    dataset = Dataset.open(path, overlays=overlays, check_shards=False)
+def _reopen(path: Path, content_hash: str, overlays: tuple[str, ...], stage: Path | None) -> Dataset:
+    dataset = Dataset.open(path, overlays=overlays, stage=stage, check_shards=False)
     if dataset.content_hash != content_hash:
         raise DatasetError(f"{path} is now dataset {dataset.content_hash}, it was {content_hash}; start again")
     return dataset

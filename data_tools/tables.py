@@ -202,9 +202,8 @@ def _text_reader(table: Location) -> Any:
         return pa.json.open_json(_in_a_row(table))
     names = {name: pa.string() for name in (*BYTES_COLUMNS, *PATH_COLUMNS, *KEY_COLUMNS)}
     parsing = pa.csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
-    return pa.csv.open_csv(
-        _in_a_row(table), parse_options=parsing, convert_options=pa.csv.ConvertOptions(column_types=names, strings_can_be_null=True)
-    )
+    converting = pa.csv.ConvertOptions(column_types=names, strings_can_be_null=True, null_values=[""])  # NA may be a country, nan a word
+    return pa.csv.open_csv(_in_a_row(table), parse_options=parsing, convert_options=converting)
 
 
 def _ipc_reader(mapped: pa.NativeFile, options: pa.ipc.IpcReadOptions | None) -> Any:

@@ -208,6 +208,8 @@ class RunConfig:
     """Dataset directory of the training split."""
     eval_data: str = ""
     """Dataset directory of the held-out split; empty takes the sibling `val` of the training split, if any; `none` evaluates nothing."""
+    stage: str = ""
+    """Folder on each machine's own disk that the datasets' indices are copied to and mapped from; empty maps them where they are."""
     out: str = ""
     """Run directory; empty takes runs/RECIPE."""
     seed: int = 0
@@ -434,8 +436,8 @@ def _check_ranges(config: TrainConfig) -> None:
 
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
 MAY_CHANGE = (
-    "data", "eval_data", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "stream.workers",
-    "stream.prefetch", "stream.max_unusable", "engine.zero_stage", "engine.checkpoint_every_n_blocks",
+    "data", "eval_data", "stage", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
+    "stream.workers", "stream.prefetch", "stream.max_unusable", "engine.zero_stage", "engine.checkpoint_every_n_blocks",
     "engine.deepspeed.zero_optimization", "init.folder",
 )  # fmt: skip
 

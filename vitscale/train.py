@@ -54,10 +54,12 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
 
     # -- Data -------------------------------------------------------------------------------------------------------------------------
     overlays = used_overlays(run)  # as the start found them: one that comes while ranks start must not reach some of them
-    dataset = Dataset.open(config.data, overlays=overlays["data"], check_shards=False)  # every rank would ask the file system for every tar
+    stage = Path(config.stage) if config.stage else None
+    # Without check_shards, for every rank would ask the file system for every tar.
+    dataset = Dataset.open(config.data, overlays=overlays["data"], stage=stage, check_shards=False)
     held_out = None
     if config.eval_data != "none":
-        held_out = Dataset.open(config.eval_data, overlays=overlays["eval_data"], check_shards=False)
+        held_out = Dataset.open(config.eval_data, overlays=overlays["eval_data"], stage=stage, check_shards=False)
     last_step = total_steps(config, dataset.num_samples)
 
     # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------

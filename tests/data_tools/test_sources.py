@@ -193,3 +193,13 @@ def test_labels_that_are_none_are_refused(tmp_path: Path, members: dict[str, byt
         pack_one(tmp_path / "t.tar", out=tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_words_that_look_like_nothing_are_class_names(tmp_path: Path) -> None:
+    write_files(tmp_path, {f"{i}.jpg": make_image(i) for i in range(4)})
+    (tmp_path / "list.csv").write_text("path,label\n0.jpg,NA\n1.jpg,null\n2.jpg,nan\n3.jpg,N/A\n")
+    dataset = pack_one(tmp_path / "list.csv", out=tmp_path / "out")
+    assert dataset.class_names == ("N/A", "NA", "nan", "null")
+    (tmp_path / "list.csv").write_text("path,label\n0.jpg,NA\n1.jpg,\n")
+    with pytest.raises(PackError, match="is null in row 1"):
+        pack_one(tmp_path / "list.csv", out=tmp_path / "other")

@@ -55,6 +55,14 @@ def test_help_imports_nothing_heavy() -> None:
     assert not [name for name in ("torch", "deepspeed", "numpy", "pyarrow", "PIL") if f"'{name}'" in loaded]
 
 
+def test_a_run_maps_staged_indices(dataset: Path, tmp_path: Path) -> None:
+    words = ("pretrain", "tiny-digits", "--data", dataset / "train", "--out", tmp_path / "run", *SMALL, "--stage", tmp_path / "stage")
+    done = vitscale(*words, "--nproc", "2")
+    assert done.returncode == 0, done.stderr
+    indices = {(dataset / split / "index.arrow").read_bytes() for split in ("train", "val")}
+    assert {file.read_bytes() for file in (tmp_path / "stage").glob("*.arrow")} == indices
+
+
 # What is typed, where DATA, RUN and TMP stand for a dataset, a finished run and an empty folder; and what the one line must say.
 BAD_INPUT = {
     "pretrian": "(perhaps `vitscale pretrain` was meant); there are pack, data index, data ",
