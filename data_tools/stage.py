@@ -2,7 +2,7 @@
 
 Where it stands: `Dataset.open` maps the copy in place of the index where it is told a folder; the tars stay where they are.
 
-Invariants: a copy bears its SHA-256 as its name and is there whole or not at all; of processes that start at once one copies, and the others
+Invariants: a copy bears its SHA-256 as its name and is there whole or not at all; of processes that start at once one copies, and others
 wait for it.
 """
 
