@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from data_tools.images import decode
 from tests.vitscale.models import (
     cotangent,
     gradient_errors,
@@ -29,7 +30,7 @@ from vitscale.config import PreprocessConfig, ViTConfig
 from vitscale.evaluate import load_model
 from vitscale.export import as_timm, export, timm_config
 from vitscale.finetune import resample
-from vitscale.images import decode, evaluation_view
+from vitscale.images import evaluation_view
 from vitscale.model import ViT, normalize
 from vitscale.recipes import vit
 
