@@ -265,8 +265,8 @@ def _read_table(file: Path) -> pa.Table:
                 return pa.json.read_json(file)
             case ".csv" | ".tsv" as kind:
                 parsing = pa.csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",")
-                texts = {name: pa.string() for name in ("key", "reason")}
-                options = pa.csv.ConvertOptions(column_types=texts, strings_can_be_null=True, null_values=[""])
+                types = {name: pa.string() for name in ("key", "label", "labels", "reason")} | {"removed": pa.bool_()}
+                options = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
                 return pa.csv.read_csv(file, parse_options=parsing, convert_options=options)
             case ".txt":
                 return pa.table({"key": pa.array(file.read_text(encoding="utf-8").split(), pa.string())})
@@ -313,12 +313,12 @@ def _labels(column: pa.Array, what: str, dataset: Dataset) -> pa.Array:
     valid, lengths, values = _listed(column)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    numbers = values
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        if dataset.class_names is None:
-            raise AmendError(f"{what} has names, and the classes of {dataset.path} have none; give numbers")
-        numbers = pc.index_in(values, value_set=pa.array(dataset.class_names, values.type))
-    elif not (pa.types.is_integer(values.type) or pa.types.is_null(values.type)):
+        numbers = _numbered(values, dataset.class_names or ())
+    elif pa.types.is_integer(values.type) or pa.types.is_null(values.type):
+        numbers = values
+        _check_plain(values, what, dataset)
+    else:
         raise AmendError(f"{what} is {column.type}; labels are class names or numbers, one or a list")
     good = pc.fill_null(pc.and_(pc.greater_equal(numbers, 0), pc.less(numbers, dataset.num_classes)), False)
     if not pc.all(good, min_count=0).as_py():
@@ -330,6 +330,23 @@ def _labels(column: pa.Array, what: str, dataset: Dataset) -> pa.Array:
         if len(set(of_row)) < len(of_row):
             raise AmendError(f"{what} has a label twice in row {row}: {of_row}; give each once")
     return lists
+
+
+def _numbered(texts: pa.Array, names: tuple[str, ...]) -> pa.Array:
+    """The numbers of classes that are named, or given as digits where no class has such a name; null for what is neither."""
+    by_name = pc.index_in(texts, value_set=pa.array(names, texts.type))
+    digits = pc.match_substring_regex(texts, "^[0-9]{1,9}$")
+    return pc.coalesce(by_name, pc.if_else(digits, texts, pa.scalar(None, texts.type)).cast(pa.int32()))
+
+
+def _check_plain(numbers: pa.Array, what: str, dataset: Dataset) -> None:
+    """Raises AmendError for a number that is another class's name, for then nobody knows which is meant."""
+    names = dataset.class_names or ()
+    for number in pc.unique(numbers.drop_null()).to_pylist():
+        if str(number) in names and names.index(str(number)) != number:
+            raise AmendError(
+                f"{what} has {number}, which is the name of class {names.index(str(number))} of {dataset.path}; give names, as text"
+            )
 
 
 def _scores(column: pa.Array, labels: pa.Array, what: str) -> pa.Array:

@@ -192,11 +192,11 @@ def test_changes_come_as_tables(packed: Dataset, tmp_path: Path, kind: str) -> N
         ("key\nnobody\n", "no sample with the key 'nobody'"),
         ("name\nx\n", "no column `key`"),
         ("key,label\nKEY,dragon\n", "'dragon', which is none of the 3 classes"),
-        ("key,label\nKEY,3\n", "has 3, which is none of the 3 classes"),
+        ("key,label\nKEY,3\n", "has '3', which is none of the 3 classes"),
         ("key,label\nKEY,1\nKEY,2\n", "say two things of"),
         ("key,label,score\nKEY,1,nan\n", "not a finite number"),
         ("key,label,score\nKEY,1,high\n", "scores are numbers"),
-        ("key,removed\nKEY,7\n", "must be true, false or nothing"),
+        ("key,removed\nKEY,7\n", "conversion error to bool: invalid value '7'"),
         ("sample\n23\n", r"from 23 to 23; .* has 0\.\.22"),
         ("sample\n-1\n", "from -1 to -1"),
         ("key,label\nKEY,1,2\n", "cannot be read"),
@@ -208,6 +208,21 @@ def test_changes_that_do_not_fit_are_refused_in_a_line(packed: Dataset, tmp_path
     with pytest.raises(AmendError, match=rule):
         amend(packed, "mine", file=file)
     assert not [name for name in tree(packed.path) if name.startswith("overlay/")]
+
+
+def test_a_number_that_is_another_classs_name_is_never_guessed_at(tmp_path: Path) -> None:
+    """Sorted names "1", "10", "2" are the classes 0, 1, 2."""
+    write_files(tmp_path / "src", {f"{name}/{i}.jpg": make_image(i) for i, name in enumerate(("1", "10", "2"))})
+    packed = pack_one(tmp_path / "src", out=tmp_path / "out")
+    assert packed.class_names == ("1", "10", "2")
+    (tmp_path / "text.csv").write_text(f"key,label,removed\n{packed.key(0)},1,0\n{packed.key(1)},0,\n{packed.key(2)},10,1\n")
+    amend(packed, "mine", file=tmp_path / "text.csv")
+    dataset = Dataset.open(packed.path)
+    assert told(dataset) == {0: ([0], [1.0]), 1: ([0], [1.0])}, "a name where there is such a class, else a number"
+    assert dataset.labels(np.array([2]))[0].tolist() == [[1]]
+    (tmp_path / "numbers.jsonl").write_text(json.dumps({"key": packed.key(0), "label": 1}) + "\n")
+    with pytest.raises(AmendError, match="has 1, which is the name of class 0"):
+        amend(packed, "mine", file=tmp_path / "numbers.jsonl")
 
 
 def test_the_same_change_twice_is_one_overlay_and_an_undo_is_another(packed: Dataset) -> None:
