@@ -201,20 +201,24 @@ def _done_file(folder: Path, dataset: Dataset) -> Path:
 
 
 def _hash_shard(folder: Path, item: tuple[Dataset, int], tell: Callable[[int], None]) -> None:
-    """Writes the rows of one shard's samples to their place, and then that they are there."""
+    """Writes the rows of one shard's samples to their place, and then that they are there.
+
+    A shard of which not all could be read is hashed again by the next search, as a repair may have brought it back.
+    """
     dataset, shard = item
     packed = Dataset.open(dataset.path, overlays=(), check_shards=False)  # what is removed may be brought back
     first, size = int(dataset.first_samples[shard]), int(dataset.shard_sizes[shard])
     rows = np.zeros(size, ROW)
+    whole = True
     for number in range(size):
         try:
             hashed = _hashed(packed.read(first + number))
         except SampleError:
-            hashed = None
+            hashed, whole = None, False
         except OSError:  # the machine's fault, unless the tar is given up
             if not dataset.overlay.is_removed(first + number):
                 raise
-            hashed = None
+            hashed, whole = None, False
         if hashed is None:
             rows[number]["quality"] = NOT_READ
         else:
@@ -222,7 +226,7 @@ def _hash_shard(folder: Path, item: tuple[Dataset, int], tell: Callable[[int], N
         tell(0)
     for file, at, data in (
         (_rows_file(folder, dataset), first * ROW.itemsize, rows.tobytes()),
-        (_done_file(folder, dataset), shard, b"\1"),
+        (_done_file(folder, dataset), shard, b"\1" if whole else b"\0"),
     ):
         descriptor = os.open(file, os.O_WRONLY)
         try:
@@ -286,7 +290,9 @@ class Search:
         at = order[np.minimum(np.searchsorted(theirs[order], mine), max(len(order) - 1, 0))] if len(order) else np.zeros(0, np.int64)
         same = np.flatnonzero(theirs[at] == mine) if len(order) else at
         same = same[self.alive[same] | (self.source[same] == number)]
-        same = same[(self.rows[0]["hash"][same] == rows["hash"][at[same]]).all(axis=1)]
+        alike = (self.rows[0]["hash"][same] == rows["hash"][at[same]]).all(axis=1)
+        damaged = (self.rows[0]["quality"][same] == NOT_READ) | (rows["quality"][at[same]] == NOT_READ)  # whose file is known all the same
+        same = same[alike | damaged]
         self._remove(same, at[same], number, np.zeros(len(same), np.uint8), same_file=True)
 
     def _same_files(self) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from data_tools import dedup as module
 from data_tools.amend import amend, keys_of, removals, write_overlay
 from data_tools.dataset import Dataset
 from data_tools.dedup import ROW, DedupError, Search, bands, dedup, hash_datasets, perceptual_hash
+from data_tools.repair import repair
 from data_tools.verify import verify
 from tests.launch.test_command import vitscale
 
@@ -156,6 +158,32 @@ def test_damage_is_counted_and_in_nobodys_way(packed: Dataset) -> None:
     (packed.path / name).write_bytes(tar)
     assert dedup(packed.path).unreadable == 1
     assert packed.key(0) not in removed_keys(packed.path)
+
+
+def flip(dataset: Dataset, sample: int) -> None:
+    tar = dataset.path / dataset.shard_of(sample)
+    data = bytearray(tar.read_bytes())
+    data[data.find(dataset.read(sample)) + 20] ^= 255
+    tar.write_bytes(data)
+
+
+def test_what_was_damaged_and_is_whole_again_is_hashed_again(packed: Dataset, tmp_path: Path) -> None:
+    expected = dedup(packed.path, dry_run=True, work=tmp_path / "apart")
+    copy = shutil.copytree(packed.path, tmp_path / "copy")
+    for shard in range(len(packed.shard_names)):
+        flip(packed, int(packed.first_samples[shard]))
+    assert dedup(packed.path, dry_run=True).unreadable == len(packed.shard_names)
+    repair(packed.path, (str(copy),))
+    assert dedup(packed.path, dry_run=True) == expected
+
+
+def test_a_file_that_is_damaged_in_an_evaluation_set_is_a_leak_all_the_same(packed: Dataset, tmp_path: Path) -> None:
+    write_files(tmp_path / "same", {"c/x.jpg": packed.read(0), "c/y.jpg": encoded(picture(99))})
+    held_out = pack_one(tmp_path / "same", out=tmp_path / "held")
+    numbers = {held_out.read(i): i for i in range(2)}
+    flip(held_out, numbers[packed.read(0)])
+    dedup(packed.path, (held_out.path,), inside=False)
+    assert packed.key(0) in removed_keys(packed.path)
 
 
 # -- the search, on hashes alone --------------------------------------------------------------------------------------------------------
