@@ -63,7 +63,10 @@ def print_stats(found: Stats, console: Console | None = None) -> None:
             table.add_row(first, second, f"{pair.samples:,}", f"{pair.share_of_rarer:.1%}", f"{pair.lift:,.3g}")
         console.print(table)
 
-    table = _table("images", "", "least", *(f"p{p}" for p in PERCENTILES), "most", "mean", numeric=range(1, 11))
+    percentiles = [
+        f"p{p}" for p in (PERCENTILES if console.width >= 120 else (5, 50, 95))
+    ]  # figures that are broken in two are hard to read
+    table = _table("images", "", "least", *percentiles, "most", "mean", numeric=range(1, len(percentiles) + 4))
     lines: list[tuple[str, Summary, Callable[[float], str]]] = [("bytes", found.bytes_an_image, byte_size)]
     if (sizes := found.sizes) is not None:
         sides = [("width", sizes.width), ("height", sizes.height), ("shorter side", sizes.short_side)]
@@ -72,7 +75,7 @@ def print_stats(found: Stats, console: Console | None = None) -> None:
         lines.append(("score", found.scores.summary, "{:.3g}".format))
     lines += [("samples a shard", found.shards.samples, "{:,.0f}".format), ("bytes a shard", found.shards.bytes, byte_size)]
     for name, summary, as_text in lines:
-        values = [summary.minimum, *summary.percentiles.values(), summary.maximum, summary.mean]
+        values = [summary.minimum, *(summary.percentiles.get(of, 0.0) for of in percentiles), summary.maximum, summary.mean]
         table.add_row(name, *map(as_text, values))
     console.print(table)
 
