@@ -150,7 +150,7 @@ def made(config: PackConfig, listing: str | None) -> dict[str, Any]:
     settings["samples_per_shard"] = config.shard_samples
     if config.encodes:
         settings["encoders"] = encoders()
-    return {"by": "vitscale pack", "sources": config.source_names, "listing": listing, **settings}
+    return {"by": fmt.BY_PACK, "sources": config.source_names, "listing": listing, **settings}
 
 
 def index_rows(samples: int) -> int:

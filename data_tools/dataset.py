@@ -37,6 +37,7 @@ from data_tools.storage import Location
 
 FORMAT = "vitscale-dataset"
 FORMAT_VERSION = 1
+BY_PACK, BY_INDEX = "vitscale pack", "vitscale data index"  # who made a dataset; `made.by` in dataset.json
 SHARDS_PER_FOLDER = 1000
 OPEN_SHARDS = 256  # file descriptors kept open by one Dataset; well below the usual limit of 1,024
 

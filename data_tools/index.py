@@ -51,7 +51,6 @@ from data_tools.shards import PIECE_SCHEMA, Piece
 from data_tools.sources import Listing, make_listing
 from data_tools.tars import IMAGE_MEMBERS, labels_of
 
-BY = "vitscale data index"
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 FILES = ("manifest.parquet", "index.arrow", "samples", "classes.txt", "rejects.parquet", "dataset.json")
 # What the scan of a tar depends on. Settings of classes may change between a start and the next: they come after it.
@@ -174,7 +173,7 @@ def _files_below(folder: Path) -> Iterator[str]:
 def check_unchanged(out: Path, tars: list[Tar], config: IndexConfig) -> None:
     """Raises PackError unless the dataset that is there is of these tars, with these settings."""
     header = fmt.read_header(out)
-    if header["made"].get("by") != BY:
+    if header["made"].get("by") != fmt.BY_INDEX:
         raise PackError(f"{out} is a dataset already, by {header['made'].get('by')!r}; `--dali` and `--energon` add indices to it")
     asked = told_of(config, header["made"].get("listing"))
     changed = [f"{name}: {header['made'].get(name)} -> {asked[name]}" for name in asked if header["made"].get(name) != asked[name]]
@@ -200,7 +199,12 @@ def _told(size: int | None) -> str:
 
 def told_of(config: IndexConfig, listing: str | None) -> dict[str, Any]:
     """What dataset.json says of how the dataset was made."""
-    return {"by": BY, "listing": listing, "num_classes": config.num_classes, **{name: getattr(config, name) for name in SCANNED_WITH}}
+    return {
+        "by": fmt.BY_INDEX,
+        "listing": listing,
+        "num_classes": config.num_classes,
+        **{name: getattr(config, name) for name in SCANNED_WITH},
+    }
 
 
 def _check_out(out: Path, work: Path) -> None:

@@ -47,7 +47,6 @@ from data_tools.tars import IMAGE_MEMBERS
 from data_tools.verify import Problem, check_file, verify
 
 WORK = ".repairing"
-PACKED = "vitscale pack"
 # The names that files of a dataset can have
 TABLE = re.compile(r"manifest\.parquet|index\.arrow|classes\.txt|rejects\.parquet|samples/\d{3,}\.parquet")
 PACKED_TAR = re.compile(r"shards/\d{3,}/[A-Za-z0-9_-]{1,40}-\d{6,}\.tar")
@@ -254,7 +253,7 @@ class _Repair:
         tell: Progress,
     ) -> None:
         self.path, self.work, self.header, self.jobs, self.tell = path, work, header, jobs, tell
-        self.packed = header["made"].get("by") == PACKED
+        self.packed = header["made"].get("by") == fmt.BY_PACK
         self.copies = [Path(text) for text in sources if not self.packed or (Path(text) / "dataset.json").is_file()]
         self.sources = tuple(text for text in sources if Path(text) not in self.copies)
         self.image_root, self.class_map = image_root, class_map
@@ -565,7 +564,7 @@ class _Repair:
     def _by_indexing(self, damaged: dict[str, list[Problem]]) -> None:
         """The files beside tars that others made, made again."""
         tables = [name for name in damaged if name in self.header["files"]]
-        if not tables or self.header["made"].get("by") != foreign.BY:
+        if not tables or self.header["made"].get("by") != fmt.BY_INDEX:
             return
         try:
             if "manifest.parquet" in damaged:

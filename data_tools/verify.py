@@ -121,7 +121,7 @@ def _check_overlays(path: Path, header: dict[str, Any]) -> tuple[int, list[Probl
 
 def _strangers(path: Path, header: dict[str, Any], manifest: list[dict[str, Any]], indices: tuple[str, ...]) -> list[Problem]:
     """Files that belong to nothing; overlays are looked at apart, and beside tars that others made there may be anything."""
-    if header["made"].get("by") != "vitscale pack":
+    if header["made"].get("by") != fmt.BY_PACK:
         return []
     known = {"dataset.json", *header["files"], *(shard["name"] for shard in manifest)}
     known |= {index_file(Path(shard["name"]), kind).as_posix() for shard in manifest for kind in indices}

@@ -320,8 +320,8 @@ def data_index(words: list[str]) -> None:
     flags = parse(IndexFlags, words, "data index", description=IndexConfig.__doc__)
     if not flags.tars:
         raise UsageError("`vitscale data index` needs a folder of tars, or tars; `vitscale data index laion-tars/` is one use")
-    from data_tools.dataset import Dataset, read_header
-    from data_tools.index import BY, index
+    from data_tools.dataset import BY_INDEX, Dataset, read_header
+    from data_tools.index import index
     from data_tools.peer_indices import DALI, ENERGON, write_indices
     from vitscale.metrics import counted
 
@@ -329,7 +329,7 @@ def data_index(words: list[str]) -> None:
     folder = Path(config.folder)
     kinds = [kind for kind, asked in ((DALI, flags.dali), (ENERGON, flags.energon)) if asked]
     said: dict[str, object] = {}
-    packed = len(flags.tars) == 1 and (folder / "dataset.json").is_file() and read_header(folder)["made"].get("by") != BY
+    packed = len(flags.tars) == 1 and (folder / "dataset.json").is_file() and read_header(folder)["made"].get("by") != BY_INDEX
     if packed and not kinds:
         raise UsageError(f"{folder} has its index already; `--dali` and `--energon` write those of other readers")
     if not packed:
