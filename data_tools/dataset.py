@@ -147,6 +147,15 @@ def bytes_entry(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
+def tar_checksum(tar: Path) -> str:
+    """What the manifest says of a tar's bytes: their xxh3_128, hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with tar.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def splits_in(path: Path) -> list[Path]:
     """The dataset directories right below `path`; what a killed `pack` left has a hidden name."""
     return sorted(file.parent for file in path.glob("*/dataset.json") if not file.parent.name.startswith("."))

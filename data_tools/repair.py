@@ -367,7 +367,7 @@ class _Repair:
 
     def _offer_tar(self, shard: dict[str, Any], made: Path, how: str) -> bool:
         """Puts a tar in place if it is the one that the manifest names."""
-        if not made.is_file() or made.stat().st_size != shard["bytes"] or _checksum(made) != shard["checksum"]:
+        if not made.is_file() or made.stat().st_size != shard["bytes"] or fmt.tar_checksum(made) != shard["checksum"]:
             self.why[shard["name"]] = f"{how} it has other bytes: an image is another one now"
             return False
         self._replace(shard["name"], made, how)
@@ -638,14 +638,6 @@ def _unreadable(dataset: Dataset, sample: int) -> bool:
     except SampleError:
         return True
     return False
-
-
-def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as opened:
-        while block := opened.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _shard_row(tar: Path) -> dict[str, Any]:
