@@ -218,7 +218,7 @@ def _sibling(out: Location) -> Sibling | None:
 
 
 @dataclass(frozen=True)
-class _Shard:
+class Shard:
     """A stretch of a split's plan."""
 
     split: str
@@ -228,30 +228,38 @@ class _Shard:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """All there is to do, and where it lies."""
 
     listing: Listing
     plans: dict[str, Plan]
     routes: Path
-    shards: list[_Shard]
+    shards: list[Shard]
     work: Path
     passing: Path | None
     """Where tars lie until they are put in object storage, if that is where OUT is."""
 
-    def tar(self, shard: _Shard) -> Path:
+    def tar(self, shard: Shard) -> Path:
+        """Where the shard's tar is written."""
         folder = self.work / shard.split / "dataset" if self.passing is None else self.passing / shard.split
         return folder / fmt.shard_name(shard.split, shard.number)
 
-    def piece(self, shard: _Shard) -> Path:
-        folder = f"{shard.number // fmt.SHARDS_PER_FOLDER:03d}"
-        return self.work / shard.split / "pieces" / folder / f"{shard.number:06d}.arrow"
+    def piece(self, shard: Shard) -> Path:
+        """The shard's piece, which is there when it is done."""
+        return piece_file(self.work, shard.split, shard.number)
 
     def pieces(self, split: str) -> list[Path]:
+        """All pieces of a split, in the order of its shards."""
         return [self.piece(shard) for shard in self.shards if shard.split == split]
 
     def bucket(self, split: str, bucket: int) -> int:
+        """How `routes` names a bucket of a split."""
         return bucket_number(list(self.plans).index(split), bucket, self.listing)
+
+
+def piece_file(work: Path, split: str, number: int) -> Path:
+    """Where the piece of a shard lies in the work."""
+    return work / split / "pieces" / f"{number // fmt.SHARDS_PER_FOLDER:03d}" / f"{number:06d}.arrow"
 
 
 @contextmanager
@@ -310,7 +318,7 @@ def _check_settings(config: PackConfig, work: Path, sources: dict[str, Any] | No
         raise OtherPackError(f"the sources are not those that {work} was begun with ({changed}); restore them, or remove it to start anew")
 
 
-def prepare(config: PackConfig, work: Path, scratch: Path) -> _Job:
+def prepare(config: PackConfig, work: Path, scratch: Path) -> Job:
     """Lists and plans, and makes sure that the sources of work that is there have not changed."""
     if (work / "job.json").is_file():
         _check_settings(config, work, None)  # before the listing, which may be long
@@ -319,7 +327,7 @@ def prepare(config: PackConfig, work: Path, scratch: Path) -> _Job:
     return job
 
 
-def _planned(config: PackConfig, scratch: Path, work: Path) -> _Job:
+def _planned(config: PackConfig, scratch: Path, work: Path) -> Job:
     """Lists the sources and plans the shards."""
     out = location(config.out)
     listing = list_sources(config, _sibling(out), scratch)
@@ -334,9 +342,9 @@ def _planned(config: PackConfig, scratch: Path, work: Path) -> _Job:
         ends = planned_ends(listing, plans, config, scratch)
         listing = replace(listing, digest=digest_of(listing.digest, ends))  # which the same names and labels alone do not settle now
     shards = [
-        _Shard(split, number, first, end) for split in plans for number, (first, end) in enumerate(itertools.pairwise([0, *ends[split]]))
+        Shard(split, number, first, end) for split in plans for number, (first, end) in enumerate(itertools.pairwise([0, *ends[split]]))
     ]
-    return _Job(listing, plans, routes, shards, work, scratch / "tars" if isinstance(out, Url) else None)
+    return Job(listing, plans, routes, shards, work, scratch / "tars" if isinstance(out, Url) else None)
 
 
 def _job_name(work: Path) -> str | None:
@@ -348,7 +356,7 @@ def _job_name(work: Path) -> str | None:
     return name
 
 
-def _identity(job: _Job, requests: int) -> dict[str, Any]:
+def _identity(job: Job, requests: int) -> dict[str, Any]:
     """What tells that sources have changed: the listing (names, labels, keys), and size and time, or version, of each table."""
     origins = job.listing.origins
     named = {f"table {number}, {of.table.name}": of.table for number, of in enumerate(origins) if of.table is not None}
@@ -390,8 +398,7 @@ def _publish_remote(work: Path, out: Url, config: PackConfig) -> tuple[PackResul
     for url, folder in hidden.items():
         _check_classes(folder, [(str(other), _classes_of(other)) for other in remote_out.splits_in(out) if other not in hidden], work)
         if (name := remote_out.lost(folder, url)) is not None:
-            number = int(Path(name).stem.rpartition("-")[2])
-            (work / folder.parent.name / "pieces" / f"{number // fmt.SHARDS_PER_FOLDER:03d}" / f"{number:06d}.arrow").unlink()
+            piece_file(work, folder.parent.name, int(Path(name).stem.rpartition("-")[2])).unlink()
             (work / "assembled").unlink()
             raise StorageError(f"{url / name} is gone, or is not what was put there; the same command makes it again")
     for url, folder in hidden.items():
@@ -404,7 +411,7 @@ def _publish_remote(work: Path, out: Url, config: PackConfig) -> tuple[PackResul
 # ------------------------------------------------------------------------------------------------- writing
 
 
-def write_shards(job: _Job, config: PackConfig, progress: Progress | None) -> None:
+def write_shards(job: Job, config: PackConfig, progress: Progress | None) -> None:
     """Writes what this task's share of the job's shards lacks, in as many processes as are worth it."""
     mine = share_of(job.shards, *config.share)
     todo = [shard for shard in mine if not job.piece(shard).is_file()]
@@ -431,7 +438,7 @@ def write_shards(job: _Job, config: PackConfig, progress: Progress | None) -> No
             _write_shard(job, shard, lambda rejected: tell(1, int(rejected)), config, spill)
 
 
-def _write_shard(job: _Job, shard: _Shard, tell: Callable[[int], None], config: PackConfig, spill: Spill | None) -> None:
+def _write_shard(job: Job, shard: Shard, tell: Callable[[int], None], config: PackConfig, spill: Spill | None) -> None:
     plan = job.plans[shard.split]
     planned = plan.rows(shard.first, shard.end)
     images = read_images(_images(job, shard, planned, spill), config.requests)
@@ -443,7 +450,7 @@ def _write_shard(job: _Job, shard: _Shard, tell: Callable[[int], None], config: 
 
 
 def _images(
-    job: _Job, shard: _Shard, planned: pa.Table, spill: Spill | None
+    job: Job, shard: Shard, planned: pa.Table, spill: Spill | None
 ) -> Iterator[tuple[bytes, Origin] | Callable[[], bytes | Reject]]:
     """How the images of a shard are to be had, in its order."""
     plan, origins = job.plans[shard.split], job.listing.origins
