@@ -20,7 +20,7 @@ import xxhash
 from data_tools.errors import UserError
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
-_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset and Energon take for no sample
+META = re.compile(r"__[^/]*__($|/)")  # names that webdataset and Energon take for no sample
 _BLOCK = 1 << 20
 
 
@@ -156,7 +156,7 @@ def grouped(members: Iterable[Member]) -> Iterator[tuple[str, list[tuple[str, Me
     key: str | None = None
     sample: list[tuple[str, Member]] = []
     for member in members:
-        if _META.match(member.name):
+        if META.match(member.name):
             continue
         base, suffix = base_plus_ext(member.name)
         if base is None:
@@ -181,7 +181,7 @@ def read_samples(tar: OpenTar, wanted: Iterable[str], limit: int) -> Iterator[tu
 
     def files() -> Iterator[dict[str, Any]]:
         for member in tar.members():
-            if not _META.match(member.name):
+            if not META.match(member.name):
                 take = member.name.lower().endswith(tuple(f".{suffix}" for suffix in suffixes)) and member.size <= limit
                 yield {"fname": member.name, "__url__": tar.name, "data": (member, tar.read(member) if take else None)}
 

@@ -15,9 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 import stat
-import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +27,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from data_tools.config import PackConfig
+from data_tools.members import OpenTar, read_samples
 from data_tools.origins import PATH_ERRNOS, Origin, locate
 from data_tools.plan import Plan
 from data_tools.shards import label_json
@@ -168,16 +167,9 @@ def _cell_sizes(origin: Origin) -> Iterator[int]:
 
 
 def _member_sizes(tar: Location) -> Iterator[int]:
-    """The sizes of the images of a WebDataset tar, from its headers; samples are those that `sources.tar_samples` finds."""
-    from webdataset.tariterators import group_by_keys
-
-    with sequential(tar) as file, tarfile.open(fileobj=file, mode="r:") as opened:
-
-        def members() -> Iterator[dict[str, Any]]:
-            while (member := opened.next()) is not None:
-                opened.members = []  # type: ignore[attr-defined]  # they would grow with the tar
-                if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
-                    yield {"fname": member.name, "data": member.size, "__url__": str(tar)}
-
-        for sample in group_by_keys(members()):
-            yield next((sample[name] for name in IMAGE_MEMBERS if name in sample), 0)
+    """The sizes of the images of a WebDataset tar, from its headers; samples are those that `tars.tar_samples` finds."""
+    with sequential(tar) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        for _, members in read_samples(OpenTar(file, str(tar), size, hashed=False), IMAGE_MEMBERS, limit=-1):  # nothing is read
+            yield next((members[suffix][0].size for suffix in IMAGE_MEMBERS if suffix in members), 0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import tarfile
 from collections.abc import Iterator
 from typing import IO, Any
@@ -17,12 +16,12 @@ import pyarrow as pa
 
 from data_tools.config import PackConfig, PackError
 from data_tools.images import Reject
+from data_tools.members import META
 from data_tools.origins import ROWS, Origin, Part
 from data_tools.storage import Location, sequential
 from data_tools.tables import LABEL_COLUMNS
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")  # of a sample in a tar
-META = re.compile(r"__[^/]*__($|/)")  # members that webdataset passes over
 
 
 def is_tar(table: Location | None) -> bool:
