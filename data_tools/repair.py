@@ -309,6 +309,8 @@ class _Repair:
             return "copied"
         if name.endswith(tuple(KINDS)):
             return "made again from the tar"
+        if name.startswith(f"{FOLDER}/"):  # an overlay, which nothing else tells of
+            return None
         if not self.packed:
             return None if name.endswith(".tar") else "made again from the tars"
         if self.sources:
@@ -431,9 +433,10 @@ class _Repair:
             self._by_indexing(damaged)
         else:
             names = [fmt.shard_name(self.header["split"], number) for number in range(self.header["num_shards"])]
+            made = False
             with suppress(OSError, TarError):
-                self._offer_manifest(names, (_shard_row(self.path / name) for name in names), "rebuilt from the tars")
-            if self.mended[-1:] != [Mended("manifest.parquet", "rebuilt from the tars")] and self.sources:
+                made = self._offer_manifest(names, (_shard_row(self.path / name) for name in names), "rebuilt from the tars")
+            if not made and self.sources:
                 pieces = self._packed_again(range(self.header["num_shards"]))
                 rows = (
                     {"samples": len(piece.rows), "bytes": piece.bytes, "checksum": piece.checksum}
@@ -446,14 +449,14 @@ class _Repair:
                 "give SOURCE, or restore it"
             )
 
-    def _offer_manifest(self, names: list[str], rows: Iterable[dict[str, Any]], how: str) -> None:
+    def _offer_manifest(self, names: list[str], rows: Iterable[dict[str, Any]], how: str) -> bool:
         manifest, first = [], 0
         for name, row in zip(names, rows, strict=True):
             manifest.append({"name": name, "first_sample": first, **row})
             first += row["samples"]
         made = self.work / "manifest.parquet"
         write_parquet(made, manifest, fmt.MANIFEST_SCHEMA)
-        self._offer("manifest.parquet", made, how)
+        return self._offer("manifest.parquet", made, how)
 
     def _index_from_tars(self, damaged: dict[str, list[Problem]]) -> None:
         if "index.arrow" not in damaged:

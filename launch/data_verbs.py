@@ -393,7 +393,7 @@ def data_repair(words: list[str]) -> None:
             retire=flags.retire,
             dry_run=flags.dry_run,
             jobs=flags.jobs,
-            progress=lambda _, done, total: update(done, total),
+            progress=lambda what, done, total: update(done, total, what),
         )
     if flags.json:
         print_json(dataclasses.asdict(report))

@@ -165,6 +165,9 @@ def test_a_copy_is_a_source(whole: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_changes_nothing(whole: Path, sources: tuple[str, ...]) -> None:
+    overlay = write_overlay(Dataset.open(whole), "takedown", removals(np.array([3]), pa.array(["asked for"])))
+    overlay.write_bytes(overlay.read_bytes()[:-1])
+    lost = overlay.relative_to(whole).as_posix()  # which neither tars nor sources give again
     for name in ("index.arrow", "samples/000.parquet", "classes.txt"):
         (whole / name).unlink()
     damaged = tree(whole)
@@ -173,8 +176,10 @@ def test_a_dry_run_changes_nothing(whole: Path, sources: tuple[str, ...]) -> Non
         "index.arrow": "would be rebuilt from the tars",
         "classes.txt": "would be copied from another split",
     }
-    assert [problem.file for problem in without.broken] == ["samples/000.parquet"]
-    assert [mended.file for mended in repair(whole, sources, dry_run=True).mended] == ["classes.txt", "index.arrow", "samples/000.parquet"]
+    assert sorted(problem.file for problem in without.broken) == [lost, "samples/000.parquet"]
+    given = repair(whole, sources, dry_run=True)
+    assert [mended.file for mended in given.mended] == ["classes.txt", "index.arrow", "samples/000.parquet"]
+    assert [problem.file for problem in given.broken] == [lost]
     assert tree(whole) == damaged
 
 
