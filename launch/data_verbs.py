@@ -4,9 +4,10 @@ As in `verbs.py`, what a verb needs is imported when it runs.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -14,6 +15,10 @@ from tyro.conf import Positional
 from data_tools.config import IndexConfig, PackConfig
 from launch.flags import UsageError, parse
 from launch.terminal import Json, Verb, VerbError, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from data_tools.assemble import PackResult
+    from data_tools.verify import Problem
 
 Split = Annotated[Positional[str], tyro.conf.arg(metavar="DATASET", help="Directory of one split.")]
 
@@ -52,9 +57,15 @@ def pack(words: list[str]) -> None:
         print(f"{result.path}: {counted(result.samples, 'sample')} in {size}")
         if empty := result.empty_classes:
             print(f"{result.path}: {counted(len(empty), 'class')} without an image: {', '.join(empty[:5])}{', ...' if empty[5:] else ''}")
-        if result.rejects:
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
-            print(f"{result.path}: {counted(result.rejects, 'image')} left out ({reasons}); rejects.parquet names them")
+        _print_rejects(result, "image")
+
+
+def _print_rejects(result: "PackResult", what: str) -> None:
+    from vitscale.metrics import counted
+
+    if result.rejects:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
+        print(f"{result.path}: {counted(result.rejects, what)} left out ({reasons}); rejects.parquet names them")
 
 
 @dataclass(frozen=True)
@@ -88,14 +99,18 @@ def data_verify(words: list[str]) -> None:
     if flags.json:
         print_json(dataclasses.asdict(report))
     else:
-        for problem in report.problems:
-            sample = f" sample {problem.sample} (key {problem.key}):" if problem.sample is not None else ""
-            print(f"{flags.dataset}/{problem.file}:{sample} {problem.what}")
+        _print_problems(flags.dataset, report.problems)
         decoded = f", {counted(report.decoded, 'image')} decoded" if flags.decode else ""
         read = f"{counted(report.files, 'file')}, {counted(report.samples, 'sample')}, {report.bytes / 1e6:,.1f} MB{decoded}"
         print(f"{flags.dataset}: {read}; {'all as packed' if not report.problems else counted(len(report.problems), 'problem')}")
     if report.problems:
         raise VerbError(f"{flags.dataset} is damaged ({report.problems[0].file} first); `vitscale data repair` makes good what it can")
+
+
+def _print_problems(dataset: str, problems: "Iterable[Problem]") -> None:
+    for problem in problems:
+        sample = f" sample {problem.sample} (key {problem.key}):" if problem.sample is not None else ""
+        print(f"{dataset}/{problem.file}:{sample} {problem.what}")
 
 
 @dataclass(frozen=True)
@@ -142,9 +157,9 @@ def data_overlay(words: list[str]) -> None:
     else:
         listed = list_overlays(dataset.path)
     after = Dataset.open(flags.dataset, check_shards=False).overlay
-    total = {"removed": after.num_removed, "relabelled": len(after.samples), "unknown_keys": unknown}
     if flags.json:
-        print_json({"overlays": [dataclasses.asdict(one) for one in listed]} | total)
+        of = {"path": str(dataset.path), "content_hash": dataset.content_hash, "overlays": [dataclasses.asdict(one) for one in listed]}
+        print_json(of | {"removed": after.num_removed, "relabelled": len(after.samples), "unknown_keys": unknown})
         return
     for one in listed:
         why = f" ({one.reason})" if one.reason else ""
@@ -184,7 +199,7 @@ class DedupFlags:
     json: Json = False
 
 
-def data_dedup(words: "list[str]") -> None:
+def data_dedup(words: list[str]) -> None:
     """Removes pictures that stand in a dataset twice, or in an evaluation set too."""
     flags = parse(DedupFlags, words, "data dedup")
     from data_tools.dedup import dedup
@@ -333,15 +348,13 @@ def data_index(words: list[str]) -> None:
     if packed and not kinds:
         raise UsageError(f"{folder} has its index already; `--dali` and `--energon` write those of other readers")
     if not packed:
-        with progress_bar("indexing", quiet=flags.json) as update:
-            result = index(config, update)
+        with progress_bar("indexing", quiet=flags.json, unit="MB") as update:
+            result = index(config, lambda done, total: update(done // 10**6, total // 10**6))
         said = dataclasses.asdict(result)
         if not flags.json:
             size = f"{counted(result.shards, 'tar')}, {result.classes} classes, {result.bytes / 1e6:,.1f} MB"
             print(f"{result.path}: {counted(result.samples, 'sample')} in {size}")
-            if result.rejects:
-                reasons = ", ".join(f"{count:,} {reason}" for reason, count in result.reasons.items())
-                print(f"{result.path}: {counted(result.rejects, 'sample')} left out ({reasons}); rejects.parquet names them")
+            _print_rejects(result, "sample")
     if kinds:
         dataset = Dataset.open(folder)
         with progress_bar("indices", quiet=flags.json) as update:
@@ -400,9 +413,7 @@ def data_repair(words: list[str]) -> None:
     else:
         for mended in report.mended:
             print(f"{flags.dataset}/{mended.file}: {mended.how}")
-        for problem in report.broken:
-            sample = f" sample {problem.sample} (key {problem.key}):" if problem.sample is not None else ""
-            print(f"{flags.dataset}/{problem.file}:{sample} {problem.what}")
+        _print_problems(flags.dataset, report.broken)
         left = len({problem.file for problem in report.broken})
         retired = f", {counted(report.retired, 'sample')} retired" if report.retired else ""
         done = "would be mended" if flags.dry_run else "mended"
