@@ -14,6 +14,13 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def put_in_place(beside: Path, file: Path) -> None:
+    """Gives a finished file, which lies beside, its name, in place of what bears it."""
+    fsync(beside)
+    beside.rename(file)
+    fsync(file.parent)
+
+
 def replace_file(path: Path, content: str | bytes) -> None:
     """Gives a file new contents in one step."""
     beside = path.with_name(f".{path.name}.partial")

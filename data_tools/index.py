@@ -41,7 +41,7 @@ import xxhash
 from data_tools import dataset as fmt
 from data_tools.assemble import PackResult, assemble, result_of
 from data_tools.config import IndexConfig, PackConfig, PackError
-from data_tools.durable import fsync, replace_file
+from data_tools.durable import fsync, put_in_place, replace_file
 from data_tools.errors import UserError
 from data_tools.images import MAX_IMAGE_BYTES, Reject, inspect_image
 from data_tools.members import OpenTar, read_samples
@@ -287,9 +287,7 @@ def _scan(tar: Tar, tell: Callable[[int], None], scans: Path, config: IndexConfi
     beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     with pa.OSFile(str(beside), "wb") as opened, pa.ipc.new_file(opened, scan.schema) as writer:
         writer.write_table(scan)
-    fsync(beside)
-    beside.rename(target)
-    fsync(target.parent)
+    put_in_place(beside, target)
     tell(tar.size)
 
 

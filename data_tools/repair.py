@@ -36,7 +36,7 @@ from data_tools.amend import removals, write_overlay
 from data_tools.assemble import IndexWriter, RejectsWriter, SamplesWriter, index_rows, write_parquet
 from data_tools.config import IndexConfig, PackConfig, PackError
 from data_tools.dataset import Dataset, DatasetError, SampleError
-from data_tools.durable import fsync
+from data_tools.durable import put_in_place
 from data_tools.errors import UserError
 from data_tools.images import MAX_IMAGE_BYTES
 from data_tools.members import OpenTar, TarError, read_samples
@@ -352,11 +352,9 @@ class _Repair:
 
     def _replace(self, name: str, made: Path, how: str) -> None:
         """Puts a file, which has been proved, into the dataset; until then the damaged one is there."""
-        fsync(made)
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(made, target)
-        fsync(target.parent)
+        put_in_place(made, target)
         self.mended.append(Mended(name, how))
 
     def _offer(self, name: str, made: Path, how: str) -> bool:

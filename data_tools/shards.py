@@ -21,7 +21,7 @@ import xxhash
 
 from data_tools import dataset as fmt
 from data_tools.config import PackConfig
-from data_tools.durable import fsync
+from data_tools.durable import fsync, put_in_place
 from data_tools.images import Reject, Rules, prepare_image
 from data_tools.origins import Origin, source_name
 from data_tools.tar import TarWriter
@@ -89,9 +89,7 @@ def write_shard(
     beside = piece_file.with_name(f".{piece_file.name}.{token}.partial")
     with pa.OSFile(str(beside), "wb") as opened, pa.ipc.new_file(opened, table.schema) as writer:
         writer.write_table(table)
-    fsync(beside)
-    beside.rename(piece_file)
-    fsync(piece_file.parent)
+    put_in_place(beside, piece_file)
 
 
 def label_json(labels: list[int], scores: list[float]) -> bytes:
