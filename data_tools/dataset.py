@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from data_tools.errors import UserError
-from data_tools.overlay import Lists, Overlay, overlay_names, read_overlays
+from data_tools.overlay import LabelLists, Overlay, overlay_names, read_overlays
 from data_tools.stage import staged
 from data_tools.storage import Location
 
@@ -350,7 +350,7 @@ class Dataset:
         scores[scored] = lists.scores
         return IndexBatch(samples, sizes, lists.label_starts, lists.labels, scores, scored)
 
-    def _checked_lists(self, first_sample: int, batch: dict[str, np.ndarray], rows: slice) -> Lists:
+    def _checked_lists(self, first_sample: int, batch: dict[str, np.ndarray], rows: slice) -> LabelLists:
         label_starts, score_starts = (
             batch[name][rows.start : rows.stop + 1].astype(np.int64) for name in ("labels_starts", "scores_starts")
         )
@@ -366,7 +366,7 @@ class Dataset:
         if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
             raise DatasetError(f"{damaged}labels {labels.min()} to {labels.max()}, of {self.num_classes} classes; restore it or pack again")
         scores = batch["scores"][score_starts[0] : score_starts[-1]]
-        return Lists(label_starts - label_starts[0], labels, score_starts - score_starts[0], scores)
+        return LabelLists(label_starts - label_starts[0], labels, score_starts - score_starts[0], scores)
 
     @property
     def num_kept(self) -> int:
@@ -522,16 +522,16 @@ def _views(batch: pa.RecordBatch) -> dict[str, np.ndarray]:
     return views
 
 
-def _lists(batch: dict[str, np.ndarray]) -> Lists:
+def _lists(batch: dict[str, np.ndarray]) -> LabelLists:
     """Labels and scores of all rows of a batch of the index."""
     parts = []
     for name in ("labels", "scores"):
         starts = batch[name + "_starts"]
         parts += [starts - starts[0] if starts[0] else starts, batch[name][starts[0] : starts[-1]]]
-    return Lists(*parts)
+    return LabelLists(*parts)
 
 
-def _fill(labels: np.ndarray, scores: np.ndarray, places: np.ndarray, lists: Lists, rows: np.ndarray) -> None:
+def _fill(labels: np.ndarray, scores: np.ndarray, places: np.ndarray, lists: LabelLists, rows: np.ndarray) -> None:
     """Writes the labels and scores of some rows of `lists` to some places of two padded arrays."""
     columns = np.arange(labels.shape[1])
     for starts, values, out in ((lists.label_starts, lists.labels, labels), (lists.score_starts, lists.scores, scores)):

@@ -46,7 +46,7 @@ class OverlayError(UserError):
 
 
 @dataclass(frozen=True)
-class Lists:
+class LabelLists:
     """Labels and scores of some samples: those of row i are labels[label_starts[i] : label_starts[i + 1]], and so on."""
 
     label_starts: np.ndarray
@@ -57,15 +57,17 @@ class Lists:
     def __len__(self) -> int:
         return len(self.label_starts) - 1
 
-    def take(self, rows: np.ndarray) -> Lists:
+    def take(self, rows: np.ndarray) -> LabelLists:
         """Some of the rows, in any order."""
-        return Lists(*_taken(self.label_starts, self.labels, rows), *_taken(self.score_starts, self.scores, rows))
+        return LabelLists(*_taken(self.label_starts, self.labels, rows), *_taken(self.score_starts, self.scores, rows))
 
-    def append(self, other: Lists) -> Lists:
+    def append(self, other: LabelLists) -> LabelLists:
         """The rows of both."""
         label_starts = np.concatenate([self.label_starts, self.label_starts[-1] + other.label_starts[1:]])
         score_starts = np.concatenate([self.score_starts, self.score_starts[-1] + other.score_starts[1:]])
-        return Lists(label_starts, np.concatenate([self.labels, other.labels]), score_starts, np.concatenate([self.scores, other.scores]))
+        return LabelLists(
+            label_starts, np.concatenate([self.labels, other.labels]), score_starts, np.concatenate([self.scores, other.scores])
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Overlay:
     """A bit a sample (uint8, lowest first), set where it is removed; None where none is."""
     samples: np.ndarray
     """Those with other labels than in the index: int64, ascending."""
-    lists: Lists
+    lists: LabelLists
     """Their labels and scores."""
 
     def removed(self, samples: np.ndarray) -> np.ndarray:
@@ -101,7 +103,7 @@ class Overlay:
 
 
 _ZERO = np.zeros(1, dtype=np.int64)
-_NO_LISTS = Lists(_ZERO, np.zeros(0, dtype=np.int32), _ZERO, np.zeros(0, dtype=np.float32))
+_NO_LISTS = LabelLists(_ZERO, np.zeros(0, dtype=np.int32), _ZERO, np.zeros(0, dtype=np.float32))
 
 
 def overlay_names(dataset: Path) -> tuple[str, ...]:
@@ -193,15 +195,15 @@ def _bit(samples: np.ndarray) -> np.ndarray:
     return bit
 
 
-def _lists_of(batch: pa.RecordBatch) -> Lists:
+def _lists_of(batch: pa.RecordBatch) -> LabelLists:
     starts = []
     for name in ("labels", "scores"):
         lengths = pc.fill_null(pc.list_value_length(batch[name]), 0).to_numpy().astype(np.int64)
         starts.append(np.concatenate([_ZERO, np.cumsum(lengths)]))
-    return Lists(starts[0], batch["labels"].flatten().to_numpy(), starts[1], batch["scores"].flatten().to_numpy())
+    return LabelLists(starts[0], batch["labels"].flatten().to_numpy(), starts[1], batch["scores"].flatten().to_numpy())
 
 
-def _last_of_each(samples: np.ndarray, lists: Lists) -> tuple[np.ndarray, Lists]:
+def _last_of_each(samples: np.ndarray, lists: LabelLists) -> tuple[np.ndarray, LabelLists]:
     order = np.argsort(samples, kind="stable")
     last = np.append(np.diff(samples[order]) > 0, True)[: len(order)]
     return samples[order[last]], lists.take(order[last])
