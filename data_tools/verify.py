@@ -154,11 +154,13 @@ def _check_shard(
         for sample in range(shard["first_sample"], shard["first_sample"] + shard["samples"]):
             try:
                 image = dataset.read(sample)
-                if decode:
-                    decode_image(image)
-                    decoded += 1
             except SampleError as error:
                 problems.append(Problem(name, error.reason, sample, error.key))
-            except Exception as error:  # Pillow raises nearly anything on hostile bytes
-                problems.append(Problem(name, f"does not decode: {type(error).__name__}: {error}", sample, dataset.key(sample)))
+                continue
+            if decode:
+                try:
+                    decode_image(image)
+                    decoded += 1
+                except Exception as error:  # Pillow raises nearly anything on hostile bytes
+                    problems.append(Problem(name, f"does not decode: {type(error).__name__}: {error}", sample, dataset.key(sample)))
     return problems, decoded
