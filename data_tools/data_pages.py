@@ -83,7 +83,7 @@ def _classes(classes: Classes, labels: int) -> str:
             [(rank, falling[rank - 1]) for rank in ranks],
             Axis("rank of the class", 1, len(falling), log=True),
             Axis("samples", 1, max(10.0, 10.0 ** math.ceil(math.log10(falling[0]))), log=True),
-            [(stats.MANY, "many-shot above 100"), (stats.FEW, "few-shot below 20")],
+            [(stats.MANY, f"many-shot above {stats.MANY}"), (stats.FEW, f"few-shot below {stats.FEW}")],
         )
         reached = [0, *itertools.accumulate(falling)]
         held = curve(
@@ -96,9 +96,9 @@ def _classes(classes: Classes, labels: int) -> str:
         )
         charts = f'<div class="two">{tail}{held}</div>'
     shots = [
-        ("many-shot, over 100 samples", classes.many_shot, "blue"),
-        ("medium-shot, 20 to 100", classes.medium_shot, "teal"),
-        ("few-shot, 1 to 19", classes.few_shot, "orange"),
+        (f"many-shot, over {stats.MANY} samples", classes.many_shot, "blue"),
+        (f"medium-shot, {stats.FEW} to {stats.MANY}", classes.medium_shot, "teal"),
+        (f"few-shot, 1 to {stats.FEW - 1}", classes.few_shot, "orange"),
         ("empty", classes.total - classes.used, "grey"),
     ]
     parts = "".join(f'<i style="flex:{count};background:var(--{color})"></i>' for _, count, color in shots if count)

@@ -92,7 +92,7 @@ class Classes:
     empty: tuple[ClassCount, ...]
     """The first of the classes without a sample."""
     many_shot: int
-    """Classes with more than 100 samples; medium_shot: 20 to 100; few_shot: 1 to 19."""
+    """Classes with more than MANY samples; medium_shot: FEW to MANY; few_shot: some, but under FEW."""
     medium_shot: int
     few_shot: int
     median: float

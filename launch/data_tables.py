@@ -14,7 +14,7 @@ from rich.text import Text
 
 from data_tools.page import byte_size, printable
 from data_tools.preview import Sheet, Tile, tiles
-from data_tools.stats import PERCENTILES, ClassCount, Stats, Summary, findings
+from data_tools.stats import FEW, MANY, PERCENTILES, ClassCount, Stats, Summary, findings
 
 THUMBNAIL = (16, 8)  # columns and lines of a picture on a terminal, two pixels a line
 BAR = 24
@@ -42,7 +42,8 @@ def print_stats(found: Stats, console: Console | None = None) -> None:
                 "" if number else title, _name(one.name), f"{one.samples:,}", Text(bar, style="blue"), end_section=one is shown[-1]
             )
     console.print(table)
-    shots = f"{classes.many_shot:,} many-shot (over 100), {classes.medium_shot:,} medium-shot, {classes.few_shot:,} few-shot (under 20)"
+    many, few = f"{classes.many_shot:,} many-shot (over {MANY})", f"{classes.few_shot:,} few-shot (under {FEW})"
+    shots = f"{many}, {classes.medium_shot:,} medium-shot, {few}"
     console.print(
         f"{classes.used:,} of {classes.total:,} classes have samples: {shots}; Gini {classes.gini:.3f}, median {classes.median:,.6g}\n"
     )
