@@ -1,6 +1,7 @@
 """The dataset directory from its shards: index, tables, manifest, and dataset.json, which is written last.
 
-Where it stands: `pack.py` calls `assemble` when all shards are there; `dataset.py` says what the files hold.
+Where it stands: `pack.py` calls `assemble` when all shards are there, `index.py` when all tars are read; `dataset.py` says what the files
+hold.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What `vitscale pack` can be told, and the checks that need no file.
+"""What `vitscale pack` and `vitscale data index` can be told, and the checks that read no file.
 
-The command line is made from `PackConfig`, so this file imports nothing heavy: `--help` must answer at once.
+The command line is made from `PackConfig` and `IndexConfig`, so this file imports nothing heavy: `--help` must answer at once.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """The dataset directory: its schemas, its errors, and `Dataset`, which reads it.
 
-Where it stands: `pack.py` writes what this module describes; the stream of `vitscale` reads it through `Dataset`.
-Nothing else knows a column's name.
+Where it stands: `assemble.py` writes what this module describes, and `repair.py` writes it again; the stream of `vitscale` and whatever
+looks at a dataset read it through `Dataset`.
 
 Invariants:
 - a sample is named by its number: 0..num_samples-1, shards in manifest order, samples in the order of the tar;
 - `dataset.json` is written last and holds the hash of every other file (the tars' through `manifest.parquet`) and of
   itself, so one string, `content_hash`, names the whole directory;
 - no image leaves `read` without its xxh3_64 having been compared;
-- nothing here grows with the number of samples: the index is memory-mapped, keys are read a shard at a time.
+- nothing here grows with the number of samples, but for a bit a sample where an overlay removes any: the index is memory-mapped, keys are
+  read a shard at a time.
 
 Left to others: decoding, the order of samples, what to do about a `SampleError`.
 """

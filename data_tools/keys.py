@@ -1,6 +1,6 @@
 """Keys: the rule that makes a safe, unique one from any text, and their hashes.
 
-Where it stands: `sources.py` makes a listing's keys here; `pack.py` shuffles and splits by their hashes.
+Where it stands: `sources.py` makes a listing's keys here; `plan.py` shuffles and splits by their hashes.
 
 Invariants: a key is 1 to 80 of A-Z a-z 0-9 _ -, begins with neither "__" (webdataset takes that for metadata) nor "-"
 (shells take that for an option); a key depends on its own text only, unless texts collide.
@@ -25,7 +25,7 @@ def clean_key(raw: str) -> str:
     """A safe key from any text: A-Z a-z 0-9 _ - only, at most 80 characters.
 
     Slashes become "_". If anything else has to change, a hash of the raw text is appended, so that different texts keep
-    different keys. Two texts can still meet ("a/b" and "a_b"): see `sources.list_sources`.
+    different keys. Two texts can still meet ("a/b" and "a_b"): see `sources.make_listing`.
     """
     flat = raw.replace("/", "_")
     key = re.sub(r"[^A-Za-z0-9_-]+", "_", flat)

@@ -97,7 +97,7 @@ def read_class_map(path: str) -> ClassMap:
             if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
                 raise ValueError("it is no JSON object")
         else:
-            pairs = _pairs_of_text(text, "	" if Path(path).suffix.lower() == ".tsv" else ",")
+            pairs = _pairs_of_text(text, "\t" if Path(path).suffix.lower() == ".tsv" else ",")
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise PackError(
             f"class_map={path} cannot be read: {error}; give {{raw label: class}} as JSON, or two columns as CSV or TSV"

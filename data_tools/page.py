@@ -91,7 +91,7 @@ def byte_size(value: float) -> str:
 
 
 def nice_step(least: float) -> float:
-    """The smallest 1, 2 or 5 times a power of ten that is not below `least`."""
+    """The smallest 1, 2, 2.5 or 5 times a power of ten that is not below `least`."""
     power = 10 ** math.floor(math.log10(max(least, 1e-12)))
     return float(next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= least * (1 - 1e-9)))
 

@@ -1,6 +1,6 @@
 """Work shared out to processes that end with the one that started them.
 
-Where it stands: `pack.py` writes shards with it, `index.py` reads tars.
+Where it stands: `pack.py` writes shards with it, `index.py` reads tars, `dedup.py` hashes pictures.
 """
 
 from __future__ import annotations

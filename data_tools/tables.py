@@ -1,6 +1,6 @@
 """Tables as sources: Parquet, Arrow files and streams, CSV, TSV and JSONL.
 
-Where it stands: `sources.py` asks for the candidates of a table (`list_table`) and, where its images lie in it, for those (`table_images`).
+Where it stands: `sources.py` asks for the candidates of a table (`list_table`) and, where its images lie in it, for those (`row_images`).
 Memory holds a row group of Parquet, or a record batch of a compressed Arrow table.
 """
 

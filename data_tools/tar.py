@@ -1,6 +1,6 @@
 """A USTAR writer whose bytes depend on nothing but names and contents.
 
-Where it stands: `pack.py` writes shards with it. `tarfile` is not used because its headers have changed between
+Where it stands: `shards.py` writes with it. `tarfile` is not used because its headers have changed between
 versions of Python, and webdataset's TarWriter adds PAX headers. GNU tar, `tarfile` and webdataset's reader judge it (tests).
 
 Invariants: member names are ASCII and at most 100 bytes; mode 0644, owner 0, time 0; `add` returns where the data lies.
