@@ -30,6 +30,7 @@ from data_tools import overlay as form
 from data_tools.dataset import Dataset
 from data_tools.durable import fsync
 from data_tools.errors import UserError
+from data_tools.tables import LABEL_COLUMNS, SCORE_COLUMNS, dates_as_text
 
 ROWS = 2**20  # rows written, and keys looked through, at a time
 
@@ -151,16 +152,34 @@ def read_changes(file: Path, dataset: Dataset, reason: str = "", skip_unknown: b
     Columns: `key` (or `sample`, its number); `removed` (bool); `label` or `labels` (class names or numbers, one or a list); `score` or
     `scores`; `reason`. With neither `removed` nor labels each row removes a sample. Raises AmendError.
     """
-    table = _read_table(file)
+    table = _read_table(file, names=dataset.class_names is not None)
     size, there = len(table), set(table.column_names)
+    if len(there) < len(table.column_names):
+        raise AmendError(f"{file} has a column twice among {', '.join(table.column_names)}; leave one")
     if "sample" in there:
         samples = _numbers(table["sample"], file, dataset)
+        if "key" in there:
+            keys = _column(table["key"], pa.string(), f"key of {file}", "text")
+            if wrong := np.flatnonzero(
+                pc.not_equal(keys, keys_of(dataset, samples)).fill_null(False).to_numpy(zero_copy_only=False)
+            ).tolist():
+                raise AmendError(
+                    f"{file} has the key {keys[wrong[0]].as_py()!r} for sample {samples[wrong[0]]}, which {dataset.path} calls "
+                    f"{dataset.key(int(samples[wrong[0]]))!r}; leave out the column `sample`, or `key`"
+                )
     elif "key" in there:
         samples = _known(dataset, _column(table["key"], pa.large_string(), f"key of {file}", "text"), skip_unknown)
     else:
         raise AmendError(f"{file} has no column `key` (or `sample`) among {', '.join(table.column_names)}; it names the samples to change")
     label = next((name for name in ("labels", "label") if name in there), None)
     score = next((name for name in ("scores", "score") if name in there), None)
+    if label is None and "removed" not in there:
+        meant = (*LABEL_COLUMNS, *SCORE_COLUMNS, "removed")
+        if (other := next((name for name in table.column_names if name.strip().lower() in meant), None)) is not None:
+            raise AmendError(
+                f"{file} has a column {other!r} but none called `removed`, `label` or `labels`; name it so, or leave it out to remove all "
+                "that is listed"
+            )
     removed, labels = pa.nulls(size, pa.bool_()), pa.nulls(size, pa.list_(pa.int32()))
     scores = pa.nulls(size, pa.list_(pa.float32()))
     if "removed" in there:
@@ -168,7 +187,10 @@ def read_changes(file: Path, dataset: Dataset, reason: str = "", skip_unknown: b
     elif label is None:
         removed = pa.array(np.ones(size, dtype=bool))
     if label is not None:
-        labels = _labels(table[label].combine_chunks(), f"{label} of {file}", dataset)
+        column = table[label].combine_chunks()
+        if file.suffix.lower() in (".csv", ".tsv"):
+            column = _names_or_numbers(column, f"{label} of {file}", dataset)
+        labels = _labels(column, f"{label} of {file}", dataset)
         scores = _scores(table[score].combine_chunks() if score is not None else pa.nulls(size, pa.float32()), labels, f"{score} of {file}")
     reasons = pa.array([reason] * size, pa.string())
     if "reason" in there:
@@ -203,6 +225,8 @@ def write_overlay(dataset: Dataset, name: str, changes: Changes) -> Path:
             if names and names[-1].endswith(f"-{name}-{digest}.parquet"):  # asked for twice
                 return folder / names[-1]
             path = folder / f"{int(names[-1][:4]) + 1 if names else 0:04d}-{name}-{digest}.parquet"
+            if not form.FILE_NAME.fullmatch(path.name):
+                raise AmendError(f"{folder} has the overlay {names[-1]}, and no number is above that; put many changes into one list")
             hidden.rename(path)
             fsync(folder)
             fsync(dataset.path)
@@ -256,16 +280,21 @@ def _joined(parts: list[Changes]) -> Changes:
     return Changes(np.concatenate([part.samples for part in parts]), *columns)
 
 
-def _read_table(file: Path) -> pa.Table:
+def _read_table(file: Path, *, names: bool) -> pa.Table:
+    """The table; labels in one of text are text, which `_labels` makes sense of, where classes have names."""
     try:
         match file.suffix.lower():
             case ".parquet":
                 return pq.read_table(file)
             case ".jsonl":
-                return pa.json.read_json(file)
+                table = pa.json.read_json(file)
+                if (texts := dates_as_text(table.schema)) is not None:
+                    table = pa.json.read_json(file, parse_options=texts)
+                return table
             case ".csv" | ".tsv" as kind:
                 parsing = pa.csv.ParseOptions(delimiter="\t" if kind == ".tsv" else ",")
-                types = {name: pa.string() for name in ("key", "label", "labels", "reason")} | {"removed": pa.bool_()}
+                texts = {name: pa.string() for name in ("key", "reason", *(("label", "labels") if names else ()))}
+                types = texts | {"removed": pa.bool_()}
                 options = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
                 return pa.csv.read_csv(file, parse_options=parsing, convert_options=options)
             case ".txt":
@@ -309,16 +338,36 @@ def _as_lists(valid: np.ndarray, lengths: np.ndarray, values: pa.Array) -> pa.Ar
     return pa.ListArray.from_arrays(pa.array(starts), values, mask=pa.array(~valid))
 
 
+def _names_or_numbers(column: pa.Array, what: str, dataset: Dataset) -> pa.Array:
+    """The labels of a table of text: names if all of them are, else numbers if all look like it. Raises AmendError where both would do."""
+    if not pa.types.is_string(column.type) or dataset.class_names is None:
+        return column
+    names, numbers = {name: number for number, name in enumerate(dataset.class_names)}, {}
+    for text in pc.unique(column.drop_null()).to_pylist():
+        if not (text.isascii() and text.isdecimal() and len(text) < 10):
+            return column
+        numbers[text] = int(text)
+    unlike = [text for text, number in numbers.items() if names.get(text, number) != number]
+    if not unlike:
+        return column if numbers.keys() <= names.keys() else column.cast(pa.int64())
+    if all(text in names and number >= dataset.num_classes for text, number in numbers.items()):
+        return column
+    raise AmendError(
+        f"{what} has {unlike[0]}, which may be class number {numbers[unlike[0]]} or the class of that name, number {names[unlike[0]]}; give "
+        f'JSONL, where {numbers[unlike[0]]} is the number and "{unlike[0]}" the name'
+    )
+
+
 def _labels(column: pa.Array, what: str, dataset: Dataset) -> pa.Array:
     valid, lengths, values = _listed(column)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
+    numbers = values
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        numbers = _numbered(values, dataset.class_names or ())
-    elif pa.types.is_integer(values.type) or pa.types.is_null(values.type):
-        numbers = values
-        _check_plain(values, what, dataset)
-    else:
+        if dataset.class_names is None:
+            raise AmendError(f"{what} has names, and the classes of {dataset.path} have none; give numbers")
+        numbers = pc.index_in(values, value_set=pa.array(dataset.class_names, values.type))
+    elif not (pa.types.is_integer(values.type) or pa.types.is_null(values.type)):
         raise AmendError(f"{what} is {column.type}; labels are class names or numbers, one or a list")
     good = pc.fill_null(pc.and_(pc.greater_equal(numbers, 0), pc.less(numbers, dataset.num_classes)), False)
     if not pc.all(good, min_count=0).as_py():
@@ -330,23 +379,6 @@ def _labels(column: pa.Array, what: str, dataset: Dataset) -> pa.Array:
         if len(set(of_row)) < len(of_row):
             raise AmendError(f"{what} has a label twice in row {row}: {of_row}; give each once")
     return lists
-
-
-def _numbered(texts: pa.Array, names: tuple[str, ...]) -> pa.Array:
-    """The numbers of classes that are named, or given as digits where no class has such a name; null for what is neither."""
-    by_name = pc.index_in(texts, value_set=pa.array(names, texts.type))
-    digits = pc.match_substring_regex(texts, "^[0-9]{1,9}$")
-    return pc.coalesce(by_name, pc.if_else(digits, texts, pa.scalar(None, texts.type)).cast(pa.int32()))
-
-
-def _check_plain(numbers: pa.Array, what: str, dataset: Dataset) -> None:
-    """Raises AmendError for a number that is another class's name, for then nobody knows which is meant."""
-    names = dataset.class_names or ()
-    for number in pc.unique(numbers.drop_null()).to_pylist():
-        if str(number) in names and names.index(str(number)) != number:
-            raise AmendError(
-                f"{what} has {number}, which is the name of class {names.index(str(number))} of {dataset.path}; give names, as text"
-            )
 
 
 def _scores(column: pa.Array, labels: pa.Array, what: str) -> pa.Array:

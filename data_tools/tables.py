@@ -199,11 +199,23 @@ def _unchecked_batches(table: Location, columns: list[str], parquet_rows: int) -
 def _text_reader(table: Location) -> Any:
     """A CSV, TSV or JSONL file in batches; types are those of the first megabyte, but names stay text whatever they look like."""
     if table.suffix.lower() == ".jsonl":
-        return pa.json.open_json(_in_a_row(table))
+        reader = pa.json.open_json(_in_a_row(table))
+        texts = dates_as_text(reader.schema)
+        return reader if texts is None else pa.json.open_json(_in_a_row(table), parse_options=texts)
     names = {name: pa.string() for name in (*BYTES_COLUMNS, *PATH_COLUMNS, *KEY_COLUMNS)}
     parsing = pa.csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
     converting = pa.csv.ConvertOptions(column_types=names, strings_can_be_null=True, null_values=[""])  # NA may be a country, nan a word
     return pa.csv.open_csv(_in_a_row(table), parse_options=parsing, convert_options=converting)
+
+
+def dates_as_text(schema: pa.Schema) -> pa.json.ParseOptions | None:
+    """How to read JSON again in which texts were taken for dates, which no column holds here; None where none was."""
+
+    def text(kind: pa.DataType) -> pa.DataType:
+        return pa.list_(text(kind.value_type)) if pa.types.is_list(kind) else pa.string() if pa.types.is_timestamp(kind) else kind
+
+    fields = [pa.field(field.name, text(field.type)) for field in schema if text(field.type) != field.type]
+    return pa.json.ParseOptions(explicit_schema=pa.schema(fields)) if fields else None
 
 
 def _ipc_reader(mapped: pa.NativeFile, options: pa.ipc.IpcReadOptions | None) -> Any:

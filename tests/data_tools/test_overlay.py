@@ -192,7 +192,7 @@ def test_changes_come_as_tables(packed: Dataset, tmp_path: Path, kind: str) -> N
         ("key\nnobody\n", "no sample with the key 'nobody'"),
         ("name\nx\n", "no column `key`"),
         ("key,label\nKEY,dragon\n", "'dragon', which is none of the 3 classes"),
-        ("key,label\nKEY,3\n", "has '3', which is none of the 3 classes"),
+        ("key,label\nKEY,3\n", "has 3, which is none of the 3 classes"),
         ("key,label\nKEY,1\nKEY,2\n", "say two things of"),
         ("key,label,score\nKEY,1,nan\n", "not a finite number"),
         ("key,label,score\nKEY,1,high\n", "scores are numbers"),
@@ -200,6 +200,12 @@ def test_changes_come_as_tables(packed: Dataset, tmp_path: Path, kind: str) -> N
         ("sample\n23\n", r"from 23 to 23; .* has 0\.\.22"),
         ("sample\n-1\n", "from -1 to -1"),
         ("key,label\nKEY,1,2\n", "cannot be read"),
+        ("key,label,label\nKEY,1,2\n", "a column twice"),
+        ("key,score\nKEY,0.5\n", "a column 'score' but none called `removed`, `label`"),
+        ("key,class\nKEY,eel\n", "a column 'class' but none"),
+        ("key, label\nKEY, eel\n", "a column ' label' but none"),
+        ("key, removed\nKEY,false\n", "a column ' removed' but none"),
+        ("key,sample\nKEY,5\n", "for sample 5, which"),
     ],
 )
 def test_changes_that_do_not_fit_are_refused_in_a_line(packed: Dataset, tmp_path: Path, text: str, rule: str) -> None:
@@ -210,19 +216,57 @@ def test_changes_that_do_not_fit_are_refused_in_a_line(packed: Dataset, tmp_path
     assert not [name for name in tree(packed.path) if name.startswith("overlay/")]
 
 
-def test_a_number_that_is_another_classs_name_is_never_guessed_at(tmp_path: Path) -> None:
-    """Sorted names "1", "10", "2" are the classes 0, 1, 2."""
-    write_files(tmp_path / "src", {f"{name}/{i}.jpg": make_image(i) for i, name in enumerate(("1", "10", "2"))})
-    packed = pack_one(tmp_path / "src", out=tmp_path / "out")
-    assert packed.class_names == ("1", "10", "2")
-    (tmp_path / "text.csv").write_text(f"key,label,removed\n{packed.key(0)},1,0\n{packed.key(1)},0,\n{packed.key(2)},10,1\n")
-    amend(packed, "mine", file=tmp_path / "text.csv")
-    dataset = Dataset.open(packed.path)
-    assert told(dataset) == {0: ([0], [1.0]), 1: ([0], [1.0])}, "a name where there is such a class, else a number"
-    assert dataset.labels(np.array([2]))[0].tolist() == [[1]]
-    (tmp_path / "numbers.jsonl").write_text(json.dumps({"key": packed.key(0), "label": 1}) + "\n")
-    with pytest.raises(AmendError, match="has 1, which is the name of class 0"):
-        amend(packed, "mine", file=tmp_path / "numbers.jsonl")
+@pytest.mark.parametrize(
+    ("names", "label", "said"),
+    [
+        (["0", "1", "2", "10"], "2", None),
+        (["1", "2", "10"], "10", 1),
+        (["0", "1", "2"], "2", 2),
+        (["01", "02", "03"], "02", None),
+        (["2012", "2013"], "2013", 1),
+        (["2012", "2013"], "1", 1),
+        (["cat", "7"], "cat", 1),
+        (["true", "false"], "true", 1),
+        (["NA", "null", "nan"], "NA", 0),
+        (["2020-01-01", "2021-01-01"], "2021-01-01", 1),
+    ],
+)
+def test_a_class_whose_name_looks_like_something_else(tmp_path: Path, names: list[str], label: str, said: int | None) -> None:
+    dataset = pack_one(
+        write_files(tmp_path / "src", {f"{name}/{i}.jpg": make_image(i) for i, name in enumerate(names)}), out=tmp_path / "out"
+    )
+    table, lines = tmp_path / "changes.csv", tmp_path / "changes.jsonl"
+    table.write_text(f"sample,label\n0,{label}\n")
+    lines.write_text(json.dumps({"sample": 0, "label": label}) + "\n")
+    if label in names:
+        amend(dataset, "lines", file=lines)
+        assert told(Dataset.open(dataset.path))[0][0] == [sorted(names).index(label)], "text in JSON is a name"
+    if said is None:
+        with pytest.raises(AmendError, match="may be class number"):
+            amend(dataset, "table", file=table)
+    else:
+        amend(dataset, "table", file=table)
+        assert told(Dataset.open(dataset.path))[0][0] == [said]
+
+
+def test_keys_that_look_like_dates_are_found_in_jsonl(tmp_path: Path) -> None:
+    write_files(tmp_path, {f"{i}.jpg": make_image(i) for i in (1, 2)})
+    rows = [{"path": f"{i}.jpg", "label": 0, "key": f"2020-01-0{i}"} for i in (1, 2)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = pack_one(tmp_path / "t.jsonl", out=tmp_path / "dated")
+    assert {dataset.key(0), dataset.key(1)} == {"2020-01-01", "2020-01-02"}
+    (tmp_path / "changes.jsonl").write_text('{"key": "2020-01-02"}\n')
+    amend(dataset, "dated", file=tmp_path / "changes.jsonl")
+    (gone,) = np.flatnonzero(Dataset.open(dataset.path).overlay.removed(np.arange(2))).tolist()
+    assert dataset.key(gone) == "2020-01-02"
+
+
+def test_after_the_last_number_nothing_is_written(packed: Dataset) -> None:
+    path = write_overlay(packed, "one", removals(np.array([0]), pa.array([""])))
+    path.rename(path.with_name("9999" + path.name[4:]))
+    with pytest.raises(AmendError, match="no number is above"):
+        write_overlay(packed, "two", removals(np.array([1]), pa.array([""])))
+    assert Dataset.open(packed.path).overlay.num_removed == 1
 
 
 def test_the_same_change_twice_is_one_overlay_and_an_undo_is_another(packed: Dataset) -> None:
