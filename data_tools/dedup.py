@@ -266,6 +266,7 @@ class Search:
         if inside:
             self._same_files()
             self._near()
+            self._pass_on()
         samples = np.flatnonzero(self.before & ~self.alive)
         return Found(samples, self.witness[samples], self.source[samples].astype(np.int64), self.far[samples], self.same_file[samples])
 
@@ -322,6 +323,13 @@ class Search:
                 kept.append(new)
             for batch in self._batches(np.concatenate([order[start + self.block :], plain])):
                 self._drop_known(index, batch[self.alive[batch]], kept)
+
+    def _pass_on(self) -> None:
+        """Gives copies of a file that is gone itself by now the witness of that file, which stays."""
+        copies = np.flatnonzero(self.before & ~self.alive & self.same_file & (self.source == 0))
+        copies = copies[~self.alive[self.witness[copies]]]
+        file = self.witness[copies]
+        self._remove(copies, self.witness[file], 0, self.far[file])
 
     def _drop_known(self, index: Any, batch: np.ndarray, kept: list[np.ndarray]) -> np.ndarray:
         """Removes from a batch what is like one of those kept, and returns the rest."""

@@ -107,6 +107,19 @@ def test_copies_inside_go_and_the_largest_stays(packed: Dataset, tmp_path: Path)
     assert (again.same_file + again.near, again.overlay) == (0, None)
 
 
+def test_every_witness_stays(tmp_path: Path) -> None:
+    files = {"a/large.jpg": encoded(picture(0, (480, 360)), quality=95)}
+    files |= {f"a/{name}.jpg": encoded(picture(0)) for name in ("one", "two", "three")}
+    dataset = pack_one(write_files(tmp_path / "src", files), out=tmp_path / "out")
+    report = dedup(dataset.path, listing=tmp_path / "list.csv")
+    with (tmp_path / "list.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    assert {row["copy_of"] for row in rows} == {"a_large"}
+    assert all(row["reason"].startswith("near duplicate of a_large") for row in rows)
+    assert (report.same_file, report.near) == (0, 3)
+
+
 def test_what_an_evaluation_set_has_goes(packed: Dataset, held_out: Dataset) -> None:
     report = dedup(packed.path, (held_out.path,), inside=False)
     assert removed_keys(packed.path) == {"a_09", "a_10"}
