@@ -353,8 +353,8 @@ def _names_or_numbers(column: pa.Array, what: str, dataset: Dataset) -> pa.Array
     if all(text in names and number >= dataset.num_classes for text, number in numbers.items()):
         return column
     raise AmendError(
-        f"{what} has {unlike[0]}, which may be class number {numbers[unlike[0]]} or the class of that name, number {names[unlike[0]]}; give "
-        f'JSONL, where {numbers[unlike[0]]} is the number and "{unlike[0]}" the name'
+        f"{what} has {unlike[0]}, which may be class number {numbers[unlike[0]]} or the class of that name, number "
+        f'{names[unlike[0]]}; give JSONL, where {numbers[unlike[0]]} is the number and "{unlike[0]}" the name'
     )
 
 
