@@ -19,7 +19,6 @@ import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,15 +26,14 @@ import pyarrow.compute as pc
 import xxhash
 
 from data_tools.config import PackConfig
-from data_tools.members import OpenTar, read_samples
 from data_tools.origins import PATH_ERRNOS, Origin, locate
 from data_tools.plan import Plan
 from data_tools.shards import label_json
 from data_tools.sources import Listing, in_table
-from data_tools.storage import Location, Missing, RemoteFile, Url, sequential
-from data_tools.tables import image_cells
+from data_tools.storage import Missing, RemoteFile, Url
+from data_tools.tables import row_sizes
 from data_tools.tar import BLOCK
-from data_tools.tars import IMAGE_MEMBERS, is_tar
+from data_tools.tars import is_tar, tar_sizes
 
 LOOKERS = 16  # threads that ask for the sizes of files, which on a network takes the time of a round trip
 END = 2 * BLOCK  # of a tar
@@ -147,29 +145,8 @@ def _file_size(path: str | bytes | None, origin: Origin) -> int:
 
 
 def _cell_sizes(origin: Origin) -> Iterator[int]:
-    """The sizes of all images that lie in a table or a tar, row by row; of a table's cells only the lengths are looked at."""
+    """The sizes of all images that lie in a table or a tar, row by row."""
     assert origin.table is not None
     if is_tar(origin.table):
-        yield from _member_sizes(origin.table)
-        return
-    for column in image_cells(origin):
-        paths: list[Any] = [None] * len(column)
-        if pa.types.is_struct(column.type):
-            names = {field.name for field in column.type}
-            if "path" in names:
-                paths = pc.struct_field(column, "path").to_pylist()
-            column = pc.struct_field(column, "bytes") if "bytes" in names else pa.nulls(len(column), pa.binary())
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            paths = [path if text is None else text for path, text in zip(paths, column.to_pylist(), strict=True)]
-            column = pa.nulls(len(column), pa.binary())
-        lengths = pc.binary_length(column.cast(pa.large_binary())).to_pylist()
-        yield from (_file_size(path, origin) if length is None else length for path, length in zip(paths, lengths, strict=True))
-
-
-def _member_sizes(tar: Location) -> Iterator[int]:
-    """The sizes of the images of a WebDataset tar, from its headers; samples are those that `tars.tar_samples` finds."""
-    with sequential(tar) as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        for _, members in read_samples(OpenTar(file, str(tar), size, hashed=False), IMAGE_MEMBERS, limit=-1):  # nothing is read
-            yield next((members[suffix][0].size for suffix in IMAGE_MEMBERS if suffix in members), 0)
+        return tar_sizes(origin.table)
+    return (of if isinstance(of, int) else _file_size(of, origin) for of in row_sizes(origin))

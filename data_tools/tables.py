@@ -96,7 +96,7 @@ def row_images(origin: Origin, requests: int) -> Iterator[bytes | Reject]:
     """All images that lie in a table, row by row."""
 
     def wanted() -> Iterator[Callable[[], bytes] | tuple[str | None, Origin]]:
-        for column in image_cells(origin):
+        for column in _image_cells(origin):
             for cell in column:
                 value = cell.as_py()
                 if isinstance(value, dict):  # Hugging Face: bytes, or else a path
@@ -106,7 +106,23 @@ def row_images(origin: Origin, requests: int) -> Iterator[bytes | Reject]:
     return read_images(wanted(), requests)
 
 
-def image_cells(origin: Origin) -> Iterator[pa.Array]:
+def row_sizes(origin: Origin) -> Iterator[int | str | None]:
+    """Of each image that `row_images` gives its bytes, of which only the lengths are looked at, or else its path."""
+    for column in _image_cells(origin):
+        paths: list[Any] = [None] * len(column)
+        if pa.types.is_struct(column.type):
+            names = {field.name for field in column.type}
+            if "path" in names:
+                paths = pc.struct_field(column, "path").to_pylist()
+            column = pc.struct_field(column, "bytes") if "bytes" in names else pa.nulls(len(column), pa.binary())
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            paths = [path if text is None else text for path, text in zip(paths, column.to_pylist(), strict=True)]
+            column = pa.nulls(len(column), pa.binary())
+        lengths = pc.binary_length(column.cast(pa.large_binary())).to_pylist()
+        yield from (path if length is None else length for path, length in zip(paths, lengths, strict=True))
+
+
+def _image_cells(origin: Origin) -> Iterator[pa.Array]:
     """The column with the images of a table, some rows at a time."""
     assert origin.table is not None and origin.image_column is not None  # noqa: PT018
     for batch in _batches(origin.table, [origin.image_column], 64):

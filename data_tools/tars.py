@@ -1,12 +1,14 @@
 """WebDataset tars as sources, read by the webdataset library's own rules; nothing in them is ever unpickled.
 
-Where it stands: `sources.py` asks for a tar's candidates (`list_tar`) and for its images (`tar_images`), each in one pass.
+Where it stands: `sources.py` asks for a tar's candidates (`list_tar`) and for its images (`tar_images`), `sizes.py` for their sizes
+(`tar_sizes`), each in one pass.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import tarfile
 from collections.abc import Iterator
 from typing import IO, Any
@@ -16,7 +18,7 @@ import pyarrow as pa
 
 from data_tools.config import PackConfig, PackError
 from data_tools.images import Reject
-from data_tools.members import META
+from data_tools.members import META, OpenTar, read_samples
 from data_tools.origins import ROWS, Origin, Part
 from data_tools.storage import Location, sequential
 from data_tools.tables import LABEL_COLUMNS
@@ -65,6 +67,15 @@ def tar_images(tar: Location) -> Iterator[bytes | Reject]:
     for sample in tar_samples(tar):
         image = next((sample[name] for name in IMAGE_MEMBERS if name in sample), None)
         yield image if image is not None else Reject("missing", f"no member of the sample is {', '.join(IMAGE_MEMBERS)}")
+
+
+def tar_sizes(tar: Location) -> Iterator[int]:
+    """The bytes of each image that `tar_images` gives, from the tar's headers; 0 where a sample has none."""
+    with sequential(tar) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        for _, members in read_samples(OpenTar(file, str(tar), size, hashed=False), IMAGE_MEMBERS, limit=-1):  # nothing is read
+            yield next((members[suffix][0].size for suffix in IMAGE_MEMBERS if suffix in members), 0)
 
 
 def tar_samples(tar: Location) -> Iterator[dict[str, Any]]:
