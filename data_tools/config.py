@@ -15,7 +15,7 @@ from tyro.conf import Suppress  # the command line takes these as positional wor
 from tyro.constructors import PrimitiveConstructorSpec
 
 from data_tools.errors import UserError
-from data_tools.storage import Url, location
+from data_tools.storage import Url, is_url, location
 
 MAX_PIXELS = 89_478_485  # Pillow's own warning level: 256 MiB as RGB
 MAX_PIXELS_LIMIT = 2 * MAX_PIXELS  # Pillow itself refuses more, here and in training
@@ -262,6 +262,8 @@ class IndexConfig:
         """Raises PackError for a value that cannot work, whatever the tars hold."""
         if not self.tars:
             raise PackError("no tar given; name a folder of WebDataset tars, or the tars")
+        if url := next((text for text in (*self.tars, self.folder) if is_url(text)), None):
+            raise PackError(f"{url} is not indexed where it is; copy it to a disk, or `vitscale pack` it from there")
         if self.out is None and any((tar if Path(tar).is_dir() else str(Path(tar).parent)) != self.folder for tar in self.tars):
             raise PackError("the tars lie in several folders; `--out DIR` says where the dataset's files go")
         shared = ("split", "jobs", "num_classes", "max_pixels")

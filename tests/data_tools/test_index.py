@@ -212,6 +212,13 @@ REFUSED = {
 }
 
 
+def test_tars_in_object_storage_are_refused_by_their_name() -> None:
+    with pytest.raises(
+        PackError, match=r"^s3://bucket/tars is not indexed where it is; copy it to a disk, or `vitscale pack` it from there"
+    ):
+        index(IndexConfig(("s3://bucket/tars",)))
+
+
 @pytest.mark.parametrize("said", REFUSED)
 def test_what_is_no_tar_is_refused_in_a_line(tmp_path: Path, said: str) -> None:
     folder = write_files(tmp_path, REFUSED[said]) / "t"
