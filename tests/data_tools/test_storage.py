@@ -153,6 +153,16 @@ def test_every_source_gives_the_bytes_that_it_gives_on_a_disk(tmp_path: Path, se
     assert tree(tmp_path / "two-there") == tree(tmp_path / "two-here")
 
 
+@pytest.mark.parametrize("kind", ["photos", "tables", "structs.parquet", "tars"])
+def test_shards_end_at_the_same_bytes(tmp_path: Path, server: Server, bucket: Url, kind: str) -> None:
+    sources = make_sources(tmp_path / "here")
+    there = upload(tmp_path / "here", bucket / "sizes")
+    local = pack_one(tmp_path / "here" / sources[kind], out=tmp_path / "out-here", shard_bytes=20_000)
+    pack_one(there / sources[kind], out=tmp_path / "out-there", shard_bytes=20_000, jobs=1)
+    assert len(local.shard_names) > 1
+    assert tree(tmp_path / "out-there") == tree(tmp_path / "out-here")
+
+
 @pytest.mark.parametrize("kind", ["photos", "tables"])
 def test_a_dataset_in_a_bucket_has_the_bytes_of_one_on_a_disk(tmp_path: Path, server: Server, bucket: Url, kind: str) -> None:
     source = str(tmp_path / "here" / make_sources(tmp_path / "here")[kind])
