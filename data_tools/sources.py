@@ -117,12 +117,15 @@ def make_listing(
     if not num_samples:
         raise PackError(f"no images in {', '.join(config.sources)}; give a folder of class folders or a table with rows")
     classes = settle_classes(found, config, sibling)
+    unlike = _names_like_others_numbers(classes) if found.names is None and config.class_map is None else {}
     attempts = _part_keys(folder, num_samples)
     listing = folder / "listing.arrows"
     digests = [xxhash.xxh3_128() for _ in LISTING_SCHEMA.names]  # one a column, so that it does not matter where batches end
     with pa.OSFile(str(listing), "wb") as file, pa.ipc.new_stream(file, LISTING_SCHEMA) as writer:
         for batch in read_batches(folder / "raw.arrows"):
             finished = _finished(batch, origins, classes, attempts)
+            if unlike:
+                _check_meaning(finished, origins, unlike)
             writer.write_batch(finished)
             for digest, column in zip(digests, finished.columns, strict=True):
                 digest.update("".join(f"{value!r}\n" for value in column.to_pylist()).encode())
@@ -228,6 +231,27 @@ def _fresh_key(batch: pa.RecordBatch, number: int, attempt: int) -> str:
     """A key for a sample whose own is another's too, from what names the sample."""
     origin, row, path = (batch[name][number].as_py() for name in ("origin", "row", "path"))  # no two samples have the same
     return hashed_key(batch["key"][number].as_py(), f"{origin}\0{row}\0{path!r}\0{attempt - 1}")
+
+
+def _names_like_others_numbers(classes: Classes) -> dict[int, str]:
+    """Names of classes that look like the numbers of other ones, by those numbers."""
+    names = enumerate(classes.names or ())
+    return {int(name): name for number, name in names if name.isascii() and name.isdecimal() and len(name) < 10 and int(name) != number}
+
+
+def _check_meaning(batch: pa.RecordBatch, origins: list[Origin], unlike: dict[int, str]) -> None:
+    """Raises PackError where text that was read as a number may as well be a class's name. Other tables tell the one from the other."""
+    of_text = [origin.table is not None and origin.table.suffix.lower() in (".csv", ".tsv") for origin in origins]
+    rows = np.flatnonzero(np.array(of_text, bool)[batch["origin"].to_numpy()])
+    labels = batch["labels"].take(pa.array(rows))
+    wrong = np.flatnonzero(np.isin(labels.flatten().to_numpy(), list(unlike)))
+    if len(wrong):
+        row = int(rows[np.searchsorted(_starts(labels), wrong[0], side="right") - 1])
+        label, source = labels.flatten()[int(wrong[0])].as_py(), origins[batch["origin"][row].as_py()]
+        raise PackError(
+            f"label {label} of {source_name(source, batch['row'][row].as_py(), batch['path'][row].as_py())} may be class number {label} or the "
+            f'class named {unlike[label]!r}, which has another number; give JSONL, where {label} is the number and "{unlike[label]}" the name'
+        )
 
 
 def _finished(batch: pa.RecordBatch, origins: list[Origin], classes: Classes, attempts: np.ndarray) -> pa.RecordBatch:

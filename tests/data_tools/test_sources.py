@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -203,3 +204,20 @@ def test_words_that_look_like_nothing_are_class_names(tmp_path: Path) -> None:
     (tmp_path / "list.csv").write_text("path,label\n0.jpg,NA\n1.jpg,\n")
     with pytest.raises(PackError, match="is null in row 1"):
         pack_one(tmp_path / "list.csv", out=tmp_path / "other")
+
+
+@pytest.mark.parametrize("sibling", [False, True])
+def test_a_number_in_a_table_of_text_is_not_taken_for_another_class(tmp_path: Path, sibling: bool) -> None:
+    write_files(tmp_path / "src", {f"{i}.jpg": make_image(i) for i in range(3)})
+    how: dict = {"split": "val"}
+    if sibling:
+        pack_one(write_files(tmp_path / "folders", {f"0{i}/{i}.jpg": make_image(i) for i in range(1, 5)}), out=tmp_path / "out")
+    else:
+        (tmp_path / "names.txt").write_text("01\n02\n03\n04\n")
+        how["class_names"] = str(tmp_path / "names.txt")
+    (tmp_path / "src" / "t.csv").write_text("path,label\n0.jpg,00\n1.jpg,02\n2.jpg,03\n")
+    with pytest.raises(PackError, match="label 2 of .* may be class number 2 or the class named '02'"):
+        pack_one(tmp_path / "src" / "t.csv", out=tmp_path / "out", **how)
+    (tmp_path / "src" / "t.jsonl").write_text("".join(f'{{"path": "{i}.jpg", "label": "0{i + 1}"}}\n' for i in range(3)))
+    dataset = pack_one(tmp_path / "src" / "t.jsonl", out=tmp_path / "out", **how)
+    assert {dataset.key(i): int(dataset.labels(np.array([i]))[0][0, 0]) for i in range(3)} == {"0": 0, "1": 1, "2": 2}
