@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import pickle
 import random
@@ -15,6 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_tools import amend as amend_module
+from data_tools import overlay as form
 from data_tools import preview
 from data_tools.amend import AmendError, Changes, amend, find_samples, list_overlays, removals, write_overlay
 from data_tools.dataset import Dataset, DatasetError, RemovedError
@@ -259,6 +263,62 @@ def test_keys_that_look_like_dates_are_found_in_jsonl(tmp_path: Path) -> None:
     amend(dataset, "dated", file=tmp_path / "changes.jsonl")
     (gone,) = np.flatnonzero(Dataset.open(dataset.path).overlay.removed(np.arange(2))).tolist()
     assert dataset.key(gone) == "2020-01-02"
+
+
+ROWS = {"sample": [1, 4], "key": ["a", "b"], "removed": [None, True], "labels": [[0, 1], None], "scores": [[0.5, 1.0], None], "reason": ["", ""]}
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("sample", [4, 1]),
+        ("sample", [4, 4]),
+        ("sample", [1, 23]),
+        ("sample", [-1, 4]),
+        ("labels", [[0, 3], None]),
+        ("labels", [[0, -1], None]),
+        ("scores", [[0.5], None]),
+    ],
+)
+def test_an_overlay_that_does_not_fit_is_refused_whoever_wrote_it(packed: Dataset, column: str, values: list) -> None:
+    """Its hash is right, so it is what somebody meant; rows in one group, and in groups of their own."""
+    schema = form.SCHEMA.with_metadata({"vitscale": json.dumps({"format_version": 1, "dataset": packed.content_hash})})
+    (packed.path / "overlay").mkdir()
+    for told, group in itertools.product((ROWS, ROWS | {column: values}), (1, 2)):
+        file = packed.path / "overlay" / "new"
+        pq.write_table(pa.table(told, schema), file, row_group_size=group)
+        file = file.rename(file.with_name(f"0000-mine-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.parquet"))
+        if told is ROWS:
+            Dataset.open(packed.path)
+        else:
+            with pytest.raises(OverlayError, match="does not fit the dataset"):
+                Dataset.open(packed.path)
+        file.unlink()
+
+
+def test_long_lists_are_written_and_keys_looked_through_in_pieces(several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clear(several)
+    packed = Dataset.open(several)
+    keys = [packed.key(i) for i in range(30)]
+    monkeypatch.setattr(amend_module, "ROWS", 4)
+    assert find_samples(packed, pa.array(reversed(keys))).tolist() == [*reversed(range(30))]
+    path = write_overlay(packed, "most", removals(np.arange(1, 30), pa.array(["r"] * 29)))
+    assert pq.read_table(path)["key"].to_pylist() == keys[1:]
+    assert Dataset.open(several).overlay.removed(np.arange(30)).tolist() == [False] + [True] * 29
+
+
+@pytest.mark.parametrize(
+    ("rows", "rule"),
+    [
+        ([{"sample": 3, "labels": [1, 1]}], "a label twice in row 0"),
+        ([{"sample": 3, "labels": [1], "scores": [0.5]}, {"sample": 3, "labels": [1], "scores": [0.25]}], "say two things"),
+        ([{"sample": 3, "labels": [1, 2], "scores": [0.5]}], "has 1 for 2 labels"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused(packed: Dataset, tmp_path: Path, rows: list[dict], rule: str) -> None:
+    (tmp_path / "changes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(AmendError, match=rule):
+        amend(packed, "mine", file=tmp_path / "changes.jsonl")
 
 
 def test_after_the_last_number_nothing_is_written(packed: Dataset) -> None:
