@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 from data_tools import dedup as module
 from data_tools.amend import amend, keys_of, removals, write_overlay
-from data_tools.dataset import Dataset
+from data_tools.dataset import Dataset, DatasetError
 from data_tools.dedup import ROW, DedupError, Search, bands, dedup, hash_datasets, perceptual_hash
 from data_tools.repair import repair
 from data_tools.verify import verify
@@ -197,6 +197,37 @@ def test_a_file_that_is_damaged_in_an_evaluation_set_is_a_leak_all_the_same(pack
     flip(held_out, numbers[packed.read(0)])
     dedup(packed.path, (held_out.path,), inside=False)
     assert packed.key(0) in removed_keys(packed.path)
+
+
+def test_what_is_removed_from_an_evaluation_set_is_no_leak(packed: Dataset, held_out: Dataset) -> None:
+    assert sum(dedup(packed.path, (held_out.path,), inside=False, dry_run=True).leaked.values()) > 0
+    write_overlay(held_out, "all", removals(np.arange(len(held_out)), pa.array([""] * len(held_out))))
+    assert sum(dedup(packed.path, (held_out.path,), inside=False, dry_run=True).leaked.values()) == 0
+
+
+def test_a_leak_of_the_same_file_is_called_so(packed: Dataset, tmp_path: Path) -> None:
+    write_files(tmp_path / "same", {"c/x.jpg": packed.read(0)})
+    held_out = pack_one(tmp_path / "same", out=tmp_path / "held")
+    dedup(packed.path, (held_out.path,), inside=False, listing=tmp_path / "list.csv", dry_run=True)
+    with (tmp_path / "list.csv").open() as file:
+        reasons = {row["key"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons[packed.key(0)].startswith("same file as c_x in ")
+
+
+def test_a_tar_that_cannot_be_read_is_no_tar_of_damaged_images(packed: Dataset) -> None:
+    """Only what is given up may be missing: else a folder that is not mounted would hide all copies in it."""
+    tar = packed.path / packed.shard_names[0]
+    whole = tar.read_bytes()
+    tar.write_bytes(b"")
+    with pytest.raises(DatasetError):
+        dedup(packed.path, dry_run=True)
+    tar.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dataset, "_check_shards", lambda self: None)  # as if it went away after the start
+        with pytest.raises(OSError, match="No such file"):
+            dedup(packed.path, dry_run=True)
+    tar.write_bytes(whole)
+    assert dedup(packed.path, dry_run=True).unreadable == 0
 
 
 # -- the search, on hashes alone --------------------------------------------------------------------------------------------------------
