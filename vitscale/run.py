@@ -191,7 +191,7 @@ def _overlays(run: Path, record: dict[str, Any], config: TrainConfig) -> dict[st
     """The overlays that a start uses, of both datasets: all that are there. Raises RunError where one that was used before is not."""
     used = {"data": list(overlay_names(Path(config.data)))}
     used["eval_data"] = [] if config.eval_data == "none" else list(overlay_names(Path(config.eval_data)))
-    before = record["starts"][-1]["overlays"] if record["starts"] else {}
+    before = record["starts"][-1].get("overlays", {}) if record["starts"] else {}  # which runs of before had not
     for name, now in used.items():
         path = getattr(config, name)
         if path != "none" and (gone := [overlay for overlay in before.get(name, []) if overlay not in now]):

@@ -17,7 +17,7 @@ from data_tools.pack import pack
 from tests.conftest import with_engine, write_images
 from tests.launch.test_command import SMALL, vitscale
 from vitscale.config import ConfigError, ObjectiveConfig, TrainConfig, ViTConfig, changes, may_change
-from vitscale.run import RunError, cut_back, is_finished, locked, open_run, read_config, read_metrics, resolve, used_overlays
+from vitscale.run import RunError, cut_back, is_finished, locked, open_run, read_config, read_metrics, resolve, used_overlays, write_json
 
 
 def begin(config: TrainConfig, world_size: int = 1) -> TrainConfig:
@@ -219,6 +219,11 @@ def test_a_run_takes_overlays_up_at_its_next_start(config: TrainConfig, dataset:
         begin(config)
     hidden.rename(first)
     begin(config)
+    record = json.loads((Path(config.out) / "run.json").read_text())
+    del record["starts"][-1]["overlays"]
+    write_json(Path(config.out) / "run.json", record)
+    begin(config)
+    assert used_overlays(Path(config.out))["data"] == (first.name, second.name), "a run of a version without overlays goes on"
 
 
 def test_a_dataset_of_which_overlays_leave_nothing_is_refused(config: TrainConfig, dataset: Path, tmp_path: Path) -> None:
