@@ -249,8 +249,9 @@ def _check_meaning(batch: pa.RecordBatch, origins: list[Origin], unlike: dict[in
         row = int(rows[np.searchsorted(_starts(labels), wrong[0], side="right") - 1])
         label, source = labels.flatten()[int(wrong[0])].as_py(), origins[batch["origin"][row].as_py()]
         raise PackError(
-            f"label {label} of {source_name(source, batch['row'][row].as_py(), batch['path'][row].as_py())} may be class number {label} or the "
-            f'class named {unlike[label]!r}, which has another number; give JSONL, where {label} is the number and "{unlike[label]}" the name'
+            f"label {label} of {source_name(source, batch['row'][row].as_py(), batch['path'][row].as_py())} may be class number {label} or "
+            f"the class named {unlike[label]!r}, which has another number; give JSONL, where {label} is the number and "
+            f'"{unlike[label]}" the name'
         )
 
 

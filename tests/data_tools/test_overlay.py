@@ -265,7 +265,14 @@ def test_keys_that_look_like_dates_are_found_in_jsonl(tmp_path: Path) -> None:
     assert dataset.key(gone) == "2020-01-02"
 
 
-ROWS = {"sample": [1, 4], "key": ["a", "b"], "removed": [None, True], "labels": [[0, 1], None], "scores": [[0.5, 1.0], None], "reason": ["", ""]}
+ROWS = {
+    "sample": [1, 4],
+    "key": ["a", "b"],
+    "removed": [None, True],
+    "labels": [[0, 1], None],
+    "scores": [[0.5, 1.0], None],
+    "reason": ["", ""],
+}
 
 
 @pytest.mark.parametrize(

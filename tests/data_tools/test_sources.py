@@ -216,7 +216,7 @@ def test_a_number_in_a_table_of_text_is_not_taken_for_another_class(tmp_path: Pa
         (tmp_path / "names.txt").write_text("01\n02\n03\n04\n")
         how["class_names"] = str(tmp_path / "names.txt")
     (tmp_path / "src" / "t.csv").write_text("path,label\n0.jpg,00\n1.jpg,02\n2.jpg,03\n")
-    with pytest.raises(PackError, match="label 2 of .* may be class number 2 or the class named '02'"):
+    with pytest.raises(PackError, match=r"label 2 of .* may be class number 2 or the class named '02'"):
         pack_one(tmp_path / "src" / "t.csv", out=tmp_path / "out", **how)
     (tmp_path / "src" / "t.jsonl").write_text("".join(f'{{"path": "{i}.jpg", "label": "0{i + 1}"}}\n' for i in range(3)))
     dataset = pack_one(tmp_path / "src" / "t.jsonl", out=tmp_path / "out", **how)
