@@ -154,8 +154,7 @@ def _finished(config: PackConfig, out: Location, home: Path) -> tuple[PackResult
         if changed := _differences(there, made(config, there.get("listing")) | {"name": config.dataset_name}):
             raise PackError(f"{folder} exists and is another dataset ({changed}); give another OUT, or move it away")
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".listing-", dir=home) as scratch:  # as large as the plan of a pack, so not in /tmp
-        beside = Path(scratch)
+    with _passing_folder(home) as beside:  # which gets as large as the plan of a pack, so it is not in /tmp
         plain = config.shard_bytes is None  # otherwise the digest is also of the plan
         digest = (list_sources(config, _sibling(out), beside) if plain else _planned(config, beside, beside).listing).digest
         for folder, header in headers.items():
@@ -169,7 +168,7 @@ def _finished(config: PackConfig, out: Location, home: Path) -> tuple[PackResult
                 results.append(result_of(folder))
             else:
                 remote_out.release(folder)  # of a pack that was killed in its last moment
-                results.append(result_of(remote_out.fetch(folder, header, Path(scratch) / header["split"]), folder))
+                results.append(result_of(remote_out.fetch(folder, header, beside / header["split"]), folder))
     return tuple(results)
 
 
@@ -287,6 +286,18 @@ def _scratch(work: Path, config: PackConfig) -> Iterator[Path]:
     for left in work.glob(f"{mine}*"):
         shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=mine, dir=work) as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _passing_folder(home: Path) -> Iterator[Path]:
+    """A folder that goes away, as those do that killed starts left; those of others who are at work are held by them."""
+    for lock in home.glob(".listing-*/lock"):
+        with suppress(OSError), lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent)
+    with tempfile.TemporaryDirectory(prefix=".listing-", dir=home) as folder, (Path(folder) / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield Path(folder)
 
 

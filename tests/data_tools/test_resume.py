@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import select
@@ -340,3 +341,23 @@ def test_fifty_kills(tmp_path: Path) -> None:
             break
     print(f"{killed_so_far} kills over {packs} packs, all of them byte for byte the uninterrupted one")
     assert killed_so_far >= 50
+
+
+def test_a_look_at_a_finished_pack_leaves_nothing_though_it_was_killed(photos: Path, tmp_path: Path) -> None:
+    """The next look takes away what a killed one left, and not what another one is at."""
+    out = tmp_path / "out"
+    config = PackConfig((str(photos),), str(out))
+    pack(config)
+    code = (
+        "import os, signal, sys; from data_tools import pack; from data_tools.config import PackConfig\n"
+        "pack.list_sources = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pack.pack(PackConfig((sys.argv[1],), sys.argv[2]))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, photos, out]).returncode == -signal.SIGKILL
+    assert [path.name for path in out.glob(".listing-*/lock")] == ["lock"]
+    other = out / ".listing-other"
+    other.mkdir()
+    with (other / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        pack(config)
+        assert list(out.glob(".listing-*")) == [other]
