@@ -63,7 +63,7 @@ def list_table(table: Location, prefix: str, config: PackConfig) -> tuple[Origin
 
     def parts() -> Iterator[Part]:
         row = 0
-        for batch in _batches(table, list(dict.fromkeys(columns)), ROWS):
+        for batch in _batches(table, list(dict.fromkeys(columns)), ROWS, label if config.class_map is not None else None):
             numbers = np.arange(row, row + len(batch), dtype=np.int64)
             paths = batch.column(image).to_pylist() if by_path else [None] * len(batch)
             keys = batch.column(key).to_pylist() if key else [None] * len(batch)
@@ -185,22 +185,22 @@ def _schema(table: Location) -> pa.Schema:
         return _ipc_reader(mapped, None).schema
 
 
-def _batches(table: Location, columns: list[str], parquet_rows: int) -> Iterator[pa.RecordBatch]:
+def _batches(table: Location, columns: list[str], parquet_rows: int, as_text: str | None = None) -> Iterator[pa.RecordBatch]:
     """The table from front to back. In memory: a row group of Parquet, a record batch of a compressed Arrow table."""
-    for batch in _unchecked_batches(table, columns, parquet_rows):
+    for batch in _unchecked_batches(table, columns, parquet_rows, as_text):
         with _reading(table):
             batch.validate(full=True)  # offsets of a damaged table may point anywhere, and using them ends the process
         yield batch
 
 
-def _unchecked_batches(table: Location, columns: list[str], parquet_rows: int) -> Iterator[pa.RecordBatch]:
+def _unchecked_batches(table: Location, columns: list[str], parquet_rows: int, as_text: str | None) -> Iterator[pa.RecordBatch]:
     if table.suffix.lower() == ".parquet":
         with _reading(table), pq.ParquetFile(_by_ranges(table)) as file:
             yield from file.iter_batches(parquet_rows, columns=columns)
         return
     if table.suffix.lower() in LIST_SUFFIXES:
         with _reading(table):
-            for batch in _text_reader(table):
+            for batch in _text_reader(table, as_text):
                 yield batch.select(columns)
         return
     with _reading(table), _mapped(table) as mapped:
@@ -212,13 +212,16 @@ def _unchecked_batches(table: Location, columns: list[str], parquet_rows: int) -
             yield from reader
 
 
-def _text_reader(table: Location) -> Any:
-    """A CSV, TSV or JSONL file in batches; types are those of the first megabyte, but names stay text whatever they look like."""
+def _text_reader(table: Location, as_text: str | None = None) -> Any:
+    """A CSV, TSV or JSONL file in batches; types are those of the first megabyte, but names stay text whatever they look like.
+
+    A CSV's column `as_text` does too, for a class map may tell 01 from 1.
+    """
     if table.suffix.lower() == ".jsonl":
         reader = pa.json.open_json(_in_a_row(table))
         texts = dates_as_text(reader.schema)
         return reader if texts is None else pa.json.open_json(_in_a_row(table), parse_options=texts)
-    names = {name: pa.string() for name in (*BYTES_COLUMNS, *PATH_COLUMNS, *KEY_COLUMNS)}
+    names = {name: pa.string() for name in (*BYTES_COLUMNS, *PATH_COLUMNS, *KEY_COLUMNS, *([as_text] if as_text else []))}
     parsing = pa.csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
     converting = pa.csv.ConvertOptions(column_types=names, strings_can_be_null=True, null_values=[""])  # NA may be a country, nan a word
     return pa.csv.open_csv(_in_a_row(table), parse_options=parsing, convert_options=converting)

@@ -8,6 +8,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -196,3 +197,14 @@ def test_any_map(samples: list, class_map: dict, scored: list[bool], tmp_path: P
 def test_a_large_map_is_read_as_it_stands(tmp_path: Path) -> None:
     found = read_class_map(a_map(tmp_path / "m.csv", "".join(f"n{i:08d},{i % 1000}\n" for i in range(20_000))))
     assert (len(found.classes), found.found.largest, found.found.names) == (20_000, 999, None)
+
+
+def test_a_map_tells_01_from_1(tmp_path: Path) -> None:
+    """Of a CSV labels are text to it, whatever they look like."""
+    write_files(tmp_path, {f"{i}.jpg": make_image(i) for i in range(4)})
+    (tmp_path / "t.csv").write_text("path,label\n0.jpg,01\n1.jpg,02\n2.jpg,1\n3.jpg,03\n")
+    (tmp_path / "map.json").write_text('{"01": "a", "02": "b", "1": "c", "*": "other"}')
+    dataset = pack_one(tmp_path / "t.csv", out=tmp_path / "out", class_map=str(tmp_path / "map.json"))
+    labels, _ = dataset.labels(np.arange(4))
+    assert dataset.class_names is not None
+    assert {dataset.key(i): dataset.class_names[labels[i][0]] for i in range(4)} == {"0": "a", "1": "b", "2": "c", "3": "other"}

@@ -315,6 +315,14 @@ def test_among_many_nothing_is_missed_up_to_the_distance_that_is_promised() -> N
         assert found == 1 if far < 31 else found > 0.97
 
 
+@pytest.mark.parametrize("distance", [0, 15, 16, 31, 32, 47])
+def test_bands_of_a_small_search_miss_nothing(distance: int) -> None:
+    for size in (2, 40_000, 65_536):
+        count, bits, flips = bands(size, distance)
+        assert count * bits <= 256
+        assert count * (flips + 1) - 1 >= distance
+
+
 def test_a_hash_does_not_depend_on_size_or_coding() -> None:
     base = picture(3)
     reference = np.frombuffer(perceptual_hash(encoded(base, "PNG"))[0], np.uint8)

@@ -27,7 +27,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools import storage
+from data_tools import remote_out, storage
 from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset, DatasetError
 from data_tools.images import Reject
@@ -349,6 +349,19 @@ def test_a_tar_that_is_lost_before_the_end_is_made_again(tmp_path: Path, server:
         pack(PackConfig(**how))
     pack(PackConfig(**how))
     assert objects(bucket / "out") == tree(tmp_path / "out")
+
+
+def test_only_who_holds_a_claim_withdraws(server: Server, bucket: Url) -> None:
+    remote_out.claim(bucket / "out/train", "ours")
+    put(bucket / "out/train/shards/000/train-000000.tar", b"tar")
+    before = objects(bucket)
+    remote_out.withdraw(bucket / "out/train", "another's")
+    assert objects(bucket) == before
+    with pytest.raises(PackError, match="is being packed with another --work"):
+        remote_out.check_free(bucket / "out/train", "another's")
+    remote_out.check_free(bucket / "out/train", "ours")
+    remote_out.withdraw(bucket / "out/train", "ours")
+    assert objects(bucket) == {}
 
 
 def test_whose_bucket_it_is(tmp_path: Path, server: Server, bucket: Url) -> None:
