@@ -75,7 +75,8 @@ class Found:
 class Deduplicated:
     """What `dedup` looked at and found."""
 
-    dataset: str
+    path: str
+    content_hash: str
     samples: int
     """That are not removed already."""
     unreadable: int
@@ -126,7 +127,8 @@ def dedup(
     quality = rows[0]["quality"][there]
     own = found.source == 0
     return Deduplicated(
-        dataset=str(path),
+        path=str(path),
+        content_hash=datasets[0].content_hash,
         samples=int(there.sum()),
         unreadable=int((quality == NOT_READ).sum()),
         plain=int((quality < min_quality).sum()),

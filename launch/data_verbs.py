@@ -215,7 +215,7 @@ def data_dedup(words: list[str]) -> None:
         print_json(dataclasses.asdict(report))
         return
     unread = f", {report.unreadable:,} could not be decoded" if report.unreadable else ""
-    print(f"{report.dataset}: {counted(report.samples, 'sample')} compared ({report.plain:,} too plain to tell{unread})")
+    print(f"{report.path}: {counted(report.samples, 'sample')} compared ({report.plain:,} too plain to tell{unread})")
     print(f"copies inside: {report.same_file:,} of the same file, {report.near:,} near duplicates")
     for other, count in report.leaked.items():
         print(f"also in {other}: {count:,}")
