@@ -83,8 +83,10 @@ def list_overlays(dataset: Path) -> list[Amended]:
 def amend(
     dataset: Dataset, name: str, *, file: Path | None = None, remove: tuple[str, ...] = (), restore: tuple[str, ...] = (),
     reason: str = "", skip_unknown: bool = False,
-) -> tuple[Amended, int]:  # fmt: skip
-    """Writes an overlay of a file's changes and of keys to remove or restore; also returns how many keys the dataset does not have.
+) -> tuple[Amended | None, int]:  # fmt: skip
+    """Writes an overlay of a file's changes and of keys to remove or restore, or none where nothing would change.
+
+    Also returns how many keys the dataset does not have.
 
     Raises AmendError where changes contradict each other or do not fit, or where keys are unknown and `skip_unknown` is not set.
     """
@@ -94,9 +96,16 @@ def amend(
             found = _known(dataset, pa.array(keys, pa.large_string()), skip_unknown)
             parts.append(removals(found, pa.array([reason] * len(keys), pa.string()), removed=gone))
     changes = _joined(parts)
-    known = np.flatnonzero(changes.samples >= 0)
-    path = write_overlay(dataset, name, _taken(changes, known))
-    return Amended(str(path), *form.counts(path)), len(changes.samples) - len(known)
+    known = _taken(changes, np.flatnonzero(changes.samples >= 0))
+    unknown = len(changes.samples) - len(known.samples)
+    said = (form.overlay_names(dataset.path), dataset.content_hash, dataset.num_samples, dataset.num_classes)
+    there = form.read_overlays(dataset.path, *said)  # which may be more than when the dataset was opened
+    already = pc.equal(known.removed, pa.array(there.removed(known.samples)))
+    same = pc.and_(pc.or_kleene(already, known.removed.is_null()).fill_null(False), known.labels.is_null())
+    if len(known.samples) and pc.all(same).as_py():
+        return None, unknown
+    path = write_overlay(dataset, name, known)
+    return Amended(str(path), *form.counts(path)), unknown
 
 
 def find_samples(dataset: Dataset, keys: pa.Array) -> np.ndarray:

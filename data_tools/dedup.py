@@ -84,6 +84,8 @@ class Deduplicated:
     """With too little in them to be told apart from each other."""
     same_file: int
     near: int
+    other_labels: int
+    """Of those two, copies whose labels are not those of the one that stays."""
     leaked: dict[str, int]
     """Removed for being in an evaluation set too."""
     overlay: str | None
@@ -134,6 +136,7 @@ def dedup(
         plain=int((quality < min_quality).sum()),
         same_file=int((own & found.same_file).sum()),
         near=int((own & ~found.same_file).sum()),
+        other_labels=int((own & _other_labels(found, datasets[0])).sum()),
         leaked={str(other.path): int((found.source == number).sum()) for number, other in enumerate(datasets) if number},
         overlay=str(overlay) if overlay is not None else None,
     )
@@ -442,6 +445,17 @@ def _pixels(dataset: Dataset) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------------ what is told
 
 
+def _other_labels(found: Found, dataset: Dataset) -> np.ndarray:
+    """Whether the labels of each sample are others than its witness's (bool); of leaks not looked at."""
+    other = np.zeros(len(found.samples), dtype=bool)
+    own = np.flatnonzero(found.source == 0)
+    for start in range(0, len(own), BATCH):
+        some = own[start : start + BATCH]
+        mine, its = (np.sort(dataset.labels(of[some])[0], axis=1) for of in (found.samples, found.witness))
+        other[some] = (mine != its).any(axis=1)
+    return other
+
+
 def _witness_keys(found: Found, datasets: list[Dataset]) -> pa.Array:
     keys = np.empty(len(found.samples), dtype=object)
     for number, dataset in enumerate(datasets):
@@ -481,6 +495,7 @@ def _write_listing(file: Path, found: Found, datasets: list[Dataset]) -> None:
             "dataset": sources,
             "distance": found.distance,
             "same_file": found.same_file,
+            "other_labels": _other_labels(found, datasets[0]),
         }
     )
     beside = file.with_name(f".{file.name}.partial")

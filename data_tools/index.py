@@ -44,6 +44,7 @@ from data_tools.config import IndexConfig, PackConfig, PackError
 from data_tools.durable import fsync, put_in_place, replace_file
 from data_tools.errors import UserError
 from data_tools.images import MAX_IMAGE_BYTES, Reject, inspect_image
+from data_tools.labels import read_class_names
 from data_tools.members import OpenTar, read_samples
 from data_tools.origins import Origin, Part, source_name
 from data_tools.processes import in_processes
@@ -89,6 +90,8 @@ def index(config: IndexConfig, progress: Progress | None = None) -> PackResult:
     An index that was ended, by whatever, goes on when it is asked for again; a finished one is left alone if it is of these tars.
     """
     config.check()
+    if config.class_names is not None:
+        read_class_names(config.class_names)  # a wrong name is told before hours of reading
     tars = find_tars(config)
     out = Path(config.folder)
     work = out / ".indexing"

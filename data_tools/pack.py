@@ -194,6 +194,8 @@ def _check_out(config: PackConfig, out: Location, work: Path) -> None:
         return
     if out.exists() and not out.is_dir():
         raise PackError(f"out={out} is a file; give a folder, or a path that does not exist")
+    if (out / "dataset.json").is_file():
+        raise PackError(f"out={out} is a dataset; give the folder above it, {out.parent}, which gets a folder for each split")
     for split in config.splits:
         if os.path.lexists(out / split):
             raise PackError(f"{out / split} exists and is not overwritten; give another OUT, or move it away")

@@ -24,6 +24,7 @@ from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.images import decode as decode_image
 from data_tools.peer_indices import index_file, kinds_beside, wrong_indices
 
+STRANGER = "is not a file of this dataset"
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 
@@ -128,7 +129,7 @@ def _strangers(path: Path, header: dict[str, Any], manifest: list[dict[str, Any]
     there = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink())
     others = (".nv-meta/", ".repairing/", ".dedup/")  # of `energon prepare`, `data repair`, `data dedup`
     return [
-        Problem(name, "is not a file of this dataset")
+        Problem(name, STRANGER)
         for name in sorted(there)
         if name not in known and not name.startswith(others) and Path(name).parent != Path(overlay.FOLDER)
     ]

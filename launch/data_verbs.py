@@ -13,7 +13,7 @@ import tyro
 from tyro.conf import Positional
 
 from data_tools.config import IndexConfig, PackConfig
-from launch.flags import UsageError, parse
+from launch.flags import UsageError, given, parse
 from launch.terminal import Json, Verb, VerbError, print_json, progress_bar
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class VerifyFlags:
 def data_verify(words: list[str]) -> None:
     """Every byte of a dataset against its checksums."""
     flags = parse(VerifyFlags, words, "data verify")
-    from data_tools.verify import verify
+    from data_tools.verify import STRANGER, verify
     from vitscale.metrics import counted
 
     with progress_bar("reading", quiet=flags.json, unit="MB") as update:
@@ -104,6 +104,9 @@ def data_verify(words: list[str]) -> None:
         read = f"{counted(report.files, 'file')}, {counted(report.samples, 'sample')}, {report.bytes / 1e6:,.1f} MB{decoded}"
         print(f"{flags.dataset}: {read}; {'all as packed' if not report.problems else counted(len(report.problems), 'problem')}")
     if report.problems:
+        strangers = [problem.file for problem in report.problems if problem.what == STRANGER]
+        if len(strangers) == len(report.problems):
+            raise VerbError(f"{flags.dataset} holds files that are not its own ({strangers[0]} first); move them away")
         raise VerbError(f"{flags.dataset} is damaged ({report.problems[0].file} first); `vitscale data repair` makes good what it can")
 
 
@@ -142,18 +145,23 @@ class OverlayFlags:
 def data_overlay(words: list[str]) -> None:
     """Other labels for samples, or their removal, without touching the tars."""
     flags = parse(OverlayFlags, words, "data overlay")
+    changes = flags.changes or flags.remove or flags.restore
+    for flag in sorted(given(words, "remove", "restore", "reason", "name")):
+        if not changes or not getattr(flags, flag):
+            missing = "a key" if flag in ("remove", "restore") else "a change that it is for"
+            raise UsageError(f"--{flag} lacks {missing}; `vitscale data overlay {flags.dataset} --remove KEY --reason WHY` is one use")
     from data_tools.amend import amend, list_overlays
     from data_tools.dataset import Dataset
     from vitscale.metrics import counted
 
     dataset = Dataset.open_checked(flags.dataset)
     unknown = 0
-    if flags.changes or flags.remove or flags.restore:
+    if changes:
         made, unknown = amend(
             dataset, flags.name, file=Path(flags.changes) if flags.changes else None, remove=flags.remove, restore=flags.restore,
             reason=flags.reason, skip_unknown=flags.skip_unknown,
         )  # fmt: skip
-        listed = [made]
+        listed = [made] if made is not None else []
     else:
         listed = list_overlays(dataset.path)
     after = Dataset.open(flags.dataset, check_shards=False).overlay
@@ -164,6 +172,8 @@ def data_overlay(words: list[str]) -> None:
     for one in listed:
         why = f" ({one.reason})" if one.reason else ""
         print(f"{one.path}: {one.removed:,} removed, {one.restored:,} restored, {one.relabelled:,} relabelled{why}")
+    if changes and not listed:
+        print("nothing to change: that is what the overlays there are say already")
     skipped = f"; {counted(unknown, 'unknown key')} left out" if unknown else ""
     all_in_all = f"{after.num_removed:,} removed, {len(after.samples):,} relabelled"
     print(f"{flags.dataset}: {counted(len(after.names), 'overlay')}, all in all {all_in_all}{skipped}")
@@ -202,6 +212,8 @@ class DedupFlags:
 def data_dedup(words: list[str]) -> None:
     """Removes pictures that stand in a dataset twice, or in an evaluation set too."""
     flags = parse(DedupFlags, words, "data dedup")
+    if given(words, "against") and not flags.against:
+        raise UsageError("--against lacks a dataset; `vitscale data dedup data/train --against data/val` is one use")
     from data_tools.dedup import dedup
     from vitscale.metrics import counted
 
@@ -216,10 +228,13 @@ def data_dedup(words: list[str]) -> None:
         return
     unread = f", {report.unreadable:,} could not be decoded" if report.unreadable else ""
     print(f"{report.path}: {counted(report.samples, 'sample')} compared ({report.plain:,} too plain to tell{unread})")
-    print(f"copies inside: {report.same_file:,} of the same file, {report.near:,} near duplicates")
+    unlike = f"; {report.other_labels:,} of them have other labels than the one that stays" if report.other_labels else ""
+    print(f"copies inside: {report.same_file:,} of the same file, {report.near:,} near duplicates{unlike}")
     for other, count in report.leaked.items():
         print(f"also in {other}: {count:,}")
     total = report.same_file + report.near + sum(report.leaked.values())
+    if flags.list is not None:
+        print(f"wrote {flags.list}")
     if report.overlay:
         print(f"{report.overlay}: {total:,} removed")
     else:

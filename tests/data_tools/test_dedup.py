@@ -102,6 +102,9 @@ def test_copies_inside_go_and_the_largest_stays(packed: Dataset, tmp_path: Path)
     assert removed_keys(packed.path) == set(rows)
     assert (report.same_file, report.near, report.plain, report.unreadable) == (1, 6, 3, 0)
     assert rows["b_same-03" if "b_same-03" in rows else "a_03"]["reason"].startswith("same file as")
+    unlike = {row["key"] for row in rows.values() if row["other_labels"] == "true"}
+    assert unlike == set(rows), "class a and class b are the same pictures"
+    assert report.other_labels == len(rows)
     assert verify(packed.path).problems == ()
     again = dedup(packed.path)
     assert (again.same_file + again.near, again.overlay) == (0, None)

@@ -339,7 +339,10 @@ def test_after_the_last_number_nothing_is_written(packed: Dataset) -> None:
 def test_the_same_change_twice_is_one_overlay_and_an_undo_is_another(packed: Dataset) -> None:
     key = packed.key(9)
     first, _ = amend(packed, "mine", remove=(key, key))
-    assert amend(packed, "mine", remove=(key,))[0] == first
+    assert amend(packed, "mine", remove=(key,)) == (None, 0), "it is so already"
+    assert list_overlays(packed.path) == [first]
+    path = write_overlay(packed, "mine", removals(np.array([9]), pa.array([""])))
+    assert str(path) == first.path, "the same file is not written twice"
     amend(packed, "mine", restore=(key,))
     assert told(Dataset.open(packed.path)) == told(packed)
     amend(packed, "mine", remove=(key,))
@@ -395,4 +398,9 @@ def test_the_command(packed: Dataset, tmp_path: Path) -> None:
     assert "'nobody' (1 of the list's keys)" in refused.stderr
     done = vitscale("data", "overlay", path, str(tmp_path / "list.txt"), "--skip-unknown")
     assert "1 unknown key left out" in done.stdout
-    assert vitscale("data", "overlay", path).stdout.count("removed") == 3
+    assert vitscale("data", "overlay", path).stdout.count("removed") == 2
+    assert "nothing to change" in done.stdout
+    for forgotten in (["--remove"], ["--reason", "takedown"], ["--remove", "--reason", "takedown"], ["--restore"]):
+        refused = vitscale("data", "overlay", path, *forgotten)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "lacks a" in refused.stderr

@@ -208,3 +208,9 @@ def test_names_do_not_join_a_split_whose_classes_are_numbers(tmp_path: Path) -> 
     with pytest.raises(PackError, match=r"the classes of the labels found are not those of .*out/train"):
         pack_one(tmp_path / "names", out=tmp_path / "out", split="val")
     assert tree(tmp_path / "out") == before
+
+
+def test_a_dataset_is_no_place_for_others(packed: Dataset, photos: Path) -> None:
+    with pytest.raises(PackError, match=rf"out={packed.path} is a dataset; give the folder above it, {packed.path.parent}"):
+        pack(PackConfig((str(photos),), str(packed.path)))
+    assert not (packed.path / "train").exists()
