@@ -105,8 +105,7 @@ def test_a_name_that_dali_cannot_read_and_a_tar_without_samples(tmp_path: Path) 
 
 @pytest.mark.peers
 def test_dali_reads_every_sample(indexed: Dataset) -> None:
-    fn: Any = pytest.importorskip("nvidia.dali.fn")
-    from nvidia.dali import pipeline_def
+    from nvidia.dali import fn, pipeline_def
 
     tars = tars_of(indexed)
 
@@ -131,7 +130,6 @@ def test_dali_reads_every_sample(indexed: Dataset) -> None:
 
 @pytest.mark.peers
 def test_dali_s_own_tool_makes_the_same_index(indexed: Dataset, tmp_path: Path) -> None:
-    pytest.importorskip("nvidia.dali")
     for tar in tars_of(indexed):
         if tar.name == "c.tar":  # GNU's long names, of which it takes the header for the data; DALI reads ours, see above
             continue
@@ -142,7 +140,7 @@ def test_dali_s_own_tool_makes_the_same_index(indexed: Dataset, tmp_path: Path) 
 
 @pytest.mark.peers
 def test_energon_reads_every_sample_and_makes_the_same_index(indexed: Dataset) -> None:
-    energon: Any = pytest.importorskip("megatron.energon")
+    from megatron import energon
     from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 
     ours = {tar: index_file(tar, ENERGON).read_bytes() for tar in tars_of(indexed)}
