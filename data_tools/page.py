@@ -1,6 +1,6 @@
 """What the HTML pages of vitscale share: the frame of a page that loads nothing from elsewhere, its looks, and charts as inline SVG.
 
-Where it stands: `data_pages.py` and vitscale's `report.py` are made of it. All functions but `write_page` and `check_target` are pure.
+Where it stands: `data_pages.py` and vitscale's `report.py` are made of it. All functions but `check_target` are pure.
 
 Invariants: whatever text comes from a dataset passes `text`, so it is shown and never taken for markup; a page has no script, asks for
 nothing, and says so to the browser (Content-Security-Policy), which then refuses both.
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import category
 
-from data_tools.durable import replace_file
 from data_tools.errors import UserError
 
 MARK = "<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=generator content=vitscale>"
@@ -111,11 +110,6 @@ def check_target(file: Path, dataset: Path) -> None:
         with file.open("rb") as opened:
             if opened.read(len(MARK)) != MARK.encode():
                 raise PageError(f"{file} is there and no page of vitscale, so it is left alone; name another file or remove it")
-
-
-def write_page(file: Path, page: str) -> None:
-    """Writes it whole or not at all; a page that is there is replaced."""
-    replace_file(file, page)
 
 
 # -- Charts -----------------------------------------------------------------------------------------------------------------------------

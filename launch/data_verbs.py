@@ -263,6 +263,7 @@ def data_stats(words: list[str]) -> None:
     """What is in a dataset: classes, labels, sizes, shards, in figures."""
     flags = parse(StatsFlags, words, "data stats")
     from data_tools import data_pages, page, stats
+    from data_tools.durable import replace_file
     from launch.data_tables import print_stats
 
     if flags.html is not None:
@@ -270,7 +271,7 @@ def data_stats(words: list[str]) -> None:
     with progress_bar("counting", quiet=flags.json, unit="samples") as update:
         found = stats.count(Path(flags.dataset), update)
     if flags.html is not None:
-        page.write_page(Path(flags.html), data_pages.stats_page(found))
+        replace_file(Path(flags.html), data_pages.stats_page(found))
     if flags.json:
         print_json(dataclasses.asdict(found))
         return
@@ -303,6 +304,7 @@ def data_preview(words: list[str]) -> None:
     """Samples of a dataset to look at, by class, by shard or at random."""
     flags = parse(PreviewFlags, words, "data preview")
     from data_tools import data_pages, page, preview
+    from data_tools.durable import replace_file
     from launch.data_tables import print_preview
 
     if flags.html is not None:
@@ -320,7 +322,7 @@ def data_preview(words: list[str]) -> None:
             progress=update,
         )
     if flags.html is not None:
-        page.write_page(Path(flags.html), data_pages.preview_page(found))
+        replace_file(Path(flags.html), data_pages.preview_page(found))
     if flags.json:
         print_json(preview.as_json(found))
         return

@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from data_tools.dataset import Dataset
-from data_tools.page import BASE, LIGHT, cards, document, inline, nice_step, section, write_page
+from data_tools.durable import replace_file
+from data_tools.page import BASE, LIGHT, cards, document, inline, nice_step, section
 from vitscale.checkpoint import WEIGHT, TensorReader, describe, find_checkpoint
 from vitscale.evaluate import load_model
 from vitscale.metrics import duration
@@ -88,7 +89,7 @@ def write_report(
         section("The commands", f"<p>Each stage is a command; together they are what <code>vitscale quickstart</code> ran.</p>"
                                 f"<pre>{html.escape(chr(10).join(commands))}</pre>"),
     ]  # fmt: skip
-    write_page(file, document(f"vitscale quickstart: {title}", LIGHT + BASE + STYLE, "".join(sections)))
+    replace_file(file, document(f"vitscale quickstart: {title}", LIGHT + BASE + STYLE, "".join(sections)))
 
 
 # -- What is shown ----------------------------------------------------------------------------------------------------------------------
