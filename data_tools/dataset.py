@@ -24,7 +24,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,7 @@ import xxhash
 from data_tools.errors import UserError
 from data_tools.overlay import LabelLists, Overlay, overlay_names, read_overlays
 from data_tools.stage import staged
-from data_tools.storage import Location
+from data_tools.storage import Location, Url
 
 FORMAT = "vitscale-dataset"
 FORMAT_VERSION = 1
@@ -108,6 +108,15 @@ class IndexBatch:
     labels: np.ndarray  # int32 (m,)
     scores: np.ndarray  # float32 (m,), 1 where the sample has none
     scored: np.ndarray  # bool (m,), whether it has
+
+
+class Located(NamedTuple):
+    """Where images lie, by the index; nothing of it is checked, so an index that is damaged may say anything."""
+
+    shards: np.ndarray  # int64 (n,)
+    offsets: np.ndarray  # int64 (n,), of the image's bytes in its tar
+    sizes: np.ndarray  # int64 (n,)
+    hashes: np.ndarray  # uint64 (n,), xxh3_64 of the image's bytes
 
 
 @dataclass(frozen=True)
@@ -199,9 +208,38 @@ class _OpenFile:
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, os.O_RDONLY)
 
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes [start, end), or as many as there are; one system call gives 2 GiB at most."""
+        data = os.pread(self.fd, end - start, start)
+        while len(data) < end - start and (more := os.pread(self.fd, end - start - len(data), start + len(data))):
+            data += more
+        return data
+
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
+
+
+class _Column:
+    """A column of fixed width over all record batches of a mapped index, gathered from in one step however many batches there are."""
+
+    def __init__(self, mapped: pa.Buffer, batches: list[pa.RecordBatch], name: str) -> None:
+        dtype = np.dtype(INDEX_SCHEMA.field(name).type.to_pandas_dtype())
+        self._values = np.frombuffer(mapped, dtype, count=mapped.size // dtype.itemsize)
+        starts = np.zeros(len(batches), dtype=np.int64)  # of each batch's rows, counted in values from the start of the file
+        for number, batch in enumerate(batches):
+            column = batch.column(name)
+            if len(column):
+                place = column.buffers()[1].address - mapped.address + column.offset * dtype.itemsize
+                starts[number], odd = divmod(place, dtype.itemsize)
+                if odd or not 0 <= place <= mapped.size - len(column) * dtype.itemsize:
+                    raise DatasetError("its index.arrow is compressed or damaged, and cannot be mapped; restore it or pack again")
+        self._starts = starts
+
+    def take(self, batches: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The values in some rows of some batches."""
+        values: np.ndarray = self._values[self._starts[batches] + rows]
+        return values
 
 
 class Dataset:
@@ -230,10 +268,13 @@ class Dataset:
         self.first_samples: np.ndarray = manifest["first_sample"].to_numpy()
         # The mapped index as numpy views, a few hundred record batches at most.
         index = path / "index.arrow" if stage is None else staged(path / "index.arrow", header["files"]["index.arrow"], stage)
-        reader = pa.ipc.open_file(pa.memory_map(str(index)))
+        mapped = pa.memory_map(str(index)).read_buffer()
+        reader = pa.ipc.open_file(mapped)
         if not reader.schema.equals(INDEX_SCHEMA):
             raise DatasetError(f"{path / 'index.arrow'} has columns {reader.schema.names}, not {INDEX_SCHEMA.names}")
-        self._batches = [_views(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._batches = [_views(batch) for batch in batches]
+        self._columns = {name: _Column(mapped, batches, name) for name in ("offset", "size", "hash")}
         rows = [len(batch["offset"]) for batch in self._batches]
         if sum(rows) != self.num_samples or int(self.shard_sizes.sum()) != self.num_samples:
             raise DatasetError(
@@ -287,19 +328,42 @@ class Dataset:
             dataset._check_shards()
         return dataset
 
+    @property
+    def is_local(self) -> bool:
+        """Whether its tars lie in a file system of this machine, and not in object storage."""
+        return not isinstance(self.path, Url)
+
+    def locate(self, samples: np.ndarray) -> Located:
+        """Where the images of n samples lie (int64), over a million of them a second; the numbers may be in any order.
+
+        Removed samples too. Raises IndexError for a number that is none.
+        """
+        samples = self._checked(samples)
+        shards = np.searchsorted(self.first_samples, samples, side="right") - 1  # "right" passes over empty shards
+        batches = np.searchsorted(self._batch_starts, samples, side="right") - 1
+        rows = samples - self._batch_starts[batches]
+        offsets, sizes, hashes = (self._columns[name].take(batches, rows) for name in ("offset", "size", "hash"))
+        return Located(shards, offsets, sizes.astype(np.int64), hashes)
+
+    def read_range(self, shard: int, start: int, end: int) -> bytes:
+        """The bytes [start, end) of a tar, or as many of them as there are. Nothing is checked. Raises OSError; safe for threads."""
+        end = min(end, int(self.shard_bytes[shard]))  # so that a damaged index asks for no more than there is
+        if not 0 <= start <= end:
+            return b""
+        return self._files(str(self.path / self.shard_names[shard])).read(start, end)
+
     def read(self, sample: int) -> bytes:
         """The image's bytes as they were packed. Raises SampleError where they are damaged or removed, and OSError."""
-        batch, row = self._locate(sample)
+        self._check_sample(sample)
         if self.overlay.is_removed(sample):
             raise RemovedError(sample, self.shard_of(sample), self._key_or_not(sample), "an overlay removes it")
-        offset, size = int(batch["offset"][row]), int(batch["size"][row])
+        shard, offset, size, xxh3 = (int(of[0]) for of in self.locate(np.array([sample])))
         if not (offset >= 0 and size >= 0):
             raise self._sample_error(sample, f"the index says offset {offset} and size {size}")
-        file = self._files(str(self.path / self.shard_of(sample)))
-        data = os.pread(file.fd, size, offset)  # an OSError is the machine's, not the sample's, and goes on up
+        data = self.read_range(shard, offset, offset + size)  # an OSError is the machine's, not the sample's, and goes on up
         if len(data) != size:
             raise self._sample_error(sample, f"{len(data)} bytes at offset {offset} where the index says {size}")
-        if xxhash.xxh3_64_intdigest(data) != batch["hash"][row]:
+        if xxhash.xxh3_64_intdigest(data) != xxh3:
             raise self._sample_error(sample, f"the {size} bytes at offset {offset} do not have the index's xxh3_64")
         return data
 
@@ -308,9 +372,7 @@ class Dataset:
 
         A label without a score has score 1.
         """
-        samples = np.asarray(samples, dtype=np.int64)
-        if samples.size and (samples.min() < 0 or samples.max() >= self.num_samples):
-            raise IndexError(f"samples {samples.min()}..{samples.max()} are not all in 0..{self.num_samples - 1}")
+        samples = self._checked(samples)
         labels = np.full((len(samples), self.max_labels), -1, dtype=np.int32)
         scores = np.zeros((len(samples), self.max_labels), dtype=np.float32)
         changed, rows = self.overlay.rows(samples)
@@ -463,10 +525,11 @@ class Dataset:
         # "right" passes over empty shards, which begin where the next one begins.
         return int(np.searchsorted(self.first_samples, sample, side="right")) - 1
 
-    def _locate(self, sample: int) -> tuple[dict[str, np.ndarray], int]:
-        self._check_sample(sample)
-        number = int(np.searchsorted(self._batch_starts, sample, side="right")) - 1
-        return self._batches[number], sample - int(self._batch_starts[number])
+    def _checked(self, samples: np.ndarray) -> np.ndarray:
+        samples = np.asarray(samples, dtype=np.int64)
+        if samples.size and (samples.min() < 0 or samples.max() >= self.num_samples):
+            raise IndexError(f"samples {samples.min()}..{samples.max()} are not all in 0..{self.num_samples - 1}")
+        return samples
 
     def _check_sample(self, sample: int) -> None:
         if not 0 <= sample < self.num_samples:

@@ -27,6 +27,7 @@ def write_dataset(
     rows: int = 7,
     max_labels: int | None = None,
     name: str = "synthetic",
+    compression: str | None = None,
 ) -> Path:
     """Writes a split of sum(shard_sizes) samples into `path`; `labels` are lists, or values and starts. `rows`: of the index's batches."""
     path.mkdir(parents=True)
@@ -44,7 +45,8 @@ def write_dataset(
         nothing if scores is None else pa.array(scores, pa.list_(pa.float32())),
     ]
     table = pa.Table.from_arrays(columns, schema=fmt.INDEX_SCHEMA)
-    with pa.ipc.new_file(str(path / "index.arrow"), fmt.INDEX_SCHEMA) as writer:
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_file(str(path / "index.arrow"), fmt.INDEX_SCHEMA, options=options) as writer:
         for first in range(0, count, rows):
             writer.write_table(table.slice(first, rows).combine_chunks())
     names = [fmt.shard_name("train", number) for number in range(len(shard_sizes))]

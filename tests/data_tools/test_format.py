@@ -75,9 +75,9 @@ def test_tarfile_and_gnu_tar_read_plain_ustar(packed: Dataset) -> None:
         for number, member in enumerate(members[::2], first):
             assert data[member.offset + 257 : member.offset + 265] == b"ustar\x0000"
             assert (member.mtime, member.uid, member.mode) == (0, 0, 0o644)
-            batch, row = packed._locate(number)
-            offset = int(batch["offset"][row])
-            assert (member.offset_data, member.size) == (offset, batch["size"][row])
+            located = packed.locate(np.array([number]))
+            offset = int(located.offsets[0])
+            assert (member.offset_data, member.size) == (offset, located.sizes[0])
         first += len(members) // 2
     assert first == packed.num_samples
 
@@ -162,8 +162,7 @@ def test_a_pickle_does_not_take_another_dataset(packed: Dataset, photos: Path, t
 
 
 def test_a_flipped_byte_in_an_image_is_found_by_read(packed: Dataset) -> None:
-    batch, row = packed._locate(7)
-    flip(packed.path / packed.shard_of(7), int(batch["offset"][row]) + 3)
+    flip(packed.path / packed.shard_of(7), int(packed.locate(np.array([7])).offsets[0]) + 3)
     dataset = Dataset.open(packed.path)
     with pytest.raises(SampleError, match="xxh3_64") as caught:
         dataset.read(7)
