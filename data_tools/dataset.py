@@ -118,6 +118,10 @@ class Located(NamedTuple):
     sizes: np.ndarray  # int64 (n,)
     hashes: np.ndarray  # uint64 (n,), xxh3_64 of the image's bytes
 
+    def range(self, row: int) -> tuple[int, int]:
+        """Where the row-th image begins and ends in its tar."""
+        return int(self.offsets[row]), int(self.offsets[row] + self.sizes[row])
+
 
 @dataclass(frozen=True)
 class SampleRow:
@@ -357,15 +361,20 @@ class Dataset:
         self._check_sample(sample)
         if self.overlay.is_removed(sample):
             raise RemovedError(sample, self.shard_of(sample), self._key_or_not(sample), "an overlay removes it")
-        shard, offset, size, xxh3 = (int(of[0]) for of in self.locate(np.array([sample])))
+        located = self.locate(np.array([sample]))
+        data = self.read_range(int(located.shards[0]), *located.range(0))  # an OSError is the machine's, not the sample's, and goes on up
+        self.check(sample, data, located, 0)
+        return data
+
+    def check(self, sample: int, data: bytes | memoryview, located: Located, row: int) -> None:
+        """Raises SampleError unless `data` are the sample's bytes as they were packed; it is the row-th of those `located`."""
+        offset, size = int(located.offsets[row]), int(located.sizes[row])
         if not (offset >= 0 and size >= 0):
             raise self._sample_error(sample, f"the index says offset {offset} and size {size}")
-        data = self.read_range(shard, offset, offset + size)  # an OSError is the machine's, not the sample's, and goes on up
         if len(data) != size:
             raise self._sample_error(sample, f"{len(data)} bytes at offset {offset} where the index says {size}")
-        if xxhash.xxh3_64_intdigest(data) != xxh3:
+        if xxhash.xxh3_64_intdigest(data) != located.hashes[row]:
             raise self._sample_error(sample, f"the {size} bytes at offset {offset} do not have the index's xxh3_64")
-        return data
 
     def labels(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels and scores of n samples, each (n, max_labels): int32 padded with -1, and float32 padded with 0.
