@@ -7,6 +7,7 @@ Keys are 64-bit; all functions work on whole arrays.
 The mixer is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
@@ -28,6 +29,7 @@ class Purpose(IntEnum):
     SUBSTITUTE = 3
     SAMPLE = 4  # crop, flip, stochastic depth
     DROPOUT = 5
+    COMPONENT = 6  # the seed of a dataset among several
 
 
 def mix(values: npt.ArrayLike) -> UInt64:
@@ -60,6 +62,17 @@ def permute(index: npt.ArrayLike, length: npt.ArrayLike, keys: npt.ArrayLike) ->
     A Feistel network over a x b cells with a = ceil(sqrt(length)), b = ceil(length / a), whose halves are mixed by addition modulo a and b;
     the fewer than a cells past the end are walked out of (Black and Rogaway, CT-RSA 2002). Constant memory, no table.
     """
+    return _walk(_feistel, index, length, keys)
+
+
+def unpermute(index: npt.ArrayLike, length: npt.ArrayLike, keys: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """What `permute` sends to each index: its inverse, the same walk taken backwards."""
+    return _walk(_unfeistel, index, length, keys)
+
+
+def _walk(
+    step: Callable[[UInt64, UInt64, UInt64, UInt64], UInt64], index: npt.ArrayLike, length: npt.ArrayLike, keys: npt.ArrayLike
+) -> npt.NDArray[np.int64]:
     x, length, keys = np.broadcast_arrays(
         np.asarray(index, dtype=np.uint64), np.asarray(length, dtype=np.uint64), np.asarray(keys, dtype=np.uint64)
     )
@@ -69,7 +82,7 @@ def permute(index: npt.ArrayLike, length: npt.ArrayLike, keys: npt.ArrayLike) ->
     b = (length + a - np.uint64(1)) // a
     todo = np.arange(x.size)
     while todo.size:
-        x[todo] = _feistel(x[todo], a[todo], b[todo], keys[todo])
+        x[todo] = step(x[todo], a[todo], b[todo], keys[todo])
         todo = todo[x[todo] >= length[todo]]
     return x.astype(np.int64).reshape(shape)
 
@@ -78,7 +91,21 @@ def _feistel(x: UInt64, a: UInt64, b: UInt64, keys: UInt64) -> UInt64:
     left, right = x // b, x % b
     for half_round in range(_ROUNDS):
         if half_round % 2 == 0:
-            left = (left + mix(keys ^ mix(right + np.uint64(half_round << 40))) % a) % a
+            left = (left + _turn(keys, right, half_round) % a) % a
         else:
-            right = (right + mix(keys ^ mix(left + np.uint64(half_round << 40))) % b) % b
+            right = (right + _turn(keys, left, half_round) % b) % b
     return left * b + right
+
+
+def _unfeistel(x: UInt64, a: UInt64, b: UInt64, keys: UInt64) -> UInt64:
+    left, right = x // b, x % b
+    for half_round in reversed(range(_ROUNDS)):
+        if half_round % 2 == 0:
+            left = (left + a - _turn(keys, right, half_round) % a) % a
+        else:
+            right = (right + b - _turn(keys, left, half_round) % b) % b
+    return left * b + right
+
+
+def _turn(keys: UInt64, half: UInt64, half_round: int) -> UInt64:
+    return mix(keys ^ mix(half + np.uint64(half_round << 40)))

@@ -15,6 +15,13 @@ def test_permute_is_a_permutation(length: int, key: int) -> None:
     assert sorted(keyed.permute(np.arange(length), length, key).tolist()) == list(range(length))
 
 
+@given(st.integers(1, 2**40), st.integers(0, 2**64 - 1), st.data())
+def test_unpermute_is_the_inverse(length: int, key: int, data: st.DataObject) -> None:
+    index = np.array(data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=50)))
+    assert keyed.unpermute(keyed.permute(index, length, key), length, key).tolist() == index.tolist()
+    assert keyed.permute(keyed.unpermute(index, length, key), length, key).tolist() == index.tolist()
+
+
 def test_permute_works_far_past_what_a_table_could_hold() -> None:
     length = 2**40 + 12_345
     index = np.concatenate([np.arange(100_000), length - 1 - np.arange(100_000)])
