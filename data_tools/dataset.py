@@ -360,7 +360,7 @@ class Dataset:
         """The image's bytes as they were packed. Raises SampleError where they are damaged or removed, and OSError."""
         self._check_sample(sample)
         if self.overlay.is_removed(sample):
-            raise RemovedError(sample, self.shard_of(sample), self._key_or_not(sample), "an overlay removes it")
+            raise RemovedError(sample, self.shard_of(sample), self.key_or_not(sample), "an overlay removes it")
         located = self.locate(np.array([sample]))
         data = self.read_range(int(located.shards[0]), *located.range(0))  # an OSError is the machine's, not the sample's, and goes on up
         self.check(sample, data, located, 0)
@@ -555,9 +555,10 @@ class Dataset:
                 raise DatasetError(f"{file} {found}, the manifest says {size}; copy this shard again")
 
     def _sample_error(self, sample: int, reason: str) -> SampleError:
-        return SampleError(sample, self.shard_of(sample), self._key_or_not(sample), reason)
+        return SampleError(sample, self.shard_of(sample), self.key_or_not(sample), reason)
 
-    def _key_or_not(self, sample: int) -> str:
+    def key_or_not(self, sample: int) -> str:
+        """The sample's key, or "?" where it cannot be read."""
         try:
             return self.key(sample)
         except (OSError, IndexError, pa.ArrowException):  # a damaged samples file must not hide the first damage

@@ -120,11 +120,25 @@ class StreamConfig:
     window: int = 0
     """Samples shuffled together in a lane, fixed when a run starts; 0 chooses by the size of the dataset."""
     workers: int = 0
-    """Threads a rank that read and decode; 0 takes the cores there are, at most 8."""
+    """Workers a rank that decode; 0 takes the cores there are, at most 8."""
+    processes: bool = False
+    """Whether workers are processes; threads do as well up to some thousand images a second a rank, and start at once."""
     prefetch: int = 4
     """Micro-batches a rank that are prepared ahead."""
+    reads: Literal["auto", "windows", "samples"] = "auto"
+    """Whole windows of a lane in one read, or each sample by itself; auto takes windows where a rank has lanes and room for them."""
+    buffer_bytes: int = 2**30
+    """Bytes of windows that a rank may hold."""
+    readers: int = 16
+    """Reads of windows, or of samples in object storage, that a rank has under way at once."""
+    read_timeout: float = 300.0
+    """Seconds without a micro-batch after which a run ends, telling what it waits for."""
+    decode: Literal["exact", "fast"] = "exact"
+    """Pixels as Pillow has them, or what is as good to train on and cheaper (docs/data.md); fixed when a run starts."""
     max_unusable: int = 1000
-    """Unusable samples that a run may replace, as a rank counts them: those of earlier starts and its own; more stop it."""
+    """Unusable samples that a run may replace, counted once each over all ranks and starts; more stop it."""
+    max_unusable_per_shard: int = 100
+    """The same of any one shard."""
 
 
 @dataclass(frozen=True)
@@ -404,7 +418,8 @@ def _check_ranges(config: TrainConfig) -> None:
     least = {
         "global_batch_size": 1, "micro_batch_size": 1, "log_every": 1, "eval_every": 0, "checkpoint_every": 1, "keep_checkpoints": 0,
         "epochs": 0, "steps": 0, "seed": 0, "stream.lanes": 0, "stream.window": 0, "stream.workers": 0, "stream.prefetch": 1,
-        "stream.max_unusable": 0, "optimizer.peak_lr": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip": 0, "schedule.warmup_steps": 0,
+        "stream.buffer_bytes": 0, "stream.readers": 1, "stream.read_timeout": 1, "stream.max_unusable": 0,
+        "stream.max_unusable_per_shard": 0, "optimizer.peak_lr": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip": 0, "schedule.warmup_steps": 0,
         "schedule.cooldown_steps": 0, "schedule.end_lr": 0, "schedule.timescale": 1, "engine.checkpoint_every_n_blocks": 0,
     }  # fmt: skip
     for name, low in least.items():
@@ -437,7 +452,8 @@ def _check_ranges(config: TrainConfig) -> None:
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
 MAY_CHANGE = (
     "data", "eval_data", "stage", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-    "stream.workers", "stream.prefetch", "stream.max_unusable", "engine.zero_stage", "engine.checkpoint_every_n_blocks",
+    "stream.workers", "stream.processes", "stream.prefetch", "stream.reads", "stream.buffer_bytes", "stream.readers", "stream.read_timeout",
+    "stream.max_unusable", "stream.max_unusable_per_shard", "engine.zero_stage", "engine.checkpoint_every_n_blocks",
     "engine.deepspeed.zero_optimization", "init.folder",
 )  # fmt: skip
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from data_tools.dataset import Dataset, DatasetError
 from vitscale.checkpoint import CheckpointError, Description, read_weights
-from vitscale.config import ObjectiveConfig, PreprocessConfig
+from vitscale.config import ObjectiveConfig, PreprocessConfig, StreamConfig
+from vitscale.mixture import Mixture
 from vitscale.model import ViT, normalize, parameter_shapes
 from vitscale.objective import correct_at, per_sample_loss
 from vitscale.stream import evaluation_batches
+from vitscale.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     forward: Callable[[Tensor], Tensor], dataset: Dataset, image_size: tuple[int, int], preprocess: PreprocessConfig,
-    objective: ObjectiveConfig, *, device: torch.device, batch_size: int, workers: int = 0,
+    objective: ObjectiveConfig, *, device: torch.device, batch_size: int, stream: StreamConfig,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluates over all ranks of the process group, or alone where there is none. Raises DatasetError where no sample can be read.
@@ -49,22 +51,21 @@ def evaluate(
     """
     grouped = dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    batches = evaluation_batches(dataset, image_size, preprocess, batch_size=batch_size, rank=rank, world_size=world_size, workers=workers)
+    batches = evaluation_batches(
+        Mixture([dataset]), image_size, preprocess, stream, batch_size=batch_size, rank=rank, world_size=world_size
+    )
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # samples, top-1, top-5, loss
     done = 0
-    for batch in batches:
-        images_BHWC, labels_BL, scores_BL, valid_B = (
-            torch.from_numpy(a).to(device) for a in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.valid_B)
-        )
-        logits_BK = forward(normalize(images_BHWC, preprocess)).float()
+    for batch in on_device(batches, device):
+        logits_BK = forward(normalize(batch.images_BHWC, preprocess)).float()
         of_each = (
-            torch.ones_like(valid_B),
-            correct_at(logits_BK, labels_BL, 1),
-            correct_at(logits_BK, labels_BL, 5),
-            per_sample_loss(logits_BK, labels_BL, scores_BL, objective),
+            torch.ones_like(batch.valid_B),
+            correct_at(logits_BK, batch.labels_BL, 1),
+            correct_at(logits_BK, batch.labels_BL, 5),
+            per_sample_loss(logits_BK, batch.labels_BL, batch.scores_BL, objective),
         )
-        sums += torch.stack([torch.where(valid_B, values_B.double(), 0.0).sum() for values_B in of_each])
-        done += len(valid_B)
+        sums += torch.stack([torch.where(batch.valid_B, values_B.double(), 0.0).sum() for values_B in of_each])
+        done += len(batch.valid_B)
         if progress:
             progress(min(done, -(-dataset.num_samples // world_size)), -(-dataset.num_samples // world_size))
     if grouped:
@@ -110,5 +111,5 @@ def evaluate_checkpoint(
     model = load_model(description, kind).to(device)
     return evaluate(
         model, dataset, description.model.image_size, description.preprocess, description.objective, device=device,
-        batch_size=batch_size, workers=workers, progress=progress,
+        batch_size=batch_size, stream=StreamConfig(workers=workers), progress=progress,
     )  # fmt: skip

@@ -109,11 +109,22 @@ class RunOrder:
         have room. Where the share is even, positions 2j and 2j + 1 go together, by the preference of the first.
         """
         share = global_batch_size // world_size
-        unit = 2 if share % 2 == 0 else 1  # a step's first position is even then, for it is a multiple of the batch
+        unit = _dealt_together(global_batch_size, world_size)  # a step's first position is a multiple of it, for it is one of the batch
         firsts = np.arange(samples_seen, samples_seen + global_batch_size, unit, dtype=np.int64)
         taken = firsts[_deal(self._preferred_ranks(firsts, world_size), share // unit, world_size) == rank]
         positions: Int64 = (taken[:, None] + np.arange(unit)).ravel()
         return positions
+
+    def is_own(self, positions: Int64, global_batch_size: int, rank: int, world_size: int) -> npt.NDArray[np.bool_]:
+        """Whether each position prefers a rank, and so, but for what numbers that do not divide give to others, all of its window does."""
+        own: npt.NDArray[np.bool_] = (
+            self._preferred_ranks(positions - positions % _dealt_together(global_batch_size, world_size), world_size) == rank
+        )
+        return own
+
+    def windows_in(self, component: int, lane: int) -> int:
+        """How many windows a lane of a component has."""
+        return self._geometry[component].windows_in(lane)
 
     def positions_of_sample(self, sample: int, end: int) -> list[int]:
         """All positions below `end` at which a sample stands, ascending: the inverse of `samples_at`, an epoch at a time."""
@@ -207,6 +218,11 @@ def _share(count: Int64, weight: int, total: int) -> Int64:
     return share
 
 
+def _dealt_together(global_batch_size: int, world_size: int) -> int:
+    """Positions that are never divided between ranks."""
+    return 2 if global_batch_size // world_size % 2 == 0 else 1
+
+
 def _golden_stride(length: int) -> int:
     """The number prime to `length` next above its golden section: multiples of it modulo `length` fall far from each other."""
     return next(stride for stride in itertools.count(max(1, round(length * 0.618))) if math.gcd(stride, length) == 1)
@@ -265,6 +281,11 @@ class Lanes:
         """The first place of a window of a lane."""
         head = self.window if self.lanes == 1 else 1 + lane * self.window // self.lanes
         return head + (window - 1) * self.window if window else 0
+
+    def windows_in(self, lane: int) -> int:
+        """How many windows a lane has."""
+        size = int(self.lane_size(np.asarray(lane)))
+        return int(self.window_of(np.asarray(lane), np.asarray(size - 1))[0]) + 1 if size else 0
 
     def lane_first(self, lane: Int64) -> Int64:
         """Where a lane starts in the list."""

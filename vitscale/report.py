@@ -23,8 +23,10 @@ from data_tools.dataset import Dataset
 from data_tools.durable import replace_file
 from data_tools.page import BASE, LIGHT, cards, document, inline, nice_step, section
 from vitscale.checkpoint import WEIGHT, TensorReader, describe, find_checkpoint
+from vitscale.config import StreamConfig
 from vitscale.evaluate import load_model
 from vitscale.metrics import duration
+from vitscale.mixture import Mixture
 from vitscale.model import normalize
 from vitscale.run import read_metrics
 from vitscale.stream import evaluation_batches
@@ -101,8 +103,8 @@ def predictions(checkpoint: str, held_out: Path) -> list[Prediction]:
     description, dataset = describe(find_checkpoint(checkpoint)), Dataset.open(held_out)
     model, names = load_model(description, "average"), dataset.class_names or tuple(map(str, range(dataset.num_classes)))
     batches = evaluation_batches(
-        dataset, description.model.image_size, description.preprocess, batch_size=256, rank=0, world_size=1, workers=0
-    )  # fmt: skip
+        Mixture([dataset]), description.model.image_size, description.preprocess, StreamConfig(), batch_size=256, rank=0, world_size=1
+    )
     samples, probabilities = [], []
     for batch in batches:
         samples.append(batch.samples_B[batch.valid_B])

@@ -1,21 +1,26 @@
 """The stream of batches: positions of the run -> samples of the tar shards -> decoded, augmented micro-batches.
 
-`order.py` says which sample a position holds, `images.py` what is done to it; here they are read, ahead of time and in parallel, by threads
-(reading, decoding and resizing release the GIL). A batch is a pure function of the config and `samples_seen`: not of ranks, workers or how
-often the run was stopped. A sample that cannot be used is replaced by the substitute that the order names, and written to quarantine.jsonl;
-one that an overlay removes is replaced in silence. Evaluation leaves both out, and counts them.
+    order.py    which sample stands at a position, and which positions are this rank's
+    reading.py  its bytes: whole windows ahead, or sample by sample
+    images.py   what is done to them: decoded, cropped, resized, augmented
+    workers.py  threads or processes that do it, several micro-batches ahead
+    here        all of it put together, substitutes for what cannot be used, labels
+
+A batch is a pure function of the config and `samples_seen`: not of ranks, of threads or processes, or of how often the run was stopped. A
+sample that cannot be used is replaced by the substitute that the order names and written to quarantine.jsonl; one that an overlay removes
+is replaced in silence. Evaluation leaves both out, and counts them.
 
 Axes: B batch, H height, W width, C channels, L labels of a sample.
 """
 
-import json
+from __future__ import annotations
+
+import itertools
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +28,21 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from data_tools.dataset import Dataset, SampleError
+from data_tools.dataset import Located, SampleError
 from data_tools.errors import UserError
 from data_tools.images import decode
 from vitscale import images, keyed
 from vitscale.config import PreprocessConfig, StreamConfig
-from vitscale.order import EpochOrder, Int64, positions_of_rank
+from vitscale.mixture import Mixture
+from vitscale.order import Int64, RunOrder
+from vitscale.quarantine import Fault, Quarantine
+from vitscale.reading import Awaited, Bytes, Reader, load
+from vitscale.workers import Rows, WorkerPool
 
 _ATTEMPTS = 64  # samples read for one position
 _DRAWS = 2**16  # and drawn for it: those that an overlay removes cost no reading, and a shard that is lost has thousands
+_CHUNK = 16  # samples that a worker gets at once, at most: enough that handing them over costs nothing
+_LOOK_EVERY = 0.5  # seconds between looks at whether a worker has died, while waiting for another one
 
 # What decoding damaged bytes raises. An OSError in reading is the machine's, not the sample's, and ends the run.
 UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -57,177 +68,283 @@ class Batch:
     """Numbers of the samples."""
 
 
-class _Job(NamedTuple):
-    """A batch to be made. `view` gives the i-th sample, or its substitute, and its pixels, or None where it cannot be had."""
-
-    samples: Int64
-    keys: keyed.UInt64
-    view: Callable[[int], tuple[int, images.Pixels | None]]
-
-
 class TrainStream:
     """A rank's share of the training batches.
 
     Args:
-        dataset: the training split.
+        dataset: the training split, or several.
         image_size: height and width in pixels.
         config: lanes and window must be chosen (above 0).
+        weights: of several datasets; none: as many samples of each as it has.
         seed: of the run.
         global_batch_size, micro_batch_size, rank, world_size: how the work is split.
         quarantine: the file that unusable samples are appended to, a line of JSON each.
     """
 
     def __init__(
-        self, dataset: Dataset, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, *, seed: int,
-        global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, quarantine: Path,
+        self, dataset: Mixture, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, *, seed: int,
+        global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, quarantine: Path, weights: tuple[float, ...] = (),
     ) -> None:  # fmt: skip
-        self.dataset, self.image_size, self.preprocess, self.config, self.seed = dataset, image_size, preprocess, config, seed
-        self.global_batch_size, self.micro_batch_size, self.rank, self.world_size = global_batch_size, micro_batch_size, rank, world_size
-        self.quarantine = quarantine
-        self.unusable = len(quarantine.read_bytes().splitlines()) if quarantine.is_file() else 0  # those of earlier starts count
-        self._lock = threading.Lock()
-        self._order = lru_cache(maxsize=2)(self._epoch_order)  # a step may cross from one epoch into the next
+        self.order = RunOrder([of.shard_sizes for of in dataset.components], weights or None, seed, config.lanes, config.window)
+        self.seed, self.global_batch_size, self.micro_batch_size, self.rank, self.world_size = (
+            seed, global_batch_size, micro_batch_size, rank, world_size,
+        )  # fmt: skip
+        self._dataset, self._config = dataset, config
+        self._maker = Maker(dataset, self.order, image_size, preprocess, config.decode)
+        self._quarantine = Quarantine(quarantine, rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard)
 
     def micro_batches(self, samples_seen: int, end: int | None = None) -> Iterator[Batch]:
         """Micro-batches of this rank from `samples_seen` on, in order, up to `end` (a whole number of steps) or without end.
 
-        Raises StreamError where too many samples are unusable, and OSError where they cannot be read.
+        Raises QuarantineError or StreamError where too many samples are unusable, OSError or StorageError where they cannot be read,
+        WorkerError where a worker dies.
         """
-        return _prepare_ahead(self._jobs(samples_seen, end), self.dataset, self.image_size, self.config.workers, self.config.prefetch)
-
-    def samples_at(self, positions: Int64) -> Int64:
-        """Numbers of the samples at positions counted through all epochs."""
-        epochs, places = np.divmod(positions, self.dataset.num_samples)
-        samples = np.empty_like(positions)
-        for epoch in np.unique(epochs).tolist():
-            samples[epochs == epoch] = self._order(epoch).samples_at(places[epochs == epoch])
-        return samples
+        windows = reads_windows(self._dataset, self._config, self.world_size)
+        reader = Reader(
+            self._dataset, self.order if windows else None,
+            lambda positions: self.order.is_own(positions, self.global_batch_size, self.rank, self.world_size),
+            shared=self._config.processes, threads=self._config.readers,
+        )  # fmt: skip
+        return _prepare_ahead(self._jobs(samples_seen, end), self._maker, reader, self._config, self._quarantine)
 
     def _jobs(self, samples_seen: int, end: int | None) -> Iterator[_Job]:
         while end is None or samples_seen < end:
-            share = positions_of_rank(
-                samples_seen, self.global_batch_size, self.rank, self.world_size, self.dataset.num_samples, self.config.lanes
-            )
+            share = self.order.positions_of_rank(samples_seen, self.global_batch_size, self.rank, self.world_size)
             for positions in share.reshape(-1, self.micro_batch_size):
-                samples = self.samples_at(positions)
-                keys = keyed.key(keyed.Purpose.SAMPLE, self.seed, positions)
-                yield _Job(samples, keys, partial(self._view, positions, samples, keys))
+                samples = self.order.samples_at(positions)
+                for i in np.flatnonzero(self._dataset.removed(samples)).tolist():
+                    samples[i] = next(self._maker.candidates(int(positions[i]), int(samples[i])))
+                yield _Job(positions, samples, keyed.key(keyed.Purpose.SAMPLE, self.seed, positions))
             samples_seen += self.global_batch_size
 
-    def _view(self, positions: Int64, samples: Int64, keys: keyed.UInt64, i: int) -> tuple[int, images.Pixels]:
-        """The sample that is used at a position, and its pixels."""
-        sample = int(samples[i])
-        epoch, place = divmod(int(positions[i]), self.dataset.num_samples)
-        read = 0
-        substitutes = self._order(epoch).substitutes(place)
-        for _ in range(_DRAWS):
-            if not self.dataset.overlay.is_removed(sample):
-                image = _readable(self.dataset, sample)
-                if isinstance(image, Image.Image):
-                    return sample, images.training_view(image, self.image_size, int(keys[i]), self.preprocess)
-                self._report_unusable(int(positions[i]), sample, image)
-                read += 1
-                if read == _ATTEMPTS:
-                    raise StreamError(f"{read} samples tried for position {positions[i]} were all unusable; {self.quarantine} names them")
-            _, sample = next(substitutes)
-        raise StreamError(
-            f"overlays remove all of the {_DRAWS} samples drawn for position {positions[i]}; too little of the dataset is left"
-        )
 
-    def _report_unusable(self, position: int, sample: int, reason: str) -> None:
-        line = {"position": position, "sample": sample, "shard": self.dataset.shard_of(sample), "reason": reason, "rank": self.rank}
-        with self._lock, open(self.quarantine, "ab", buffering=0) as file:
-            self.unusable += 1
-            file.write(json.dumps(line).encode() + b"\n")  # one write a line: ranks append to the same file
-        if self.unusable > self.config.max_unusable:
-            raise StreamError(
-                f"{self.unusable} unusable samples are over stream.max_unusable={self.config.max_unusable}; {self.quarantine} names them"
-            )
-
-    def _epoch_order(self, epoch: int) -> EpochOrder:
-        return EpochOrder(self.dataset.shard_sizes, self.seed, epoch, self.config.lanes, self.config.window)
+def reads_windows(dataset: Mixture, config: StreamConfig, world_size: int) -> bool:
+    """Whether a rank reads whole windows: where it has lanes of its own, and two windows of each fit its buffer."""
+    if config.reads != "auto":
+        return config.reads == "windows"
+    lanes = -(-config.lanes // world_size) * len(dataset.components)
+    return config.lanes >= world_size and config.lanes > 1 and 2 * lanes * config.window * dataset.bytes_per_sample <= config.buffer_bytes
 
 
 def evaluation_batches(
-    dataset: Dataset,
-    image_size: tuple[int, int],
-    preprocess: PreprocessConfig,
-    *,
-    batch_size: int,
-    rank: int,
+    dataset: Mixture, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, *, batch_size: int, rank: int,
     world_size: int,
-    workers: int,
-) -> Iterator[Batch]:
+) -> Iterator[Batch]:  # fmt: skip
     """A rank's share of the whole dataset, each sample exactly once over all ranks.
 
-    All ranks see equally many batches; where a rank has no sample, or one that cannot be read, `valid_B` is False.
+    All ranks see equally many batches; where a rank has no sample, or one that cannot be used, `valid_B` is False.
     """
     per_rank = -(-dataset.num_samples // world_size)
     first, end = rank * per_rank, min((rank + 1) * per_rank, dataset.num_samples)
 
-    def view(samples: Int64, i: int) -> tuple[int, images.Pixels | None]:
-        sample = int(samples[i])
-        if sample >= end:
-            return 0, None
-        image = _readable(dataset, sample)
-        return sample, images.evaluation_view(image, image_size, preprocess) if isinstance(image, Image.Image) else None
-
     def jobs() -> Iterator[_Job]:
         for start in range(first, first + per_rank, batch_size):
             samples = np.arange(start, start + batch_size, dtype=np.int64)
-            yield _Job(samples, np.zeros(batch_size, dtype=np.uint64), partial(view, samples))
+            samples[samples >= end] = -1
+            samples[samples >= 0] = np.where(dataset.removed(samples[samples >= 0]), -1, samples[samples >= 0])
+            yield _Job(samples, samples, np.zeros(batch_size, dtype=np.uint64))
 
-    return _prepare_ahead(jobs(), dataset, image_size, workers, prefetch=4)
-
-
-def _readable(dataset: Dataset, sample: int) -> Image.Image | str:
-    """The decoded image, or why it cannot be had."""
-    try:
-        image_bytes = dataset.read(sample)
-    except SampleError as error:
-        return str(error)
-    try:
-        return decode(image_bytes)
-    except UNDECODABLE as error:
-        return f"{type(error).__name__}: {error}"
+    reader = Reader(dataset, None, lambda positions: np.zeros(len(positions), np.bool_), shared=config.processes, threads=config.readers)
+    return _prepare_ahead(jobs(), Maker(dataset, None, image_size, preprocess, "exact"), reader, config, None)
 
 
-def _prepare_ahead(jobs: Iterator[_Job], dataset: Dataset, image_size: tuple[int, int], workers: int, prefetch: int) -> Iterator[Batch]:
-    """Batches in the order of the jobs, `prefetch` of them in the making while one is used; a thread's error is raised in its turn."""
-    pool = ThreadPoolExecutor(threads(workers), thread_name_prefix="stream")
-    started: deque[tuple[keyed.UInt64, images.Pixels, npt.NDArray[np.bool_], Int64, list[Future[None]]]] = deque()
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# What a worker does
+# ---------------------------------------------------------------------------------------------------------------------------------------
 
-    def start(job: _Job) -> None:
+
+class Chunk(NamedTuple):
+    """Some samples of a micro-batch, as a worker gets them."""
+
+    positions: Int64
+    samples: Int64
+    """-1: there is none."""
+    keys: keyed.UInt64
+    located: Located
+    """Of the samples that there are."""
+    data: list[Bytes]
+
+
+class Made(NamedTuple):
+    """What became of a chunk, its pixels apart."""
+
+    samples: Int64
+    """Those that were used."""
+    valid: npt.NDArray[np.bool_]
+    faults: list[Fault]
+    given_up: str = ""
+    """Why a position has no sample at all."""
+
+
+class Maker:
+    """Makes pixels of samples; all that a worker knows, and picklable.
+
+    Args:
+        order: names substitutes; None leaves out what cannot be used (evaluation).
+    """
+
+    def __init__(
+        self, dataset: Mixture, order: RunOrder | None, image_size: tuple[int, int], preprocess: PreprocessConfig, decode: str
+    ) -> None:
+        self.dataset, self.order, self.image_size, self.preprocess, self.decode = dataset, order, image_size, preprocess, decode
+
+    def __call__(self, chunk: Chunk, rows: Rows) -> Made:
+        """Fills the rows."""
+        samples, valid, faults = chunk.samples.copy(), chunk.samples >= 0, []
+        for i in np.flatnonzero(valid).tolist():
+            for attempt, (sample, data, located, row) in enumerate(self._tried(chunk, i)):
+                reason = self._fill(sample, data, located, row, int(chunk.keys[i]), rows.array[i])
+                if reason is None:
+                    samples[i] = sample
+                    break
+                faults.append(self._fault(int(chunk.positions[i]), sample, reason))
+                if attempt == _ATTEMPTS - 1:
+                    given_up = f"{_ATTEMPTS} samples tried for position {chunk.positions[i]} were all unusable"
+                    return Made(samples, valid, faults, given_up)
+            else:
+                valid[i] = False
+        rows.array[~valid] = 0
+        return Made(samples, valid, faults)
+
+    def candidates(self, position: int, sample: int) -> Iterator[int]:
+        """The sample at a position and its substitutes, in the order in which they are tried, without those that overlays remove."""
+        assert self.order is not None
+        for drawn in itertools.islice(itertools.chain([sample], self.order.substitutes(position)), _DRAWS):
+            if not self.dataset.is_removed(drawn):
+                yield drawn
+        raise StreamError(f"overlays remove all of the {_DRAWS} samples drawn for position {position}; too little of the dataset is left")
+
+    def _tried(self, chunk: Chunk, i: int) -> Iterator[tuple[int, bytes | memoryview, Located, int]]:
+        """The i-th sample of a chunk and its bytes, then its substitutes and theirs."""
+        sample, data = int(chunk.samples[i]), load(chunk.data[i])
+        if data is None:
+            data = self.dataset.read_range(int(chunk.located.shards[i]), *chunk.located.range(i))
+        yield sample, data, chunk.located, i
+        if self.order is not None:
+            position = int(chunk.positions[i])
+            first = int(self.order.samples_at(chunk.positions[i : i + 1])[0])
+            for substitute in itertools.islice(self.candidates(position, first), 1, None):  # the first is the one above
+                located = self.dataset.locate(np.array([substitute]))
+                yield substitute, self.dataset.read_range(int(located.shards[0]), *located.range(0)), located, 0
+
+    def _fill(self, sample: int, data: bytes | memoryview, located: Located, row: int, key: int, out_HWC: images.Pixels) -> str | None:
+        """Writes a sample's pixels, or tells why it cannot be used."""
+        try:
+            self.dataset.check(sample, data, located, row)
+        except SampleError as error:
+            return error.reason
+        try:
+            image = decode(bytes(data))
+            if self.order is None:
+                out_HWC[:] = images.evaluation_view(image, self.image_size, self.preprocess)
+            else:
+                out_HWC[:] = images.training_view(image, self.image_size, key, self.preprocess)
+        except UNDECODABLE as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _fault(self, position: int, sample: int, reason: str) -> Fault:
+        dataset, shard, key = self.dataset.name_of(sample)
+        return Fault(position, sample, dataset, shard, key, reason)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Ahead of time and in parallel
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Job(NamedTuple):
+    """A micro-batch to be made."""
+
+    positions: Int64
+    samples: Int64
+    """-1: there is none."""
+    keys: keyed.UInt64
+
+
+class _Begun(NamedTuple):
+    """A micro-batch in the making."""
+
+    job: _Job
+    rows: Rows
+    reads: list[Awaited | None]
+    chunks: list[Future[Made]]
+
+
+def _prepare_ahead(
+    jobs: Iterator[_Job], maker: Maker, reader: Reader, config: StreamConfig, quarantine: Quarantine | None
+) -> Iterator[Batch]:
+    """Batches in the order of the jobs, `prefetch` of them in the making while one is used."""
+    pool = WorkerPool(maker, workers(config.workers), processes=config.processes)
+    begun: deque[_Begun] = deque()
+
+    def begin(job: _Job) -> None:
         size = len(job.samples)
-        images_BHWC, valid_B, samples_B = np.zeros((size, *image_size, 3), np.uint8), np.zeros(size, np.bool_), job.samples.copy()
+        there = np.flatnonzero(job.samples >= 0)
+        rows = Rows((size, *maker.image_size, 3), shared=config.processes)
+        reads: list[Awaited | None] = [None] * size
+        for place, read in zip(there.tolist(), reader.start(job.positions[there], job.samples[there]), strict=True):
+            reads[place] = read
+        located = maker.dataset.locate(np.maximum(job.samples, 0))
+        chunks = []
+        for first in range(0, size, step := max(1, min(_CHUNK, -(-size // workers(config.workers))))):
+            part = slice(first, min(first + step, size))
 
-        def fill(piece: Int64) -> None:
-            for i in piece.tolist():
-                samples_B[i], pixels = job.view(i)
-                if pixels is not None:
-                    images_BHWC[i], valid_B[i] = pixels, True
+            def task(part: slice = part) -> tuple[Chunk, Rows]:
+                data = [read.bytes() if read else None for read in reads[part]]
+                where = Located(*(of[part] for of in located))
+                return Chunk(job.positions[part], job.samples[part], job.keys[part], where, data), rows.part(part.start, part.stop)
 
-        pieces = np.array_split(np.arange(size), min(threads(workers), size))
-        started.append((job.keys, images_BHWC, valid_B, samples_B, [pool.submit(fill, piece) for piece in pieces]))
+            awaited = {id(read.stretch): read.stretch.data for read in reads[part] if read}
+            chunks.append(pool.submit(task, after=list(awaited.values())))
+        begun.append(_Begun(job, rows, reads, chunks))
 
     def finish() -> Batch:
-        keys, images_BHWC, valid_B, samples_B, futures = started.popleft()
-        for future in futures:
-            future.result()
-        labels_BL, scores_BL = dataset.labels(samples_B)
-        return Batch(images_BHWC, labels_BL, scores_BL, keys.view(np.int64), valid_B, samples_B)
+        one = begun.popleft()
+        made = [_result(chunk, pool, one, config.read_timeout) for chunk in one.chunks]
+        if quarantine and (faults := [fault for of in made for fault in of.faults]):
+            quarantine.add(faults)
+        if given_up := next((of.given_up for of in made if of.given_up), ""):
+            raise StreamError(f"{given_up}; quarantine.jsonl names them")
+        samples_B, valid_B = np.concatenate([of.samples for of in made]), np.concatenate([of.valid for of in made])
+        samples_B = np.where(valid_B, samples_B, 0)
+        labels_BL, scores_BL = maker.dataset.labels(samples_B)
+        return Batch(one.rows.array, labels_BL, scores_BL, one.job.keys.view(np.int64), valid_B, samples_B)
 
     try:
         for job in jobs:
-            start(job)
-            if len(started) > prefetch:
+            begin(job)
+            if len(begun) > config.prefetch:
                 yield finish()
-        while started:
+        while begun:
             yield finish()
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.close()
+        reader.close()
 
 
-def threads(workers: int) -> int:
-    """Threads to decode with: as many as asked for, or the cores this process may use, at most 8."""
-    return workers or min(8, len(os.sched_getaffinity(0)))
+def _result(chunk: Future[Made], pool: WorkerPool, of: _Begun, timeout: float) -> Made:
+    """What became of a chunk; a failure of any other one, or too long a wait, is an error."""
+    waited = 0.0
+    while not chunk.done():
+        if pool.failure is not None:  # perhaps of a later chunk: why wait for its turn?
+            raise pool.failure
+        try:
+            return chunk.result(timeout=min(_LOOK_EVERY, timeout))
+        except TimeoutError:
+            waited += _LOOK_EVERY
+            if waited >= timeout:
+                raise StreamError(_stalled(of, timeout)) from None
+    return chunk.result()
+
+
+def _stalled(of: _Begun, timeout: float) -> str:
+    unread = sorted({read.stretch.shard for read in of.reads if read and not read.stretch.data.done()})
+    shards = ", ".join(unread[:3])
+    what = f"reading {shards}{' and others' if len(unread) > 3 else ''} has not ended" if unread else "no worker has made a micro-batch"
+    return f"{what} for stream.read_timeout={timeout:g} seconds; is the storage still there? The same command goes on when it is"
+
+
+def workers(asked: int) -> int:
+    """Workers to decode with: as many as asked for, or the cores this process may use, at most 8."""
+    return asked or min(8, len(os.sched_getaffinity(0)))

@@ -30,11 +30,13 @@ from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
 from vitscale.flops import peak_flops, train_flops
 from vitscale.metrics import Metrics, counted, progress_line
+from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
 from vitscale.run import cut_back, read_config, read_metrics, used_overlays, was_evaluated
 from vitscale.stream import TrainStream
+from vitscale.transfer import on_device
 
 
 class TrainingError(UserError):
@@ -97,10 +99,12 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         if dataset.overlay.names:  # which may be others at the next start
             line = {"step": step, "samples_seen": samples_seen, "overlays": dataset.overlay.names}
             metrics.log(line, f"overlays: {len(dataset.overlay.samples):,} samples relabelled, {dataset.overlay.num_removed:,} removed")
-    batches = TrainStream(
-        dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
-    ).micro_batches(samples_seen, last_step * config.global_batch_size)  # fmt: skip
+    stream = TrainStream(
+        Mixture([dataset]), config.model.image_size, config.preprocess, config.stream, seed=config.seed,
+        global_batch_size=config.global_batch_size, micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size,
+        quarantine=run / "quarantine.jsonl",
+    )  # fmt: skip
+    batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size), device())
     if held_out and step > 0 and _due(step, last_step, config.eval_every) and not evaluated:  # the last start ended before it was
         _evaluate(engine, held_out, config, metrics, step, samples_seen)
     since_time, since_step = time.perf_counter(), step
@@ -109,14 +113,10 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         loss = torch.zeros((), device=device())
         for micro in range(accumulate):
             batch = next(batches)
-            images_BHWC, labels_BL, scores_BL, keys_B = (
-                torch.from_numpy(a).to(device(), non_blocking=True)
-                for a in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.keys_B)
-            )
             if config.model.dropout:  # element dropout repeats at equal world size and micro-batch
                 torch.manual_seed(int(keyed.key(keyed.Purpose.DROPOUT, config.seed, step, micro, rank) >> 1))
-            logits_BK = engine.forward(normalize(images_BHWC, config.preprocess), keys_B)
-            micro_loss = compute_loss(logits_BK, labels_BL, scores_BL, config.objective)
+            logits_BK = engine.forward(normalize(batch.images_BHWC, config.preprocess), batch.keys_B)
+            micro_loss = compute_loss(logits_BK, batch.labels_BL, batch.scores_BL, config.objective)
             engine.backward(micro_loss)
             try:
                 engine.step(lr)
@@ -199,7 +199,7 @@ def _evaluate(engine: Engine, held_out: Dataset, config: TrainConfig, metrics: M
     with engine.evaluation():
         result = evaluate(
             engine.forward, held_out, config.model.image_size, config.preprocess, config.objective, device=device(),
-            batch_size=config.micro_batch_size, workers=config.stream.workers,
+            batch_size=config.micro_batch_size, stream=config.stream,
         )  # fmt: skip
     if metrics:
         metrics.log({"step": step, "samples_seen": samples_seen} | _eval_fields(result), _eval_line(step, result))

@@ -1,5 +1,6 @@
 """Batches as they leave the stream: the same whatever the split and the number of threads, each sample once, damage replaced and told."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -19,7 +20,9 @@ from data_tools.dataset import Dataset
 from data_tools.pack import pack
 from tests.conftest import write_images
 from vitscale.config import PreprocessConfig, StreamConfig, choose_order
-from vitscale.stream import Batch, StreamError, TrainStream, evaluation_batches
+from vitscale.mixture import Mixture
+from vitscale.quarantine import QuarantineError
+from vitscale.stream import Batch, TrainStream, evaluation_batches
 
 IMAGE_SIZE = (8, 12)
 PREPROCESS = PreprocessConfig(crop_scale=(0.3, 1.0))
@@ -31,8 +34,8 @@ def stream(
 ) -> TrainStream:  # fmt: skip
     chosen = choose_order(config or StreamConfig(workers=2), dataset.num_samples, batch)
     return TrainStream(
-        dataset, IMAGE_SIZE, PREPROCESS, chosen, seed=seed, global_batch_size=batch, micro_batch_size=micro or batch // world_size,
-        rank=rank, world_size=world_size, quarantine=tmp_path / "quarantine.jsonl",
+        Mixture([dataset]), IMAGE_SIZE, PREPROCESS, chosen, seed=seed, global_batch_size=batch,
+        micro_batch_size=micro or batch // world_size, rank=rank, world_size=world_size, quarantine=tmp_path / "quarantine.jsonl",
     )  # fmt: skip
 
 
@@ -83,7 +86,10 @@ def test_a_step_is_the_same_under_every_split(datasets: list[Dataset], tmp_path:
     reference = steps(dataset, tmp_path, 3, samples_seen, world_size=1, micro=batch, batch=batch, seed=seed, config=config)
     world_size = data.draw(st.sampled_from([w for w in (1, 2, 3, 4) if batch % w == 0]))
     micro = data.draw(st.sampled_from([m for m in range(1, batch + 1) if (batch // world_size) % m == 0]))
-    split = StreamConfig(lanes, config.window, workers=data.draw(st.integers(1, 4)), prefetch=data.draw(st.integers(1, 5)))
+    split = StreamConfig(
+        lanes, config.window, workers=data.draw(st.integers(1, 4)), prefetch=data.draw(st.integers(1, 5)),
+        reads=data.draw(st.sampled_from(["auto", "windows", "samples"])), readers=data.draw(st.integers(1, 3)),
+    )  # fmt: skip
     found = steps(dataset, tmp_path, 3, samples_seen, world_size=world_size, micro=micro, batch=batch, seed=seed, config=split)
     assert found == reference
 
@@ -106,13 +112,43 @@ def test_an_epoch_by_positions_is_a_permutation(datasets: list[Dataset], tmp_pat
         one = stream(dataset, tmp_path)
         for epoch in range(3):
             positions = np.arange(epoch * dataset.num_samples, (epoch + 1) * dataset.num_samples)
-            assert sorted(one.samples_at(positions).tolist()) == list(range(dataset.num_samples))
+            assert sorted(one.order.samples_at(positions).tolist()) == list(range(dataset.num_samples))
 
 
 def test_resume_is_one_integer(datasets: list[Dataset], tmp_path: Path) -> None:
     whole = steps(datasets[0], tmp_path, 25, world_size=1, micro=12, batch=12)
     for stop in (1, 10, 11, 24):  # 131 samples: the epoch ends within step 11
         assert steps(datasets[0], tmp_path, 25 - stop, stop * 12, world_size=2, micro=3, batch=12) == whole[stop:]
+
+
+@pytest.mark.parametrize("reads", ["windows", "samples"])
+def test_threads_and_processes_make_the_same_batches(datasets: list[Dataset], tmp_path: Path, reads: str) -> None:
+    """Bitwise, for one worker and for four, from the start and from the middle of an epoch."""
+    config = StreamConfig(lanes=4, window=5, workers=1, reads=reads)
+    whole = steps(datasets[0], tmp_path, 25, world_size=1, micro=12, batch=12, config=config)
+    for workers, processes, stop in ((4, False, 7), (1, True, 0), (4, True, 7), (4, True, 11)):
+        split = dataclasses.replace(config, workers=workers, processes=processes)
+        assert steps(datasets[0], tmp_path, 25 - stop, stop * 12, world_size=1, micro=6, batch=12, config=split) == whole[stop:]
+
+
+def test_windows_are_read_once(datasets: list[Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over an epoch and all ranks each image's bytes come in once, but for what is read again where a stretch begins within a window."""
+    dataset, read = datasets[0], []
+    whole = Dataset.read_range
+    monkeypatch.setattr(Dataset, "read_range", lambda self, *stretch: read.append(stretch) or whole(self, *stretch))
+    config = StreamConfig(lanes=4, window=5, workers=2, reads="windows")
+    for rank in range(2):
+        for _ in stream(dataset, tmp_path, rank=rank, world_size=2, batch=4, config=config).micro_batches(0, 128):
+            pass
+    located = dataset.locate(np.arange(dataset.num_samples))
+    images = np.zeros(dataset.num_samples, np.int64)
+    for shard, start, end in read:
+        images += (located.shards == shard) & (located.offsets >= start) & (located.offsets + located.sizes <= end)
+    assert images.min() >= 1
+    assert len(read) < dataset.num_samples / 2, "samples were read one by one"
+    order = stream(dataset, tmp_path, batch=4, config=config).order
+    begun_of_next_epoch = sum(count for lane in range(4) for window in range(2) for _, count in order.window_runs(0, 1, lane, window))
+    assert images.sum() <= dataset.num_samples + begun_of_next_epoch
 
 
 def test_a_sample_looks_different_in_each_epoch(datasets: list[Dataset], tmp_path: Path) -> None:
@@ -167,7 +203,7 @@ def test_damage_is_replaced_alike_everywhere_and_told(damaged: tuple[Dataset, se
 def test_too_much_damage_stops_the_run(damaged: tuple[Dataset, set[int]], tmp_path: Path) -> None:
     dataset, _ = damaged
     batches = stream(dataset, tmp_path, config=StreamConfig(workers=2, max_unusable=2)).micro_batches(0)
-    with pytest.raises(StreamError, match=r"[34] unusable samples are over stream.max_unusable=2"):
+    with pytest.raises(QuarantineError, match=r"[34] unusable samples are over stream.max_unusable=2"):
         deque(itertools.islice(batches, 12), maxlen=0)
 
 
@@ -177,17 +213,17 @@ def test_only_what_is_used_is_told_of_and_earlier_starts_count(damaged: tuple[Da
     for batch in stream(dataset, tmp_path, batch=12).micro_batches(0, 48):
         assert len(batch.samples_B) == 12
     told = [json.loads(line)["position"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    order = stream(dataset, tmp_path, batch=12).samples_at(np.arange(48))
+    order = stream(dataset, tmp_path, batch=12).order.samples_at(np.arange(48))
     assert sorted(told) == [position for position, sample in enumerate(order.tolist()) if sample in broken]
     assert 0 < len(told) < 3, "the damage must lie on both sides of the end"
     again = stream(dataset, tmp_path, batch=12, config=StreamConfig(workers=2, max_unusable=2)).micro_batches(48, 132)
-    with pytest.raises(StreamError, match=r"3 unusable samples are over stream.max_unusable=2"):
+    with pytest.raises(QuarantineError, match=r"3 unusable samples are over stream.max_unusable=2"):
         deque(again, maxlen=0)
 
 
 def test_evaluation_leaves_damage_out(damaged: tuple[Dataset, set[int]]) -> None:
     dataset, broken = damaged
-    batches = evaluation_batches(dataset, IMAGE_SIZE, PREPROCESS, batch_size=10, rank=0, world_size=1, workers=2)
+    batches = evaluation_batches(Mixture([dataset]), IMAGE_SIZE, PREPROCESS, StreamConfig(workers=2), batch_size=10, rank=0, world_size=1)
     assert sorted(s for b in batches for s, valid in zip(b.samples_B.tolist(), b.valid_B.tolist(), strict=True) if valid) == sorted(
         set(range(dataset.num_samples)) - broken
     )
@@ -216,7 +252,7 @@ def test_what_an_overlay_removes_is_replaced_in_silence(dataset: Path, tmp_path:
             assert row[0] == amended_row[0]  # the key of the position
             assert (row == amended_row) if row[1] not in removed else (amended_row[1] not in removed)
     assert steps(amended, tmp_path, 11, world_size=3, micro=2, batch=12, config=config) == after
-    batches = evaluation_batches(amended, IMAGE_SIZE, PREPROCESS, batch_size=10, rank=0, world_size=1, workers=2)
+    batches = evaluation_batches(Mixture([amended]), IMAGE_SIZE, PREPROCESS, StreamConfig(workers=2), batch_size=10, rank=0, world_size=1)
     assert sorted(s for b in batches for s, valid in zip(b.samples_B.tolist(), b.valid_B.tolist(), strict=True) if valid) == sorted(
         set(range(131)) - set(removed)
     )
@@ -255,7 +291,9 @@ def test_evaluation_sees_each_sample_once(datasets: list[Dataset], world_size: i
     seen, counts = [], set()
     for rank in range(world_size):
         batches = list(
-            evaluation_batches(dataset, IMAGE_SIZE, PREPROCESS, batch_size=batch_size, rank=rank, world_size=world_size, workers=2)
+            evaluation_batches(
+                Mixture([dataset]), IMAGE_SIZE, PREPROCESS, StreamConfig(workers=2), batch_size=batch_size, rank=rank, world_size=world_size
+            )
         )
         counts.add(len(batches))
         seen += [s for b in batches for s, valid in zip(b.samples_B.tolist(), b.valid_B.tolist(), strict=True) if valid]

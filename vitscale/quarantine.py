@@ -1,0 +1,89 @@
+"""Samples that could not be used: RUN/quarantine.jsonl, a line each, and the budgets of a run.
+
+The file is one for all ranks and starts; what counts is distinct samples, in the whole run and in any one shard. `run.cut_back` takes out
+what a start wrote whose checkpoint never came to be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_tools.errors import UserError
+
+
+class QuarantineError(UserError):
+    """Too much of the data cannot be used; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A sample that could not be used at a position of the run."""
+
+    position: int
+    sample: int
+    dataset: str
+    """Name of its dataset."""
+    shard: str
+    key: str
+    reason: str
+
+
+class Quarantine:
+    """One rank's view of the file.
+
+    Args:
+        max_samples, max_per_shard: how many distinct samples may be unusable.
+    """
+
+    def __init__(self, file: Path, rank: int, *, max_samples: int, max_per_shard: int) -> None:
+        self._file, self._rank = file, rank
+        self._max_samples, self._max_per_shard = max_samples, max_per_shard
+        self._read_to = 0
+        self._known: set[int] = set()
+        self._in_shard: Counter[str] = Counter()
+        self._take_up()  # those of earlier starts count
+
+    def add(self, faults: list[Fault]) -> None:
+        """Writes them down. Raises QuarantineError where a budget is spent."""
+        lines = [json.dumps(asdict(fault) | {"rank": self._rank}).encode() + b"\n" for fault in faults]
+        try:
+            file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                for line in lines:
+                    if os.write(file, line) != len(line):  # one write a line: ranks append to the same file
+                        raise OSError("the disk is full")
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise QuarantineError(f"{self._file} cannot be written ({error.strerror or error}); make room and start again") from None
+        self._take_up()
+        shard, most = max(self._in_shard.items(), key=lambda item: item[1])
+        if most > self._max_per_shard:
+            raise QuarantineError(
+                f"{most} unusable samples in {shard} are over stream.max_unusable_per_shard={self._max_per_shard}; `vitscale data repair` "
+                f"makes it good, `vitscale data overlay` gives it up; {self._file} names them"
+            )
+        if len(self._known) > self._max_samples:
+            raise QuarantineError(
+                f"{len(self._known)} unusable samples are over stream.max_unusable={self._max_samples}; {self._file} names them"
+            )
+
+    def _take_up(self) -> None:
+        """Counts what was written since the last look, by this rank and by others."""
+        try:
+            with open(self._file, "rb") as file:
+                file.seek(self._read_to)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._read_to += len(line)
+                    fault = json.loads(line)
+                    if fault["sample"] not in self._known:
+                        self._known.add(fault["sample"])
+                        self._in_shard[f"{fault['dataset']}/{fault['shard']}"] += 1
+        except FileNotFoundError:
+            pass

@@ -1,0 +1,164 @@
+"""How a rank's bytes come in: whole windows in one read each, ahead of their use, or sample by sample.
+
+Where it stands: `stream.py` tells which samples a micro-batch holds when it begins it, `prefetch` micro-batches before it is used; what it
+gets back is where each sample's bytes will be. Workers check them and decode.
+
+- *Windows*: neighbours in a lane lie side by side in the tars (`order.py`), so a window is one read of some MB for each shard it touches,
+  kind to shared file systems and object stores. When a rank begins a window, the next one of that lane is asked for. A rank reads the
+  windows of its own lanes; a sample of another's lane, dealt to it because numbers do not divide, it reads alone.
+- *Samples*: a read each; from a disk by the worker that decodes it, from object storage many at once, ahead.
+
+Invariants: no more than the windows in use and the next one of each lane are held; a stretch is read once; what cannot be read raises when
+a sample needs it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vitscale.mixture import Mixture
+from vitscale.order import Int64, RunOrder
+from vitscale.workers import Shared, WorkerPool
+
+_SLACK = 1 << 20  # bytes that a stretch may have beyond twice its images: other members, or an index that is damaged
+
+Bool = npt.NDArray[np.bool_]
+
+
+class Stored(NamedTuple):
+    """Bytes that worker processes share with this one."""
+
+    path: str
+    start: int
+    size: int
+
+
+Bytes = bytes | memoryview | Stored | None
+"""Where a worker finds a sample's bytes; None: it reads the dataset itself."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Bytes of one tar that are read at once: those of `count` samples from `first`."""
+
+    first: int
+    count: int
+    starts: Int64
+    """Where in the stretch each sample's bytes begin."""
+    sizes: Int64
+    shard: str
+    data: Future[bytes | Shared]
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """One sample's bytes, to be had when their stretch is read."""
+
+    stretch: Stretch
+    number: int
+
+    def bytes(self) -> Bytes:
+        """Raises what reading raised."""
+        data, start, size = self.stretch.data.result(), int(self.stretch.starts[self.number]), int(self.stretch.sizes[self.number])
+        return Stored(data.path, start, size) if isinstance(data, Shared) else memoryview(data)[start : start + size]
+
+
+def load(data: Bytes) -> bytes | memoryview | None:
+    """A sample's bytes, in the worker that is to decode them."""
+    if not isinstance(data, Stored):
+        return data
+    file = os.open(data.path, os.O_RDONLY)
+    try:
+        return os.pread(file, data.size, data.start)
+    finally:
+        os.close(file)
+
+
+class Reader:
+    """Reads for one rank.
+
+    Args:
+        order: whose windows are read; with None samples are.
+        is_own: for each of (n,) positions whether this rank reads its window whole.
+        shared: for worker processes.
+        threads: that read.
+    """
+
+    def __init__(
+        self, dataset: Mixture, order: RunOrder | None, is_own: Callable[[Int64], Bool], *, shared: bool, threads: int
+    ) -> None:  # fmt: skip
+        self._dataset, self._order, self._is_own, self._shared = dataset, order, is_own, shared
+        self._pool = WorkerPool(self._read, threads)
+        self._lanes: dict[tuple[int, int], dict[tuple[int, int], list[Stretch]]] = {}  # component, lane: epoch, window: its stretches
+
+    def start(self, positions: Int64, samples: Int64) -> list[Awaited | None]:
+        """Begins to read, and tells where the bytes of each sample will be; None where the worker is to read them."""
+        found: list[Awaited | None] = [None] * len(samples)
+        if self._order is not None:
+            windows = self._order.windows_at(positions)
+            own = np.flatnonzero(self._is_own(positions))
+            for window in np.unique(windows[own], axis=0):
+                places = own[(windows[own] == window).all(axis=1)]
+                _assign(found, samples, places, self._window(self._order, *window.tolist()))
+        alone = np.array([i for i, where in enumerate(found) if where is None], np.int64)
+        remote = alone[self._dataset.is_remote(samples[alone])]
+        _assign(found, samples, remote, self._stretches(np.unique(samples[remote])))
+        return found
+
+    def close(self) -> None:
+        """Begins no more reads."""
+        self._pool.close()
+
+    def _window(self, order: RunOrder, component: int, epoch: int, lane: int, window: int) -> list[Stretch]:
+        """The stretches of a window that is in use now; the next one of its lane is begun, and those before it are let go."""
+        held = self._lanes.setdefault((component, lane), {})
+        last = window + 1 == order.windows_in(component, lane)
+        for one in ((epoch, window), (epoch + 1, 0) if last else (epoch, window + 1)):
+            if one not in held:
+                runs = order.window_runs(component, one[0], lane, one[1])
+                held[one] = self._stretches(np.concatenate([np.arange(first, first + count) for first, count in runs]))
+        for past in [one for one in held if one < (epoch, window)]:
+            del held[past]
+        return held[epoch, window]
+
+    def _stretches(self, samples: Int64) -> list[Stretch]:
+        """Neighbours among the samples become one stretch, whose read is begun."""
+        if not len(samples):
+            return []
+        located = self._dataset.locate(samples)
+        cuts = np.flatnonzero((np.diff(samples) != 1) | (np.diff(located.shards) != 0)) + 1
+        stretches = []
+        for places in np.split(np.arange(len(samples)), cuts):
+            offsets, sizes = located.offsets[places], located.sizes[places]
+            start, end = int(offsets.min()), int((offsets + sizes).max())
+            if not 0 <= end - start <= 2 * int(sizes.sum()) + _SLACK or start < 0 or sizes.min() < 0:
+                continue  # each is read alone, and judged by who reads it
+            first, shard = int(samples[places[0]]), int(located.shards[places[0]])
+            data = self._pool.submit(partial(tuple, (shard, start, end)))
+            stretches.append(Stretch(first, len(places), offsets - start, sizes, self._dataset.shard_of(first), data))
+        return stretches
+
+    def _read(self, shard: int, start: int, end: int) -> bytes | Shared:
+        data = self._dataset.read_range(shard, start, end)
+        if not self._shared:
+            return data
+        shared = Shared(len(data))
+        shared.array()[:] = np.frombuffer(data, np.uint8)
+        return shared
+
+
+def _assign(found: list[Awaited | None], samples: Int64, places: Int64, stretches: Iterable[Stretch]) -> None:
+    """Tells each of the places in which stretch its sample lies."""
+    for stretch in stretches:
+        numbers = samples[places] - stretch.first
+        for place, number in zip(places.tolist(), numbers.tolist(), strict=True):
+            if 0 <= number < stretch.count:
+                found[place] = Awaited(stretch, number)
