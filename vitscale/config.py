@@ -33,6 +33,13 @@ def _parse_mapping(words: list[str]) -> dict[str, Any]:
     return value
 
 
+_PATHS = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="DATASET...",
+    instance_from_str=lambda words: words[0] if len(words) == 1 else tuple(words),
+    is_instance=lambda value: isinstance(value, str | tuple),
+    str_from_instance=lambda value: [value] if isinstance(value, str) else list(value),
+)
 _JSON = tyro.constructors.PrimitiveConstructorSpec(
     nargs=1,
     metavar="JSON",
@@ -218,10 +225,12 @@ class RunConfig:
 
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     """The name that `recipes.recipe` found it by."""
-    data: str = ""
-    """Dataset directory of the training split."""
+    data: Annotated[str | tuple[str, ...], _PATHS] = ""
+    """Dataset directory of the training split, or those of several to mix."""
+    data_weights: tuple[float, ...] = ()
+    """Of each dataset of several: how many samples of a step are its own, as a share of the sum; empty: as many as it has samples."""
     eval_data: str = ""
-    """Dataset directory of the held-out split; empty takes the sibling `val` of the training split, if any; `none` evaluates nothing."""
+    """Dataset directory of the held-out split; empty takes the sibling `val` of the (first) training split; `none` evaluates nothing."""
     stage: str = ""
     """Folder on each machine's own disk that the datasets' indices are copied to and mapped from; empty maps them where they are."""
     out: str = ""
@@ -248,6 +257,11 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The directories in `data`."""
+        return (self.data,) if isinstance(self.data, str) else self.data
 
 
 @dataclass(frozen=True)
@@ -419,13 +433,21 @@ def _check_ranges(config: TrainConfig) -> None:
         "global_batch_size": 1, "micro_batch_size": 1, "log_every": 1, "eval_every": 0, "checkpoint_every": 1, "keep_checkpoints": 0,
         "epochs": 0, "steps": 0, "seed": 0, "stream.lanes": 0, "stream.window": 0, "stream.workers": 0, "stream.prefetch": 1,
         "stream.buffer_bytes": 0, "stream.readers": 1, "stream.read_timeout": 1, "stream.max_unusable": 0,
-        "stream.max_unusable_per_shard": 0, "optimizer.peak_lr": 0, "optimizer.weight_decay": 0, "optimizer.grad_clip": 0, "schedule.warmup_steps": 0,
+        "stream.max_unusable_per_shard": 0, "optimizer.peak_lr": 0,
+        "optimizer.weight_decay": 0, "optimizer.grad_clip": 0, "schedule.warmup_steps": 0,
         "schedule.cooldown_steps": 0, "schedule.end_lr": 0, "schedule.timescale": 1, "engine.checkpoint_every_n_blocks": 0,
     }  # fmt: skip
     for name, low in least.items():
         value = _lookup(config, name)
         if not (math.isfinite(value) and value >= low):
             raise ConfigError(f"{name}={value:g} must be a number of at least {low}")
+    if config.data_weights and len(config.data_weights) != len(config.datasets):
+        raise ConfigError(
+            f"data_weights={_listed(config.data_weights)} are {len(config.data_weights)} weights for {len(config.datasets)} datasets; "
+            "give each one weight, or none to take each by its samples"
+        )
+    if not all(math.isfinite(weight) and weight > 0 for weight in config.data_weights):
+        raise ConfigError(f"data_weights={_listed(config.data_weights)} must all be above 0; leave out a dataset that is not wanted")
     if config.seed >= 2**63:
         raise ConfigError(f"seed={config.seed} must be below 2**63")
     for name in ("optimizer.eps", "model.layer_norm_eps"):
@@ -447,6 +469,10 @@ def _check_ranges(config: TrainConfig) -> None:
         raise ConfigError(f"preprocess.eval_crop={config.preprocess.eval_crop:g} must lie in (0, 1]")
     if min(config.preprocess.std) <= 0:
         raise ConfigError(f"preprocess.std={config.preprocess.std} must be above 0")
+
+
+def _listed(numbers: tuple[float, ...]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
@@ -500,7 +526,7 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:
         hint = next(arg for arg in get_args(hint) if arg is not type(None))
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)  # type: ignore[arg-type]
-    if get_origin(hint) is tuple:
+    if get_origin(hint) is tuple or (isinstance(value, list) and hint is str):  # one path, or several
         return tuple(value)
     return value
 

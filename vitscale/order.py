@@ -93,6 +93,10 @@ class RunOrder:
             windows[at_c, 2], windows[at_c, 3], _, _ = geometry.window_at(place)
         return windows
 
+    def windows_in(self, component: int, lane: int) -> int:
+        """How many windows a lane of a component has; 0 where the component has fewer samples than lanes."""
+        return self._geometry[component].windows_in(lane)
+
     def window_runs(self, component: int, epoch: int, lane: int, window: int) -> list[tuple[int, int]]:
         """What a window reads: the number of the first sample and the count of each stretch, one for each shard that it touches.
 
@@ -109,22 +113,24 @@ class RunOrder:
         have room. Where the share is even, positions 2j and 2j + 1 go together, by the preference of the first.
         """
         share = global_batch_size // world_size
-        unit = _dealt_together(global_batch_size, world_size)  # a step's first position is a multiple of it, for it is one of the batch
+        unit = _dealt_together(share)
         firsts = np.arange(samples_seen, samples_seen + global_batch_size, unit, dtype=np.int64)
-        taken = firsts[_deal(self._preferred_ranks(firsts, world_size), share // unit, world_size) == rank]
+        taken = firsts[_deal(self.preferred_ranks(firsts, global_batch_size, world_size), share // unit, world_size) == rank]
         positions: Int64 = (taken[:, None] + np.arange(unit)).ravel()
         return positions
 
-    def is_own(self, positions: Int64, global_batch_size: int, rank: int, world_size: int) -> npt.NDArray[np.bool_]:
-        """Whether each position prefers a rank, and so, but for what numbers that do not divide give to others, all of its window does."""
-        own: npt.NDArray[np.bool_] = (
-            self._preferred_ranks(positions - positions % _dealt_together(global_batch_size, world_size), world_size) == rank
-        )
-        return own
-
-    def windows_in(self, component: int, lane: int) -> int:
-        """How many windows a lane of a component has."""
-        return self._geometry[component].windows_in(lane)
+    def preferred_ranks(self, positions: Int64, global_batch_size: int, world_size: int) -> Int64:
+        """The rank that each position would best go to, for it reads the window: what `positions_of_rank` deals by."""
+        unit = _dealt_together(global_batch_size // world_size)
+        component, count = self._components_at(np.asarray(positions, dtype=np.int64) // unit * unit)
+        lane = count % np.asarray(self.sizes, dtype=np.int64)[component] % self.lanes
+        if len(self.sizes) > 1:
+            # A component has any number of positions in a step, so more of some lanes than of others, and those are neighbours: they are
+            # strewn over the ranks, or some ranks would be preferred by far more positions than they take.
+            pairs = -(-self.lanes // 2)
+            lane = 2 * (lane // 2 * _golden_stride(pairs) % pairs)
+        preferred: Int64 = lane * world_size // self.lanes
+        return preferred
 
     def positions_of_sample(self, sample: int, end: int) -> list[int]:
         """All positions below `end` at which a sample stands, ascending: the inverse of `samples_at`, an epoch at a time."""
@@ -172,18 +178,6 @@ class RunOrder:
             pair = pair * totals[c] // (totals[c] - self.weights[c])
         return 2 * pair + second
 
-    def _preferred_ranks(self, positions: Int64, world_size: int) -> Int64:
-        """The rank that each position would best go to."""
-        component, count = self._components_at(positions)
-        lane = count % np.asarray(self.sizes, dtype=np.int64)[component] % self.lanes
-        if len(self.sizes) > 1:
-            # A component has any number of positions in a step, so more of some lanes than of others, and those are neighbours: they are
-            # strewn over the ranks, or some ranks would be preferred by far more positions than they take.
-            pairs = -(-self.lanes // 2)
-            lane = 2 * (lane // 2 * _golden_stride(pairs) % pairs)
-        preferred: Int64 = lane * world_size // self.lanes
-        return preferred
-
     def _make_epoch_order(self, component: int, epoch: int) -> "EpochOrder":
         # The first component keeps the run's seed, so that a run of one dataset has the order that it always had.
         seed = int(keyed.key(Purpose.COMPONENT, self.seed, component)) if component else self.seed
@@ -218,14 +212,14 @@ def _share(count: Int64, weight: int, total: int) -> Int64:
     return share
 
 
-def _dealt_together(global_batch_size: int, world_size: int) -> int:
-    """Positions that are never divided between ranks."""
-    return 2 if global_batch_size // world_size % 2 == 0 else 1
-
-
 def _golden_stride(length: int) -> int:
     """The number prime to `length` next above its golden section: multiples of it modulo `length` fall far from each other."""
     return next(stride for stride in itertools.count(max(1, round(length * 0.618))) if math.gcd(stride, length) == 1)
+
+
+def _dealt_together(share: int) -> int:
+    """Positions that always go to the same rank: pairs, where its share is even; a step begins at a multiple of the batch, so with one."""
+    return 2 if share % 2 == 0 else 1
 
 
 def _deal(preferred: Int64, room: int, world_size: int) -> Int64:
@@ -394,19 +388,3 @@ class EpochOrder:
         nth = np.searchsorted(self._starts, index, side="right") - 1
         samples: Int64 = self._first[nth] + index - self._starts[nth]
         return samples
-
-
-def positions_of_rank(samples_seen: int, global_batch_size: int, rank: int, world_size: int, num_samples: int, lanes: int) -> Int64:
-    """The positions of the run, counted through all epochs, that a rank takes in the step at `samples_seen`.
-
-    All ranks' together are [samples_seen, samples_seen + global_batch_size), equally many each. Where the numbers divide and the step does
-    not cross the end of an epoch, a rank takes the lanes that are its own and so reads its own shards.
-    """
-    share = global_batch_size // world_size
-    first = samples_seen % num_samples
-    if lanes % world_size == 0 and global_batch_size % lanes == 0 and first + global_batch_size <= num_samples:
-        batch: Int64 = np.arange(samples_seen, samples_seen + global_batch_size, dtype=np.int64)
-        mine: Int64 = batch[batch % num_samples % lanes // (lanes // world_size) == rank]
-        return mine
-    start = samples_seen + rank * share
-    return np.arange(start, start + share, dtype=np.int64)

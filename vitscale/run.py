@@ -37,6 +37,7 @@ from vitscale.config import (
     to_dict,
     total_steps,
 )
+from vitscale.mixture import Mixture
 
 FORMAT_VERSION = 1
 
@@ -51,27 +52,22 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
     Writes nothing. Raises ConfigError, DatasetError or CheckpointError.
     """
     asked = dataclasses.replace(asked, out=asked.out or f"runs/{asked.recipe}")
-    if not asked.data:
+    if not all(asked.datasets) or not asked.datasets:
         raise ConfigError("no dataset is given; --data DATASET names the directory of a training split, as `vitscale pack` writes it")
-    dataset = Dataset.open_checked(asked.data)
+    dataset = Mixture([Dataset.open_checked(path) for path in asked.datasets])
     config = _with_checkpoint(asked, dataset.num_classes) if isinstance(asked, FinetuneConfig) else asked
     check_config(config, world_size)
     classes = config.model.num_classes or dataset.num_classes
     if classes != dataset.num_classes:
         raise ConfigError(
-            f"model.num_classes={classes} but {config.data} has {dataset.num_classes} classes; "
+            f"model.num_classes={classes} but {config.datasets[0]} has {dataset.num_classes} classes; "
             f"--model.num-classes {dataset.num_classes} fits it"
         )
-    if dataset.num_samples == dataset.overlay.num_removed:
-        raise DatasetError(
-            f"{config.data} holds no samples{' that its overlays leave' if dataset.num_samples else ''}; a run needs at least one"
-        )
-    if config.objective.soft_targets:
-        low, high = dataset.score_range()
-        if not 0 <= low <= high <= 1:
-            raise ConfigError(
-                f"soft_targets needs scores in [0, 1], {config.data} has them in [{low:g}, {high:g}]; scale them and pack again"
-            )
+    for of in dataset.components:
+        if not of.num_kept:
+            raise DatasetError(f"{of.path} holds no samples{' that its overlays leave' if len(of) else ''}; a run needs at least one")
+        if config.objective.soft_targets:
+            _check_scores(of)
     steps = total_steps(config, dataset.num_samples)
     if config.schedule.warmup_steps >= steps:
         raise ConfigError(
@@ -107,16 +103,17 @@ def _with_checkpoint(asked: FinetuneConfig, num_classes: int) -> TrainConfig:
     return fine_tuning_run(asked, base.model, base.preprocess, folder, num_classes)
 
 
-def _eval_data(config: TrainConfig, dataset: Dataset) -> str:
+def _eval_data(config: TrainConfig, dataset: Mixture) -> str:
     if config.eval_data == "none":
         return "none"
-    path = Path(config.eval_data) if config.eval_data else Path(config.data).parent / "val"
-    if not config.eval_data and (not (path / "dataset.json").is_file() or path.resolve() == Path(config.data).resolve()):
+    path = Path(config.eval_data) if config.eval_data else Path(config.datasets[0]).parent / "val"
+    trained_on = {Path(of).resolve() for of in config.datasets}
+    if not config.eval_data and (not (path / "dataset.json").is_file() or path.resolve() in trained_on):
         return "none"
     held_out = Dataset.open_checked(path)
     if held_out.num_classes != dataset.num_classes or held_out.class_names != dataset.class_names:
         raise DatasetError(
-            f"{path} has {held_out.num_classes} classes and {config.data} has {dataset.num_classes}, or their names differ; "
+            f"{path} has {held_out.num_classes} classes and {config.datasets[0]} has {dataset.num_classes}, or their names differ; "
             "pack both with the same --class-names, or pass --eval-data none"
         )
     if config.objective.soft_targets:
@@ -136,8 +133,8 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     Raises RunError where the directory holds something else; it is left as it was.
     """
     run = Path(config.out)
-    trained_on = _identity(config.data)
-    held_out = None if config.eval_data == "none" else _identity(config.eval_data)
+    trained_on = [_identity(path) for path in config.datasets]
+    held_out = [] if config.eval_data == "none" else [_identity(config.eval_data)]
     changed: dict[str, str] = {}
     if (run / "run.json").is_file():
         record = _read_json(run / "run.json")
@@ -146,10 +143,9 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
         started = read_config(run)
         if started.recipe != config.recipe:
             raise RunError(f"{run} holds a run of {started.recipe}, not of {config.recipe}; give another --out")
-        for flag, before, now in (("data", record["dataset"], trained_on), ("eval-data", record["held_out"], held_out)):
-            if before and now and before["hash"] != now["hash"]:
-                was, is_now = (f"{of['name']} ({of['samples']:,} samples, hash {of['hash'][:12]})" for of in (before, now))
-                raise RunError(f"{run} was begun with --{flag} {before['path']}, {was}; {now['path']} is {is_now}; give the same dataset")
+        for flag, before, now in (("data", trained_datasets(record), trained_on), ("eval-data", _several(record["held_out"]), held_out)):
+            if before and now:
+                _check_same(run, flag, before, now)
         begun = bool(read_metrics(run) or checkpoint.committed(run))  # one that failed before its first step may still become another
         changed = changes(started, config) if begun else {}
         if refused := [f"{name}: {change}" for name, change in changed.items() if not may_change(name)]:
@@ -157,14 +153,14 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     else:
         record = {
             "format_version": FORMAT_VERSION,
-            "dataset": trained_on,
-            "held_out": held_out,
-            "total_steps": total_steps(config, trained_on["samples"]),
+            "dataset": trained_on[0] if len(trained_on) == 1 else trained_on,
+            "held_out": held_out[0] if held_out else None,
+            "total_steps": total_steps(config, sum(of["samples"] for of in trained_on)),
             "starts": [],
         }
     if is_finished(run, config.eval_data):
         return True
-    record["held_out"] = record["held_out"] or held_out
+    record["held_out"] = record["held_out"] or (held_out[0] if held_out else None)
     record["starts"].append(
         {
             "overlays": _overlays(run, record, config),
@@ -187,20 +183,48 @@ def _identity(path: str) -> dict[str, Any]:
     return {"path": path, "name": dataset.name, "hash": dataset.content_hash, "samples": dataset.num_samples}
 
 
+def _check_same(run: Path, flag: str, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+    """Raises RunError unless the datasets are those of the run, in its order, which is part of what they are mixed by."""
+    if len(before) != len(now):
+        paths = " ".join(of["path"] for of in before)
+        raise RunError(f"{run} was begun with {len(before)} datasets, --{flag} {paths}, and is now given {len(now)}; give the same")
+    for was, is_now in zip(before, now, strict=True):
+        if was["hash"] != is_now["hash"]:
+            told, told_now = (f"{of['name']} ({of['samples']:,} samples, hash {of['hash'][:12]})" for of in (was, is_now))
+            order = ", in the same order" if len(now) > 1 else ""
+            raise RunError(
+                f"{run} was begun with --{flag} {was['path']}, {told}; {is_now['path']} is {told_now}; give the same dataset{order}"
+            )
+
+
+def trained_datasets(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The datasets of run.json that a run trains on: path, name, hash and samples of each, in their order."""
+    return _several(record["dataset"])
+
+
+def _several(of: dict[str, Any] | list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    return of if isinstance(of, list) else [of] if of else []
+
+
 def _overlays(run: Path, record: dict[str, Any], config: TrainConfig) -> dict[str, list[str]]:
-    """The overlays that a start uses, of both datasets: all that are there. Raises RunError where one that was used before is not."""
-    used = {"data": list(overlay_names(Path(config.data)))}
-    used["eval_data"] = [] if config.eval_data == "none" else list(overlay_names(Path(config.eval_data)))
+    """The overlays that a start uses, of each dataset: all that are there. Raises RunError where one that was used before is not."""
+    paths = dict(zip(overlay_fields(len(config.datasets)), config.datasets, strict=True)) | {"eval_data": config.eval_data}
+    used = {name: [] if path == "none" else list(overlay_names(Path(path))) for name, path in paths.items()}
     before = record["starts"][-1].get("overlays", {}) if record["starts"] else {}  # which runs of before had not
     for name, now in used.items():
-        path = getattr(config, name)
+        path = paths[name]
         if path != "none" and (gone := [overlay for overlay in before.get(name, []) if overlay not in now]):
             raise RunError(f"{run} used the overlay {gone[0]}, which is no more in {path}; put it back (a later one can undo what it says)")
     return used
 
 
+def overlay_fields(datasets: int) -> list[str]:
+    """What run.json calls the overlays of each of the datasets that a run trains on."""
+    return ["data", *(f"data.{number}" for number in range(1, datasets))]
+
+
 def used_overlays(run: Path) -> dict[str, tuple[str, ...]]:
-    """The overlays that the newest start of a run uses, of its `data` and its `eval_data`."""
+    """The overlays that the newest start of a run uses: of its `data` (of several datasets also `data.1` and on) and `eval_data`."""
     return {name: tuple(names) for name, names in _read_json(run / "run.json")["starts"][-1]["overlays"].items()}
 
 

@@ -102,7 +102,7 @@ class TrainStream:
         windows = reads_windows(self._dataset, self._config, self.world_size)
         reader = Reader(
             self._dataset, self.order if windows else None,
-            lambda positions: self.order.is_own(positions, self.global_batch_size, self.rank, self.world_size),
+            lambda positions: self.order.preferred_ranks(positions, self.global_batch_size, self.world_size) == self.rank,
             shared=self._config.processes, threads=self._config.readers,
         )  # fmt: skip
         return _prepare_ahead(self._jobs(samples_seen, end), self._maker, reader, self._config, self._quarantine)

@@ -34,7 +34,7 @@ from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
-from vitscale.run import cut_back, read_config, read_metrics, used_overlays, was_evaluated
+from vitscale.run import cut_back, overlay_fields, read_config, read_metrics, used_overlays, was_evaluated
 from vitscale.stream import TrainStream
 from vitscale.transfer import on_device
 
@@ -57,10 +57,10 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     # -- Data -------------------------------------------------------------------------------------------------------------------------
     overlays = used_overlays(run)  # as the start found them: one that comes while ranks start must not reach some of them
     stage = Path(config.stage) if config.stage else None
-    # Without check_shards, for every rank would ask the file system for every tar.
-    dataset = Dataset.open(config.data, overlays=overlays["data"], stage=stage, check_shards=False)
+    dataset = Mixture.open(config.datasets, [overlays[name] for name in overlay_fields(len(config.datasets))], stage)
     held_out = None
     if config.eval_data != "none":
+        # Without check_shards, as above: every rank would ask the file system for every tar.
         held_out = Dataset.open(config.eval_data, overlays=overlays["eval_data"], stage=stage, check_shards=False)
     last_step = total_steps(config, dataset.num_samples)
 
@@ -96,13 +96,14 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         metrics.say(_headline(config, step, last_step, world_size, accumulate, sum(math.prod(s) for s in shapes.values())))
         if origin:
             metrics.say(origin)
-        if dataset.overlay.names:  # which may be others at the next start
-            line = {"step": step, "samples_seen": samples_seen, "overlays": dataset.overlay.names}
-            metrics.log(line, f"overlays: {len(dataset.overlay.samples):,} samples relabelled, {dataset.overlay.num_removed:,} removed")
+        if names := [name for of in dataset.components for name in of.overlay.names]:  # which may be others at the next start
+            relabelled = sum(len(of.overlay.samples) for of in dataset.components)
+            line = {"step": step, "samples_seen": samples_seen, "overlays": names}
+            metrics.log(line, f"overlays: {relabelled:,} samples relabelled, {dataset.num_removed:,} removed")
     stream = TrainStream(
-        Mixture([dataset]), config.model.image_size, config.preprocess, config.stream, seed=config.seed,
-        global_batch_size=config.global_batch_size, micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size,
-        quarantine=run / "quarantine.jsonl",
+        dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
+        weights=config.data_weights,
     )  # fmt: skip
     batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size), device())
     if held_out and step > 0 and _due(step, last_step, config.eval_every) and not evaluated:  # the last start ended before it was

@@ -17,7 +17,7 @@ from tests.distributed import run_on_ranks
 from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale import images
 from vitscale.checkpoint import CheckpointError, describe
-from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig
+from vitscale.config import ObjectiveConfig, PreprocessConfig, StreamConfig, ViTConfig
 from vitscale.evaluate import evaluate, evaluate_checkpoint, load_model
 from vitscale.model import normalize
 
@@ -56,7 +56,7 @@ def by_hand(checkpoint: Path, dataset: Dataset) -> dict[str, float]:
 
 def on_ranks(payload: dict[str, Any]) -> list[dict[str, Any]]:
     model, dataset = load_model(describe(Path(payload["checkpoint"])), "weight"), Dataset.open(payload["data"])
-    settings: dict[str, Any] = {"device": torch.device("cpu"), "workers": 2}
+    settings: dict[str, Any] = {"device": torch.device("cpu"), "stream": StreamConfig(workers=2)}
     return [
         dataclasses.asdict(evaluate(model, dataset, MODEL.image_size, PREPROCESS, ObjectiveConfig(), batch_size=size, **settings))
         for size in (1, 5, 64)

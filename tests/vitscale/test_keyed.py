@@ -1,7 +1,7 @@
 """Stateless randomness: permutations are permutations, numbers are spread evenly, and a key decides everything."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -10,11 +10,13 @@ from vitscale import keyed
 PARTS = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 def test_permute_is_a_permutation(length: int, key: int) -> None:
     assert sorted(keyed.permute(np.arange(length), length, key).tolist()) == list(range(length))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**40), st.integers(0, 2**64 - 1), st.data())
 def test_unpermute_is_the_inverse(length: int, key: int, data: st.DataObject) -> None:
     index = np.array(data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=50)))
@@ -65,6 +67,7 @@ def test_uniform_numbers_are_uniform_and_independent_of_each_other() -> None:
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.01
 
 
+@settings(deadline=None)
 @given(PARTS, PARTS)
 def test_keys_differ_where_their_parts_do(a: list[int], b: list[int]) -> None:
     assert (keyed.key(*a) == keyed.key(*b)) == (a == b)

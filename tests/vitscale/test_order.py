@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vitscale import keyed
 from vitscale.config import StreamConfig, choose_order
-from vitscale.order import EpochOrder, RunOrder, positions_of_rank, whole_weights
+from vitscale.order import EpochOrder, RunOrder, whole_weights
 
 SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=30).filter(sum)
 
@@ -24,17 +24,20 @@ def orders(draw: st.DrawFn) -> EpochOrder:
     return EpochOrder(np.array(draw(SHARDS)), draw(st.integers(0, 2**40)), draw(st.integers(0, 5)), draw(numbers), draw(numbers))
 
 
+@settings(deadline=None)
 @given(orders())
 def test_an_epoch_is_a_permutation(order: EpochOrder) -> None:
     assert sorted(order.samples_at(np.arange(len(order))).tolist()) == list(range(len(order)))
 
 
+@settings(deadline=None)
 @given(orders(), st.data())
 def test_a_position_alone_is_as_in_a_batch(order: EpochOrder, data: st.DataObject) -> None:
     position = data.draw(st.integers(0, len(order) - 1))
     assert int(order.samples_at(position)) == int(order.samples_at(np.arange(len(order)))[position])
 
 
+@settings(deadline=None)
 @given(orders())
 def test_a_window_is_one_stretch_of_the_list_of_shards(order: EpochOrder) -> None:
     """Places of a lane, taken a window at a time, cover contiguous stretches: a window is one read, or one a shard that it touches."""
@@ -79,6 +82,7 @@ def test_the_order_is_what_it_was() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(orders(), st.data())
 def test_a_substitute_stands_in_the_same_window_and_later_in_others(order: EpochOrder, data: st.DataObject) -> None:
     position = data.draw(st.integers(0, len(order) - 1))
@@ -113,26 +117,13 @@ def test_epochs_and_seeds_give_other_orders() -> None:
     assert len({tuple(order) for order in orders}) == 4
 
 
-@settings(max_examples=200)
-@given(st.data())
-def test_the_ranks_positions_are_the_step(data: st.DataObject) -> None:
-    """Whatever the split, all ranks together take [samples_seen, samples_seen + B), equally many each."""
-    world_size = data.draw(st.integers(1, 8))
-    batch = world_size * data.draw(st.integers(1, 12))
-    lanes = data.draw(st.sampled_from([1, 2, 4, 8, 16, world_size, batch]))
-    num_samples, samples_seen = data.draw(st.integers(1, 200)), data.draw(st.integers(0, 1000))
-    shares = [positions_of_rank(samples_seen, batch, rank, world_size, num_samples, lanes) for rank in range(world_size)]
-    assert {len(share) for share in shares} == {batch // world_size}
-    assert sorted(np.concatenate(shares).tolist()) == list(range(samples_seen, samples_seen + batch))
-
-
 def test_a_rank_stays_in_its_own_lanes() -> None:
     """Where the world size divides the lanes and they divide the batch, a rank meets only its own share of the lanes, so of the shards."""
-    num_samples, lanes, world_size, batch = 64_000, 16, 4, 128
-    order = EpochOrder(np.full(64, 1000), 0, 0, lanes, 256)
+    lanes, world_size, batch = 16, 4, 128
+    order = RunOrder([np.full(64, 1000)], None, 0, lanes, 256)
     shards_of = []
     for rank in range(world_size):
-        positions = np.concatenate([positions_of_rank(s, batch, rank, world_size, num_samples, lanes) for s in range(0, 64_000, batch)])
+        positions = np.concatenate([order.positions_of_rank(s, batch, rank, world_size) for s in range(0, 64_000, batch)])
         assert set((positions % lanes).tolist()) == set(range(rank * 4, rank * 4 + 4))
         shards_of.append(set((order.samples_at(positions) // 1000).tolist()))
     assert max(len(shards) for shards in shards_of) <= 64 // world_size + 1
@@ -298,6 +289,8 @@ def test_a_window_reads_what_its_positions_need(run: Run, data: st.DataObject) -
     positions = np.array([order._position_of(c, count) for count in range(epoch * order.sizes[c], (epoch + 1) * order.sizes[c])])
     windows, samples = order.windows_at(positions), order.samples_at(positions)
     shard_ends = order.first_samples[c] + np.cumsum(order.components[c])
+    per_lane = np.bincount(np.unique(windows[:, 2:], axis=0)[:, 0], minlength=order.lanes)
+    assert [order.windows_in(c, lane) for lane in range(order.lanes)] == per_lane.tolist()
     for window in {tuple(of) for of in windows.tolist()}:
         runs_of = order.window_runs(*window)
         read = [sample for first, count in runs_of for sample in range(first, first + count)]
@@ -319,7 +312,7 @@ def test_a_run_s_substitutes_are_of_the_same_component_and_window(run: Run, data
     assert all(first <= sample < first + order.sizes[component] for sample in tried)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(orders(), st.data())
 def test_a_run_of_one_dataset_has_the_order_that_runs_always_had(order: EpochOrder, data: st.DataObject) -> None:
     run = RunOrder([order.shard_sizes], None, order.seed, order.lanes, order.window)
@@ -332,7 +325,7 @@ def test_a_run_of_one_dataset_has_the_order_that_runs_always_had(order: EpochOrd
     assert list(itertools.islice(run.substitutes(epoch * len(order) + position), 12)) == expected
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_ranks_take_the_lanes_that_they_always_took(data: st.DataObject) -> None:
     """Where lanes divide the batch, and a rank's lanes come in pairs, it takes its lanes alone."""
@@ -343,11 +336,11 @@ def test_ranks_take_the_lanes_that_they_always_took(data: st.DataObject) -> None
     samples_seen = batch * data.draw(st.integers(0, num_samples // batch - 1))
     order = RunOrder([[num_samples]], None, 0, lanes, 8)
     for rank in range(world_size):
-        expected = positions_of_rank(samples_seen, batch, rank, world_size, num_samples, lanes)
-        assert order.positions_of_rank(samples_seen, batch, rank, world_size).tolist() == expected.tolist()
+        expected = [p for p in range(samples_seen, samples_seen + batch) if p % num_samples % lanes // (lanes // world_size) == rank]
+        assert order.positions_of_rank(samples_seen, batch, rank, world_size).tolist() == expected
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_dealing_is_by_preference_first_come_first_served(data: st.DataObject) -> None:
     """Against the rule told the long way, for world sizes and lanes that divide nothing, over the end of an epoch."""

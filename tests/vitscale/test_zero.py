@@ -17,11 +17,11 @@ import torch.distributed as dist
 import xxhash
 from torch import nn
 
-from data_tools.dataset import Dataset
 from tests.conftest import with_engine
 from tests.distributed import run_on_ranks
 from vitscale.config import OptimizerConfig, TrainConfig, from_dict, to_dict
 from vitscale.engine import Engine
+from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import build_optimizer, learning_rate
@@ -90,7 +90,7 @@ def _fold(hashes: list[int]) -> int:
 
 def plain_torch(config: TrainConfig, steps: int) -> tuple[list[float], list[float]]:
     """The losses and gradient norms of the same training without DeepSpeed, ranks, accumulation or checkpointing."""
-    dataset = Dataset.open(config.data)
+    dataset = Mixture.open(config.datasets)
     stream = TrainStream(
         dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
         micro_batch_size=config.global_batch_size, rank=0, world_size=1, quarantine=Path(config.out) / "quarantine.jsonl",
