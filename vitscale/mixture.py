@@ -129,6 +129,11 @@ class Mixture:
         dataset, own = self.find(sample)
         return dataset.shard_of(own)
 
+    def tar_of(self, shard: int) -> str:
+        """Where a tar lies."""
+        c = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
+        return f"{self.components[c].path}/{self.components[c].shard_names[shard - int(self.first_shards[c])]}"
+
     def key(self, sample: int) -> str:
         """The sample's key."""
         dataset, own = self.find(sample)

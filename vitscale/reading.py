@@ -8,13 +8,19 @@ gets back is where each sample's bytes will be. Workers check them and decode.
   windows of its own lanes; a sample of another's lane, dealt to it because numbers do not divide, it reads alone.
 - *Samples*: a read each; from a disk by the worker that decodes it, from object storage many at once, ahead.
 
+A read that a file system refuses is tried again some times, and then ends the run in one line: it is the machine's fault, not the sample's,
+and which samples a run sees must not depend on it. Object storage tries again by itself (`data_tools/storage.py`).
+
 Invariants: no more than the windows in use and the next one of each lane are held; a stretch is read once; what cannot be read raises when
 a sample needs it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import random
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -24,13 +30,21 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.errors import UserError
 from vitscale.mixture import Mixture
 from vitscale.order import Int64, RunOrder
 from vitscale.workers import Shared, WorkerPool
 
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN, errno.ENOTCONN}
+_WAITS = (0.5, 2.0, 8.0)  # seconds before an error of the kinds above is believed
+
 _SLACK = 1 << 20  # bytes that a stretch may have beyond twice its images: other members, or an index that is damaged
 
 Bool = npt.NDArray[np.bool_]
+
+
+class ReadError(UserError):
+    """Bytes that cannot be read; the message is one line for the user."""
 
 
 class Stored(NamedTuple):
@@ -80,6 +94,22 @@ def load(data: Bytes) -> bytes | memoryview | None:
         return os.pread(file, data.size, data.start)
     finally:
         os.close(file)
+
+
+def read(dataset: Mixture, shard: int, start: int, end: int) -> bytes:
+    """A stretch of a tar. Raises ReadError or StorageError."""
+    for wait in (*_WAITS, None):
+        try:
+            return dataset.read_range(shard, start, end)
+        except OSError as error:
+            if wait is None or error.errno not in _PASSING:
+                tar = dataset.tar_of(shard)
+                raise ReadError(
+                    f"{tar} cannot be read ({error.strerror or error}); `vitscale data repair` makes a tar again, `vitscale data overlay` "
+                    "gives up its samples; the same command goes on"
+                ) from None
+            time.sleep(wait * random.uniform(0.5, 1))
+    raise AssertionError("the last attempt returns or raises")
 
 
 class Reader:
@@ -147,7 +177,7 @@ class Reader:
         return stretches
 
     def _read(self, shard: int, start: int, end: int) -> bytes | Shared:
-        data = self._dataset.read_range(shard, start, end)
+        data = read(self._dataset, shard, start, end)
         if not self._shared:
             return data
         shared = Shared(len(data))

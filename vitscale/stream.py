@@ -36,7 +36,7 @@ from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.mixture import Mixture
 from vitscale.order import Int64, RunOrder
 from vitscale.quarantine import Fault, Quarantine
-from vitscale.reading import Awaited, Bytes, Reader, load
+from vitscale.reading import Awaited, Bytes, Reader, load, read
 from vitscale.workers import Rows, WorkerPool
 
 _ATTEMPTS = 64  # samples read for one position
@@ -44,7 +44,7 @@ _DRAWS = 2**16  # and drawn for it: those that an overlay removes cost no readin
 _CHUNK = 16  # samples that a worker gets at once, at most: enough that handing them over costs nothing
 _LOOK_EVERY = 0.5  # seconds between looks at whether a worker has died, while waiting for another one
 
-# What decoding damaged bytes raises. An OSError in reading is the machine's, not the sample's, and ends the run.
+# What decoding damaged bytes raises.
 UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -96,7 +96,7 @@ class TrainStream:
     def micro_batches(self, samples_seen: int, end: int | None = None) -> Iterator[Batch]:
         """Micro-batches of this rank from `samples_seen` on, in order, up to `end` (a whole number of steps) or without end.
 
-        Raises QuarantineError or StreamError where too many samples are unusable, OSError or StorageError where they cannot be read,
+        Raises QuarantineError or StreamError where too many samples are unusable, ReadError or StorageError where they cannot be read,
         WorkerError where a worker dies.
         """
         windows = reads_windows(self._dataset, self._config, self.world_size)
@@ -218,14 +218,14 @@ class Maker:
         """The i-th sample of a chunk and its bytes, then its substitutes and theirs."""
         sample, data = int(chunk.samples[i]), load(chunk.data[i])
         if data is None:
-            data = self.dataset.read_range(int(chunk.located.shards[i]), *chunk.located.range(i))
+            data = read(self.dataset, int(chunk.located.shards[i]), *chunk.located.range(i))
         yield sample, data, chunk.located, i
         if self.order is not None:
             position = int(chunk.positions[i])
             first = int(self.order.samples_at(chunk.positions[i : i + 1])[0])
             for substitute in itertools.islice(self.candidates(position, first), 1, None):  # the first is the one above
                 located = self.dataset.locate(np.array([substitute]))
-                yield substitute, self.dataset.read_range(int(located.shards[0]), *located.range(0)), located, 0
+                yield substitute, read(self.dataset, int(located.shards[0]), *located.range(0)), located, 0
 
     def _fill(self, sample: int, data: bytes | memoryview, located: Located, row: int, key: int, out_HWC: images.Pixels) -> str | None:
         """Writes a sample's pixels, or tells why it cannot be used."""
@@ -283,20 +283,20 @@ def _prepare_ahead(
         there = np.flatnonzero(job.samples >= 0)
         rows = Rows((size, *maker.image_size, 3), shared=config.processes)
         reads: list[Awaited | None] = [None] * size
-        for place, read in zip(there.tolist(), reader.start(job.positions[there], job.samples[there]), strict=True):
-            reads[place] = read
+        for place, awaited in zip(there.tolist(), reader.start(job.positions[there], job.samples[there]), strict=True):
+            reads[place] = awaited
         located = maker.dataset.locate(np.maximum(job.samples, 0))
         chunks = []
         for first in range(0, size, step := max(1, min(_CHUNK, -(-size // workers(config.workers))))):
             part = slice(first, min(first + step, size))
 
             def task(part: slice = part) -> tuple[Chunk, Rows]:
-                data = [read.bytes() if read else None for read in reads[part]]
+                data = [of.bytes() if of else None for of in reads[part]]
                 where = Located(*(of[part] for of in located))
                 return Chunk(job.positions[part], job.samples[part], job.keys[part], where, data), rows.part(part.start, part.stop)
 
-            awaited = {id(read.stretch): read.stretch.data for read in reads[part] if read}
-            chunks.append(pool.submit(task, after=list(awaited.values())))
+            needed = {id(of.stretch): of.stretch.data for of in reads[part] if of}
+            chunks.append(pool.submit(task, after=list(needed.values())))
         begun.append(_Begun(job, rows, reads, chunks))
 
     def finish() -> Batch:
@@ -339,7 +339,7 @@ def _result(chunk: Future[Made], pool: WorkerPool, of: _Begun, timeout: float) -
 
 
 def _stalled(of: _Begun, timeout: float) -> str:
-    unread = sorted({read.stretch.shard for read in of.reads if read and not read.stretch.data.done()})
+    unread = sorted({one.stretch.shard for one in of.reads if one and not one.stretch.data.done()})
     shards = ", ".join(unread[:3])
     what = f"reading {shards}{' and others' if len(unread) > 3 else ''} has not ended" if unread else "no worker has made a micro-batch"
     return f"{what} for stream.read_timeout={timeout:g} seconds; is the storage still there? The same command goes on when it is"

@@ -1,0 +1,186 @@
+"""A stream whose shards are damaged, gone or slow, or whose workers die: it goes on or ends with one line, and never hangs."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from data_tools.config import PackConfig
+from data_tools.dataset import Dataset
+from data_tools.pack import pack
+from tests.conftest import write_images
+from tests.data_tools.test_mutations import mutated
+from tests.launch.test_command import SMALL, VITSCALE
+from vitscale.config import StreamConfig, choose_order
+from vitscale.mixture import Mixture
+from vitscale.reading import ReadError
+from vitscale.stream import Batch, StreamError, TrainStream
+
+MUTATIONS = 2000  # by `make soak`
+SAMPLE = 60  # of them, each time
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 samples in six shards."""
+    folder = tmp_path_factory.mktemp("small")
+    pack(PackConfig(sources=(str(write_images(folder / "images", 30, 3)),), out=str(folder / "out"), samples_per_shard=5))
+    return folder / "out" / "train"
+
+
+def stream(dataset: Dataset, folder: Path, batch: int, config: StreamConfig) -> TrainStream:
+    from tests.vitscale.test_stream import IMAGE_SIZE, PREPROCESS
+
+    return TrainStream(
+        Mixture([dataset]), IMAGE_SIZE, PREPROCESS, choose_order(config, dataset.num_samples, batch), seed=1, global_batch_size=batch,
+        micro_batch_size=batch, rank=0, world_size=1, quarantine=folder / "quarantine.jsonl",
+    )  # fmt: skip
+
+
+def epoch(dataset: Dataset, folder: Path, config: StreamConfig) -> Batch:
+    """An epoch in one batch."""
+    return next(stream(dataset, folder, dataset.num_samples, config).micro_batches(0, dataset.num_samples))
+
+
+def mutate(small: Path, copy: Path, rng: random.Random) -> None:
+    """Damages one to three of the shards."""
+    shutil.copytree(small, copy)
+    for shard in rng.sample(sorted(copy.rglob("*.tar")), rng.randint(1, 3)):
+        content = shard.read_bytes()
+        shard.write_bytes(rng.choice([mutated(content, rng), b"", bytes(len(content)), rng.randbytes(len(content)), content * 2]))
+
+
+def walk_mutations(small: Path, tmp_path: Path, seeds: range) -> None:
+    """Each sample whose bytes are whole is used where it stands, each other one is told of, and another one stands in for it."""
+    whole = epoch(Dataset.open(small), tmp_path, StreamConfig(workers=1))
+    at = dict(zip(whole.samples_B.tolist(), whole.images_BHWC, strict=True))
+    for seed in seeds:
+        rng = random.Random(seed)
+        copy = tmp_path / f"mutation-{seed}"
+        mutate(small, copy, rng)
+        dataset = Dataset.open(copy, check_shards=False)
+        located = dataset.locate(np.arange(dataset.num_samples))
+        tars = [(copy / name).read_bytes() for name in dataset.shard_names]
+        bytes_now = [tars[s][o : o + n] for s, o, n in zip(located.shards, located.offsets, located.sizes, strict=True)]
+        broken = {i for i, data in enumerate(bytes_now) if xxhash.xxh3_64_intdigest(data) != located.hashes[i]}
+        config = StreamConfig(lanes=rng.choice([1, 2]), window=8, workers=2, reads=rng.choice(["windows", "samples"]))
+        same_order = epoch(Dataset.open(small), copy, config)
+        found = epoch(dataset, copy, config)
+        told = [json.loads(line) for line in (copy / "quarantine.jsonl").read_text().splitlines()] if broken else []
+        assert {line["sample"] for line in told} == broken, seed
+        assert all(line["shard"] == dataset.shard_of(line["sample"]) and line["key"] == dataset.key(line["sample"]) for line in told), seed
+        assert not broken & set(found.samples_B.tolist()), seed
+        for place, (sample, expected) in enumerate(zip(found.samples_B.tolist(), same_order.samples_B.tolist(), strict=True)):
+            if expected not in broken:
+                assert sample == expected, seed
+                assert np.array_equal(found.images_BHWC[place], same_order.images_BHWC[place]), seed
+        shutil.rmtree(copy)
+    assert len(at) == 30
+
+
+def test_mutated_shards_lose_what_is_damaged_and_nothing_else(small: Path, tmp_path: Path) -> None:
+    walk_mutations(small, tmp_path, range(SAMPLE))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_all_mutated_shards(small: Path, tmp_path: Path) -> None:
+    walk_mutations(small, tmp_path, range(SAMPLE, MUTATIONS))
+
+
+@pytest.mark.parametrize("reads", ["windows", "samples"])
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_missing_shard_ends_the_run_in_one_line(small: Path, tmp_path: Path, reads: str, processes: bool) -> None:
+    shutil.copytree(small, tmp_path / "data")
+    dataset = Dataset.open(tmp_path / "data")
+    (tmp_path / "data" / dataset.shard_names[2]).unlink()
+    with pytest.raises(ReadError, match=rf"{dataset.shard_names[2]} cannot be read \(No such file or directory\); `vitscale data repair`"):
+        epoch(dataset, tmp_path, StreamConfig(lanes=2, window=8, workers=2, reads=reads, processes=processes))
+    assert not (tmp_path / "quarantine.jsonl").exists(), "which samples a run sees must not depend on a disk's moods"
+
+
+@pytest.mark.parametrize("reads", ["windows", "samples"])
+def test_a_read_that_never_ends_ends_the_run(small: Path, tmp_path: Path, reads: str) -> None:
+    """A named pipe in place of a shard: who opens it waits for a writer that never comes, as on a file system whose server is gone."""
+    shutil.copytree(small, tmp_path / "data")
+    dataset = Dataset.open(tmp_path / "data")
+    shard = tmp_path / "data" / dataset.shard_names[2]
+    shard.unlink()
+    os.mkfifo(shard)
+    what = f"reading {dataset.shard_names[2]}" if reads == "windows" else "no worker has made"
+    with pytest.raises(StreamError, match=rf"{what}.* for stream.read_timeout=1 seconds; is the storage still there"):
+        epoch(dataset, tmp_path, StreamConfig(lanes=2, window=8, workers=2, reads=reads, read_timeout=1))
+
+
+def test_too_much_damage_in_one_shard_ends_the_run(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small, tmp_path / "data")
+    dataset = Dataset.open(tmp_path / "data")
+    shard = tmp_path / "data" / dataset.shard_names[4]
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(
+        Exception, match=rf"[45] unusable samples in .*{dataset.shard_names[4]} are over stream.max_unusable_per_shard=3; `vits"
+    ):
+        epoch(dataset, tmp_path, StreamConfig(workers=1, max_unusable_per_shard=3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def run_with_processes(dataset: Path, out: Path) -> subprocess.Popen[str]:
+    """A run of two ranks with two worker processes each, that would go on for hours."""
+    flags = "--steps 400000 --nproc 2 --eval-data none --log-every 1 --stream.processes --stream.workers 2".split()
+    run = subprocess.Popen(
+        [VITSCALE, "pretrain", "tiny-digits", "--data", str(dataset / "train"), "--out", str(out), *SMALL, *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert run.stdout is not None
+    for line in run.stdout:
+        if line.startswith("step"):
+            return run
+    raise AssertionError(run.stderr.read() if run.stderr else "")
+
+
+def workers_of(run: subprocess.Popen[str]) -> list[int]:
+    def children(pid: int) -> list[int]:
+        return [int(child) for thread in Path(f"/proc/{pid}/task").iterdir() for child in (thread / "children").read_text().split()]
+
+    return [worker for rank in children(run.pid) for worker in children(rank)]
+
+
+def test_a_killed_worker_ends_the_run_and_is_named(dataset: Path, tmp_path: Path) -> None:
+    run = run_with_processes(dataset, tmp_path / "run")
+    workers = workers_of(run)
+    assert len(workers) == 4
+    killed = time.monotonic()
+    os.kill(workers[2], signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert time.monotonic() - killed < 10
+    assert run.returncode == 1
+    assert f"(process {workers[2]}) was killed by SIGKILL, as the system does where memory runs out" in errors
+    for worker in workers:
+        assert not Path(f"/proc/{worker}").exists() or Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_an_error_in_a_worker_ends_the_run_and_is_told(dataset: Path, tmp_path: Path) -> None:
+    """The tars go away under a run."""
+    shutil.copytree(dataset / "train", tmp_path / "data" / "train")
+    run = run_with_processes(tmp_path / "data", tmp_path / "run")
+    gone = time.monotonic()
+    for shard in (tmp_path / "data").rglob("*.tar"):
+        shard.rename(shard.with_suffix(".gone"))
+        os.truncate(shard.with_suffix(".gone"), 0)
+    _, errors = run.communicate(timeout=60)
+    assert time.monotonic() - gone < 10
+    assert run.returncode == 1
+    assert "unusable" in errors or "cannot be read" in errors, errors
+    assert "Traceback" not in errors
