@@ -229,6 +229,55 @@ def run_status(words: list[str]) -> None:
     print(f"checkpoints: {', '.join(found['checkpoints']) or 'none yet'}{goes_on}")
 
 
+@dataclass(frozen=True)
+class WhichFlags:
+    """Tells which samples a step of a run saw, or which steps saw a sample.
+
+    Nothing is recorded for it while a run trains: it follows from the order. The datasets must be there; no image is read."""
+
+    run: Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help="Run directory.")]
+    step: int | None = None
+    """The step, from 1; metrics.jsonl and `run status` count them so."""
+    rank: int | None = None
+    """Only what this rank saw."""
+    sample: Annotated[str | None, tyro.conf.arg(metavar="KEY", help="The key of a sample: tells all steps so far that saw it.")] = None
+    data: tuple[str, ...] = ()
+    """Where the run's datasets lie now, if not where they lay."""
+    json: Json = False
+
+
+def run_which(words: list[str]) -> None:
+    """Which samples a step saw, or which steps saw a sample."""
+    flags = parse(WhichFlags, words, "run which")
+    if (flags.step is None) == (flags.sample is None) or (flags.rank is not None and flags.step is None):
+        raise UsageError("`vitscale run which RUN` needs --step N (with --rank R for one rank's) or --sample KEY, one of the two")
+    from vitscale.metrics import counted
+    from vitscale.which import which_sample, which_step
+
+    if flags.sample is not None:
+        found = which_sample(Path(flags.run), flags.sample, flags.data)
+        if flags.json:
+            print_json(dataclasses.asdict(found))
+            return
+        for named in found.samples:
+            print(f"{flags.sample}: sample {named.sample}, in {named.shard} of {named.dataset}")
+        for line in found.seen:
+            print(f"step {line['step']}, position {line['position']}{', in place of another' if line['stood_in'] else ''}")
+        trained_on = f"; checkpoints that were trained on it: {', '.join(found.checkpoints)}" if found.checkpoints else ""
+        print(f"seen {counted(len(found.seen), 'time')} in {counted(found.steps_made, 'step')}{trained_on}")
+        return
+    assert flags.step is not None
+    step = which_step(Path(flags.run), flags.step, flags.rank, flags.data)
+    if flags.json:
+        print_json(dataclasses.asdict(step))
+        return
+    for seen in step.samples:
+        instead = "".join(f", instead of {other.key} ({other.reason})" for other in seen.instead_of)
+        print(f"position {seen.position}, rank {seen.rank}: sample {seen.sample}, {seen.key} in {seen.shard} of {seen.dataset}{instead}")
+    of = f"rank {flags.rank} of {step.world_size}" if flags.rank is not None else counted(step.world_size, "rank")
+    print(f"step {step.step} of {step.run}, {of}: {counted(len(step.samples), 'sample')}{'' if step.made else '; it is still to be made'}")
+
+
 def recipe_doc(name: str, recipes: tuple[Recipe[Any], ...]) -> str:
     """The docstring of a recipe."""
     return next(" ".join((function.__doc__ or "").split()) for function in recipes if recipe_name(function) == name)
@@ -241,4 +290,5 @@ VERBS: dict[str, Verb] = DATA_VERBS | {
     "checkpoint show": checkpoint_show,
     "checkpoint export": checkpoint_export,
     "run status": run_status,
+    "run which": run_which,
 }

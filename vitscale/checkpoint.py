@@ -92,6 +92,11 @@ def step_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint in its run's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def committed(run: Path) -> list[Path]:
     """A run's committed checkpoints, oldest first; their checksums have not been looked at."""
     return sorted(folder.parent for folder in (run / "checkpoints").glob("step-*/COMMIT.json"))

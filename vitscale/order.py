@@ -132,18 +132,19 @@ class RunOrder:
         preferred: Int64 = lane * world_size // self.lanes
         return preferred
 
-    def positions_of_sample(self, sample: int, end: int) -> list[int]:
-        """All positions below `end` at which a sample stands, ascending: the inverse of `samples_at`, an epoch at a time."""
-        if not 0 <= sample < sum(self.sizes):
-            raise IndexError(f"sample {sample} is not in [0, {sum(self.sizes)})")
-        component = max(c for c, first in enumerate(self.first_samples) if first <= sample)
-        size, found = self.sizes[component], []
-        for epoch in itertools.count():
-            if self._position_of(component, epoch * size) >= end:
-                break
-            place = self._epoch_order(component, epoch).position_of(sample - self.first_samples[component])
-            found.append(self._position_of(component, epoch * size + place))
-        return [position for position in found if position < end]
+    def positions_of(self, samples: Int64, end: int) -> Int64:
+        """Where samples stand, ascending, in all epochs of theirs that begin before position `end`: the inverse of `samples_at`."""
+        samples = np.asarray(samples, dtype=np.int64)
+        if len(samples) and (samples.min() < 0 or samples.max() >= sum(self.sizes)):
+            raise IndexError(f"samples {samples.min()}..{samples.max()} are not all in [0, {sum(self.sizes)})")
+        found = [np.empty(0, dtype=np.int64)]
+        for c, (first, size) in enumerate(zip(self.first_samples, self.sizes, strict=True)):
+            own = samples[(samples >= first) & (samples < first + size)] - first
+            for epoch in itertools.count() if len(own) else ():
+                if int(self._position_of(c, np.asarray(epoch * size))) >= end:
+                    break
+                found.append(self._position_of(c, epoch * size + self._epoch_order(c, epoch).positions_of(own)))
+        return np.sort(np.concatenate(found))
 
     def components_at(self, positions: Int64) -> Int64:
         """The component whose sample stands at each position."""
@@ -168,14 +169,14 @@ class RunOrder:
         pairs = np.where(undecided, rest, pairs)
         return component, 2 * pairs + positions % 2
 
-    def _position_of(self, component: int, count: int) -> int:
-        """The position that has `count` of the component's before it: the inverse of `_components_at`."""
-        pair, second = divmod(count, 2)
+    def _position_of(self, component: int, count: Int64) -> Int64:
+        """The position that has so many of the component's before it: the inverse of `_components_at`."""
+        pair, second = np.divmod(count, 2)
         totals = [sum(self.weights[c:]) for c in range(len(self.weights))]
         if component < len(self.weights) - 1:
-            pair = -(-(pair + 1) * totals[component] // self.weights[component]) - 1
+            pair = -_share(-(pair + 1), totals[component], self.weights[component]) - 1
         for c in reversed(range(component)):
-            pair = pair * totals[c] // (totals[c] - self.weights[c])
+            pair = _share(pair, totals[c], totals[c] - self.weights[c])
         return 2 * pair + second
 
     def _make_epoch_order(self, component: int, epoch: int) -> "EpochOrder":
@@ -291,10 +292,11 @@ class Lanes:
         share, extra = divmod(self.num_samples, self.lanes)
         return share + (lane < extra)
 
-    def lane_of(self, index: int) -> int:
-        """The lane that holds the index-th sample of the list."""
+    def lane_of(self, index: Int64) -> Int64:
+        """The lane that holds each place of the list."""
         share, extra = divmod(self.num_samples, self.lanes)
-        return index // (share + 1) if index < extra * (share + 1) else extra + (index - extra * (share + 1)) // share
+        longer = extra * (share + 1)  # places in lanes that hold one sample more
+        return np.where(index < longer, index // (share + 1), extra + (index - longer) // max(1, share))
 
 
 @dataclass(frozen=True)
@@ -337,15 +339,17 @@ class EpochOrder:
         shuffled = keyed.permute(positions // self.lanes - start, length, self._window_key(lane, window))
         return self._list_to_sample(self._geometry.lane_first(lane) + start + shuffled)
 
-    def position_of(self, sample: int) -> int:
-        """The position of the epoch at which a sample stands: the inverse of `samples_at`."""
-        nth = int(np.flatnonzero((self._first <= sample) & (sample < self._first + np.diff(self._starts)))[0])
-        index = int(self._starts[nth]) + sample - int(self._first[nth])
-        lane = np.asarray(self._geometry.lane_of(index), dtype=np.int64)
+    def positions_of(self, samples: Int64) -> Int64:
+        """The positions of the epoch at which samples stand: the inverse of `samples_at`."""
+        filled = np.flatnonzero(np.diff(self._starts))
+        filled = filled[np.argsort(self._first[filled])]
+        nth = filled[np.searchsorted(self._first[filled], samples, side="right") - 1]
+        index = self._starts[nth] + samples - self._first[nth]
+        lane = self._geometry.lane_of(index)
         place = index - self._geometry.lane_first(lane)
         window, start, length = self._geometry.window_of(lane, place)
         unshuffled = keyed.unpermute(place - start, length, self._window_key(lane, window))
-        return int((start + unshuffled) * self.lanes + lane)
+        return (start + unshuffled) * self.lanes + lane
 
     def window_runs(self, lane: int, window: int) -> list[tuple[int, int]]:
         """The number of the first sample and the count of each stretch of a window, one for each shard that it touches, as listed."""

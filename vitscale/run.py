@@ -218,6 +218,32 @@ def _overlays(run: Path, record: dict[str, Any], config: TrainConfig) -> dict[st
     return used
 
 
+def note_begin(run: Path, step: int) -> None:
+    """Writes down at which step the newest start took the run up, so that it can be told later which start made a step."""
+    record = _read_json(run / "run.json")
+    record["starts"][-1]["step"] = step
+    write_json(run / "run.json", record)
+
+
+def start_of_step(record: dict[str, Any], step: int) -> dict[str, Any]:
+    """The start, of those in run.json, that made a step or will: the newest that took the run up before it. Raises RunError."""
+    for start in reversed(record["starts"]):
+        if start.get("step", step) < step:  # one that has no step came to an end before it began
+            return start  # type: ignore[no-any-return]
+    raise RunError(f"run.json does not tell which start made step {step}: no start came so far, or a version of before noted it")
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """What run.json says. Raises RunError."""
+    return _read_json(run / "run.json")
+
+
+def reached(run: Path) -> int:
+    """The newest step that metrics.jsonl or a checkpoint tells of."""
+    logged: list[int] = [line["step"] for line in read_metrics(run) if "loss" in line]
+    return max([0, *logged, *map(checkpoint.step_of, checkpoint.committed(run))])
+
+
 def overlay_fields(datasets: int) -> list[str]:
     """What run.json calls the overlays of each of the datasets that a run trains on."""
     return ["data", *(f"data.{number}" for number in range(1, datasets))]
@@ -302,6 +328,11 @@ def status(run: Path) -> dict[str, Any]:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return _read_lines(run / "metrics.jsonl")
+
+
+def read_quarantine(run: Path) -> list[dict[str, Any]]:
+    """The lines of quarantine.jsonl: samples that could not be used, and where."""
+    return _read_lines(run / "quarantine.jsonl")
 
 
 def cut_back(run: Path, step: int, samples_seen: int) -> None:

@@ -34,7 +34,7 @@ from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
-from vitscale.run import cut_back, overlay_fields, read_config, read_metrics, used_overlays, was_evaluated
+from vitscale.run import cut_back, note_begin, overlay_fields, read_config, read_metrics, used_overlays, was_evaluated
 from vitscale.stream import TrainStream
 from vitscale.transfer import on_device
 
@@ -184,6 +184,7 @@ def _take_up(config: TrainConfig) -> tuple[Path | None, list[str], bool]:
             )
         if not description and config.init:
             checkpoint.find_checkpoint(config.init.folder)
+        note_begin(run, description.step if description else 0)
         cut_back(run, description.step if description else 0, description.samples_seen if description else 0)
         found = [(folder, faults, bool(description and was_evaluated(run, description.step)))]
     dist.broadcast_object_list(found, src=0, device=device())

@@ -275,8 +275,10 @@ def test_every_epoch_of_every_component_is_exact(run: Run) -> None:
 def test_where_a_sample_was_seen_is_where_it_stands(run: Run, data: st.DataObject) -> None:
     order, end = run.fast, data.draw(st.integers(0, 600))
     samples = order.samples_at(np.arange(end))
-    sample = data.draw(st.integers(0, sum(order.sizes) - 1))
-    assert order.positions_of_sample(sample, end) == np.flatnonzero(samples == sample).tolist()
+    wanted = np.array(data.draw(st.lists(st.integers(0, sum(order.sizes) - 1), max_size=5, unique=True)), dtype=np.int64)
+    found = order.positions_of(wanted, end)
+    assert found[found < end].tolist() == np.flatnonzero(np.isin(samples, wanted)).tolist()
+    assert np.isin(order.samples_at(found), wanted).all()
 
 
 @settings(max_examples=80, deadline=None)
@@ -286,7 +288,7 @@ def test_a_window_reads_what_its_positions_need(run: Run, data: st.DataObject) -
     order = run.fast
     c = data.draw(st.integers(0, len(order.sizes) - 1))
     epoch = data.draw(st.integers(0, 2))
-    positions = np.array([order._position_of(c, count) for count in range(epoch * order.sizes[c], (epoch + 1) * order.sizes[c])])
+    positions = order._position_of(c, np.arange(epoch * order.sizes[c], (epoch + 1) * order.sizes[c]))
     windows, samples = order.windows_at(positions), order.samples_at(positions)
     shard_ends = order.first_samples[c] + np.cumsum(order.components[c])
     per_lane = np.bincount(np.unique(windows[:, 2:], axis=0)[:, 0], minlength=order.lanes)
@@ -408,7 +410,7 @@ def test_sizes_of_any_dataset_are_weights() -> None:
     before[1] = position // 2 - before[0]
     assert component == int((position // 2 + 1) * 2_000_000_001 // 3_000_000_001 == before[0])
     count = 2 * before[component] + position % 2
-    assert order._position_of(component, count) == position
+    assert int(order._position_of(component, np.asarray(count))) == position
     assert order.windows_at(np.array([position]))[0, 1] == count // order.sizes[component]
 
 
@@ -425,6 +427,6 @@ def test_what_is_not_there_is_refused() -> None:
     with pytest.raises(IndexError, match="no window 0"):
         order.window_runs(1, 0, 3, 0)
     with pytest.raises(IndexError, match=r"\[0, 9\)"):
-        order.positions_of_sample(9, 10)
+        order.positions_of(np.array([9]), 10)
     with pytest.raises(ValueError, match="hold no samples"):
         RunOrder([[3], [0, 0]], [1, 1], 0, 1, 1)

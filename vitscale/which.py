@@ -1,0 +1,241 @@
+"""`vitscale run which`: the samples that a step of a run saw, and the steps that saw a sample.
+
+Where it stands: beside the training loop. What a step saw follows from the config, the order and what run.json and quarantine.jsonl say of
+samples that were removed or unusable, so nothing is written down for it; the data are opened to name keys and shards, no image is read.
+
+A sample stands at one position of each epoch. Where it was removed or unusable another was seen in its place, so that "was it seen" has two
+answers: at its own positions, and as a stand-in at those of others. Both are given, which is what a request to take an image down asks for.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from data_tools.amend import find_samples
+from data_tools.errors import UserError
+from vitscale import checkpoint
+from vitscale.config import TrainConfig
+from vitscale.mixture import Mixture
+from vitscale.order import Int64, RunOrder
+from vitscale.run import (
+    RunError,
+    overlay_fields,
+    reached,
+    read_config,
+    read_quarantine,
+    read_record,
+    start_of_step,
+    trained_datasets,
+)
+
+_DRAWS = 2**16  # as many as the stream draws for a position before it gives up
+
+
+@dataclass(frozen=True)
+class Named:
+    """A sample, as people know it."""
+
+    sample: int
+    """Its number, counted through the datasets that are mixed."""
+    dataset: str
+    shard: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Replaced(Named):
+    """A sample that was to be seen and was not."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Seen(Named):
+    """What was seen at a position of the run."""
+
+    position: int
+    rank: int
+    instead_of: tuple[Replaced, ...]
+    """What stands at the position, and what was tried before this one."""
+
+
+@dataclass(frozen=True)
+class StepSeen:
+    """What a step saw."""
+
+    run: str
+    step: int
+    made: bool
+    """Whether the run is known to have come so far; otherwise this is what the step will see."""
+    world_size: int
+    samples: tuple[Seen, ...]
+    """By position."""
+
+
+@dataclass(frozen=True)
+class SampleSeen:
+    """Where a sample was seen in the steps that a run has made."""
+
+    run: str
+    key: str
+    samples: tuple[Named, ...]
+    """Those that have the key: one in each dataset that does."""
+    steps_made: int
+    seen: tuple[dict[str, Any], ...]
+    """Step, position, and whether it stood in for another, by position."""
+    checkpoints: tuple[str, ...]
+    """Those of the run's, of all that are there, that were trained on it."""
+
+
+def which_step(run: Path, step: int, rank: int | None = None, data: Sequence[str] = ()) -> StepSeen:
+    """The samples of a step, of all ranks or of one. Raises RunError.
+
+    Args:
+        data: where the datasets lie now; empty: where the run had them.
+    """
+    past = _Past(run, data)
+    if not 1 <= step <= past.record["total_steps"]:
+        raise RunError(f"{run} has no step {step}; it has steps 1 to {past.record['total_steps']}")
+    world_size = start_of_step(past.record, step)["world_size"]
+    if rank is not None and not 0 <= rank < world_size:
+        raise RunError(f"rank {rank} had no part in step {step} of {run}, which was made by ranks 0 to {world_size - 1}")
+    batch = past.config.global_batch_size
+    ranks = range(world_size) if rank is None else [rank]
+    shares = [(r, past.order.positions_of_rank((step - 1) * batch, batch, r, world_size)) for r in ranks]
+    found = [(position, r, *past.used(position)) for r, positions in shares for position in positions.tolist()]
+    names = past.names([sample for _, _, used, before in found for sample in (used, *(other for other, _ in before))])
+    seen = [
+        Seen(*names[used], position, r, tuple(Replaced(*names[other], reason) for other, reason in before))
+        for position, r, used, before in sorted(found)
+    ]
+    return StepSeen(str(run), step, step <= reached(run), world_size, tuple(seen))
+
+
+def which_sample(run: Path, key: str, data: Sequence[str] = ()) -> SampleSeen:
+    """The steps made so far that saw the sample with a key. Raises RunError where no dataset of the run has it."""
+    past = _Past(run, data)
+    batch, steps_made = past.config.global_batch_size, reached(run)
+    of_each = zip(past.mixture.components, past.mixture.first_samples.tolist(), strict=True)
+    numbers = [(int(find_samples(dataset, pa.array([key]))[0]), first) for dataset, first in of_each]
+    samples = [own + first for own, first in numbers if own >= 0]
+    if not samples:
+        raise RunError(f"no dataset of {run} has a sample with the key {key!r}; `vitscale data preview` and samples/*.parquet tell keys")
+    end = steps_made * batch
+    seen = {position: own for sample in samples for position, own in past.positions_that_saw(sample, end).items()}
+    lines = tuple({"step": p // batch + 1, "position": p, "stood_in": not own} for p, own in sorted(seen.items()))
+    first = lines[0]["step"] if lines else steps_made + 1
+    kept = tuple(folder.name for folder in checkpoint.committed(run) if checkpoint.step_of(folder) >= first)
+    return SampleSeen(str(run), key, tuple(Named(*name) for name in past.names(samples).values()), steps_made, lines, kept)
+
+
+class _Past:
+    """What is known of a run, and the order and data that it had."""
+
+    def __init__(self, run: Path, data: Sequence[str]) -> None:
+        self.run, self.record = run, read_record(run)
+        self.config: TrainConfig = read_config(run)
+        self._paths = self._found(data)
+        self._mixture = lru_cache(maxsize=8)(self._open)
+        self.mixture = self._mixture(((),) * len(self._paths))
+        stream = self.config.stream
+        sizes = [dataset.shard_sizes for dataset in self.mixture.components]
+        self.order = RunOrder(sizes, self.config.data_weights or None, self.config.seed, stream.lanes, stream.window)
+        self._unusable: dict[int, dict[int, str]] = defaultdict(dict)
+        for line in read_quarantine(run):
+            self._unusable[line["position"]][line["sample"]] = line["reason"]
+
+    def used(self, position: int) -> tuple[int, list[tuple[int, str]]]:
+        """The sample that is used at a position, and those tried before it, with what was wrong with each."""
+        start = start_of_step(self.record, position // self.config.global_batch_size + 1)
+        mixture, unusable = self._mixture(self._overlays(start)), self._unusable.get(position, {})
+        first = int(self.order.samples_at(np.array([position]))[0])
+        before: dict[int, str] = {}
+        for sample in itertools.islice(itertools.chain([first], self.order.substitutes(position)), _DRAWS):
+            if mixture.is_removed(sample):
+                before[sample] = "an overlay removes it"
+            elif sample in unusable:
+                before[sample] = unusable[sample]
+            else:
+                return sample, list(before.items())
+        raise RunError(f"none of {_DRAWS} samples drawn for position {position} of {self.run} can be used; the run ends there")
+
+    def positions_that_saw(self, sample: int, end: int) -> dict[int, bool]:
+        """Positions below `end` that saw a sample, each with whether the sample stands there itself."""
+        own = self.order.positions_of(np.array([sample]), end)
+        seen = {position: True for position in own[own < end].tolist() if self.used(position)[0] == sample}
+        first = int(self.mixture.first_samples[np.searchsorted(self.mixture.first_samples, sample, side="right") - 1])
+        bad = self._ever_bad()
+        positions = self.order.positions_of(bad[(bad >= first) & (bad < first + len(self.mixture.find(sample)[0]))], end)
+        windows = self.order.windows_at(positions)
+        for target in self.order.windows_at(own).tolist():
+            of_epoch = windows[:, 1] == target[1]
+            reaching = self._reaching(target, {(lane, window) for lane, window in windows[of_epoch, 2:].tolist()})
+            for position, (lane, window) in zip(positions[of_epoch].tolist(), windows[of_epoch, 2:].tolist(), strict=True):
+                near = reaching is None or (lane, window) in reaching
+                if near and position < end and position not in seen and self.used(position)[0] == sample:
+                    seen[position] = False
+        return seen
+
+    def _reaching(self, target: list[int], bad: set[tuple[int, int]]) -> set[tuple[int, int]] | None:
+        """The windows whose positions may have been given a stand-in from a target window; None: any of the epoch.
+
+        A search for a stand-in leaves a window when all of eight draws were bad, and goes on to the lane's next: so it came from this
+        window, or from one before it with nothing but windows that hold something bad between. After a whole lane it may have come from
+        any other.
+        """
+        component, _, lane, window = target
+        count = self.order.windows_in(component, lane)
+        reaching = {(lane, window)}
+        for back in range(1, count):
+            if (lane, (window - back) % count) not in bad:
+                return reaching
+            reaching.add((lane, (window - back) % count))
+        return None
+
+    def _ever_bad(self) -> Int64:
+        """All samples that an overlay of any start removed, or that were unusable anywhere, ascending."""
+        bad = {sample for samples in self._unusable.values() for sample in samples}
+        for overlays in {self._overlays(start) for start in self.record["starts"]}:
+            mixture = self._mixture(overlays)
+            for dataset, first in zip(mixture.components, mixture.first_samples.tolist(), strict=True):
+                if dataset.overlay.bits is not None:
+                    gone = np.flatnonzero(np.unpackbits(dataset.overlay.bits, bitorder="little", count=dataset.num_samples))
+                    bad.update((gone + first).tolist())
+        return np.array(sorted(bad), dtype=np.int64)
+
+    def names(self, samples: Sequence[int]) -> dict[int, tuple[int, str, str, str]]:
+        """Number, dataset, shard and key of each of the samples; neighbours' keys come from one read."""
+        return {sample: (sample, *self.mixture.name_of(sample)) for sample in sorted(set(samples))}
+
+    def _overlays(self, start: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(start.get("overlays", {}).get(name, ())) for name in overlay_fields(len(self._paths)))
+
+    def _open(self, overlays: tuple[tuple[str, ...], ...]) -> Mixture:
+        return Mixture.open(self._paths, overlays)
+
+    def _found(self, data: Sequence[str]) -> list[str]:
+        """Where the run's datasets lie. Raises RunError where one is not there, or is another."""
+        trained = trained_datasets(self.record)
+        paths = list(data or self.config.datasets)
+        if len(paths) != len(trained):
+            raise RunError(
+                f"{self.run} was trained on {len(trained)} datasets, and --data names {len(paths)}; name each, in the run's order"
+            )
+        for path, was in zip(paths, trained, strict=True):
+            try:
+                (opened,) = Mixture.open([path], [()]).components
+            except UserError as error:
+                raise RunError(f"{self.run} was trained on {was['path']}, and {error}; --data says where it lies now") from None
+            if opened.content_hash != was["hash"]:
+                raise RunError(
+                    f"{path} is {opened.name} (hash {opened.content_hash[:12]}) and not what {self.run} was trained on, {was['name']} "
+                    f"(hash {was['hash'][:12]}); --data says where that lies now"
+                )
+        return paths
