@@ -252,16 +252,40 @@ Html = Annotated[
 
 @dataclass(frozen=True)
 class StatsFlags:
-    """Counts what is in a dataset: classes and their long tail, labels, pairs, sizes, scores, rejects, and how shards differ."""
+    """Counts what is in a dataset: classes and their long tail, labels, pairs, sizes, scores, rejects, and how shards differ.
+
+    With --for-world it tells instead what training on it would ask of a cluster's memory and storage."""
 
     dataset: Split
     html: Html = None
+    for_world: int | None = None
+    """Ranks of a cluster: tells how they would read the dataset, from the manifest alone."""
+    global_batch_size: int = 4096
+    """With --for-world, as of a run."""
+    images_per_second_per_gpu: float = 1000.0
+    """With --for-world: the rate to reckon with."""
+    gpus_per_node: int = 8
+    """With --for-world."""
+    lanes: int = 0
+    """With --for-world, as of a run; 0 chooses as a run does."""
+    window: int = 0
+    """With --for-world, as of a run; 0 chooses as a run does."""
+    buffer_bytes: int = 2**30
+    """With --for-world, as of a run: bytes of windows that a rank may hold."""
     json: Json = False
+
+
+FOR_WORLD = ("global_batch_size", "images_per_second_per_gpu", "gpus_per_node", "lanes", "window", "buffer_bytes")
 
 
 def data_stats(words: list[str]) -> None:
     """What is in a dataset: classes, labels, sizes, shards, in figures."""
     flags = parse(StatsFlags, words, "data stats")
+    if flags.for_world is not None:
+        _stats_for_world(flags, flags.for_world)
+        return
+    if unused := sorted(given(words, *(of.replace("_", "-") for of in FOR_WORLD))):
+        raise UsageError(f"--{unused[0]} says how a cluster would read; it goes with --for-world RANKS")
     from data_tools import data_pages, page, stats
     from data_tools.durable import replace_file
     from launch.data_tables import print_stats
@@ -278,6 +302,41 @@ def data_stats(words: list[str]) -> None:
     print_stats(found)
     if flags.html is not None:
         print(f"wrote {flags.html}")
+
+
+def _stats_for_world(flags: StatsFlags, world_size: int) -> None:
+    """How a cluster would read a dataset."""
+    from data_tools.dataset import Dataset
+    from launch.data_tables import print_locality
+    from vitscale.config import StreamConfig
+    from vitscale.locality import Size, locality
+
+    if flags.html is not None:
+        raise UsageError("--html shows what is in a dataset; leave out --for-world, or --html")
+    for name, least in (("for_world", 1), ("global_batch_size", 1), ("gpus_per_node", 1), ("lanes", 0), ("window", 0), ("buffer_bytes", 0)):
+        if getattr(flags, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(flags, name)} must be at least {least}")
+    if not 0 < flags.images_per_second_per_gpu < float("inf"):
+        raise UsageError(f"--images-per-second-per-gpu {flags.images_per_second_per_gpu:g} must be above 0")
+    if flags.global_batch_size % world_size:
+        fitting = max(1, round(flags.global_batch_size / world_size)) * world_size
+        raise UsageError(f"--global-batch-size {flags.global_batch_size} is not a multiple of --for-world {world_size}; {fitting} is")
+    dataset = Dataset.open(flags.dataset, check_shards=False)
+    if not dataset.num_samples:
+        raise VerbError(f"{flags.dataset} holds no samples")
+    found = locality(
+        Size(dataset.num_samples, len(dataset.shard_names), int(dataset.shard_bytes.sum())),
+        StreamConfig(lanes=flags.lanes, window=flags.window),
+        global_batch_size=flags.global_batch_size,
+        world_size=world_size,
+        images_per_second_per_rank=flags.images_per_second_per_gpu,
+        ranks_per_node=flags.gpus_per_node,
+        buffer_bytes=flags.buffer_bytes,
+    )
+    if flags.json:
+        print_json(dataclasses.asdict(found))
+    else:
+        print_locality(flags.dataset, found)
 
 
 @dataclass(frozen=True)

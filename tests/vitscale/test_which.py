@@ -1,4 +1,4 @@
-"""`vitscale run which`, against what a run's batches really held: removed and damaged samples, overlays that come between starts, mixtures."""
+"""`vitscale run which`, against what a run's batches really held: with removed and damaged samples, overlays between starts."""
 
 import json
 import shutil
@@ -110,14 +110,18 @@ def test_every_time_that_a_sample_was_seen_is_found(past: tuple[TrainConfig, dic
 
 
 def test_data_that_moved(past: tuple[TrainConfig, dict], dataset: Path, tmp_path: Path) -> None:
-    config, held = past
+    config, _ = past
     run = Path(config.out)
     before = which_step(run, 20)
     moved = [shutil.move(path, tmp_path / f"moved-{i}") for i, path in enumerate(config.datasets)]
     with pytest.raises(RunError, match="--data says where it lies now"):
         which_step(run, 20)
     assert which_step(run, 20, data=moved) == before
-    for wrong, said in ((moved[::-1], "not what"), (moved[:1], "trained on 2 datasets, and --data names 1"), ([dataset, moved[1]], "dataset")):
+    for wrong, said in (
+        (moved[::-1], "not what"),
+        (moved[:1], "trained on 2 datasets, and --data names 1"),
+        ([dataset, moved[1]], "dataset"),
+    ):
         with pytest.raises(RunError, match=said):
             which_step(run, 20, data=wrong)
 
@@ -130,7 +134,7 @@ def test_what_was_not_is_said_in_one_line(config: TrainConfig, tmp_path: Path) -
             which_step(run, step)
     with pytest.raises(RunError, match="ranks 0 to 0"):
         which_step(run, 2, rank=1)
-    with pytest.raises(RunError, match="no dataset of .* has a sample with the key 'nobody'"):
+    with pytest.raises(RunError, match=r"no dataset of .* has a sample with the key 'nobody'"):
         which_sample(run, "nobody")
     with pytest.raises(RunError, match="does not exist"):
         which_step(tmp_path / "nowhere", 1)
@@ -155,7 +159,9 @@ def test_as_typed(dataset: Path, tmp_path: Path) -> None:
     told = vitscale("run", "which", out, "--sample", key).stdout
     assert "step 2, position 8\n" in told
     assert "checkpoints that were trained on it: step-00000003, step-00000006" in told
-    assert f"position 8, rank 0: sample {step['samples'][0]['sample']}, {key} in shards/" in vitscale("run", "which", out, "--step", 2).stdout
+    assert (
+        f"position 8, rank 0: sample {step['samples'][0]['sample']}, {key} in shards/" in vitscale("run", "which", out, "--step", 2).stdout
+    )
     for words in ((), ("--step", 1, "--sample", key), ("--rank", 0, "--sample", key)):
         done = vitscale("run", "which", out, *words)
         assert (done.returncode, done.stdout) == (2, "")

@@ -1,0 +1,137 @@
+"""The arithmetic of reading on a cluster: how many lanes and bytes a rank holds, and what it asks of the storage, at a given rate.
+
+Where it stands: pure functions of a dataset's size and a run's layout; `vitscale data stats --for-world` prints them before there is a run,
+and a run's start for itself. `order.py` has the rules that they follow from.
+"""
+
+from dataclasses import dataclass
+
+from vitscale.config import StreamConfig, choose_order
+
+BUFFER_BYTES = 2**30  # of windows that a rank may hold
+WINDOWS_HELD = 2  # of each lane: the one in use, and the next
+
+
+@dataclass(frozen=True)
+class Size:
+    """What of a dataset, or of several together, the arithmetic needs."""
+
+    samples: int
+    shards: int
+    bytes: int
+    """Of all tars."""
+    datasets: int = 1
+
+
+@dataclass(frozen=True)
+class Locality:
+    """How a run reads. Of ranks and nodes that have more than others, those that have the most."""
+
+    world_size: int
+    nodes: int
+    ranks_per_node: int
+    global_batch_size: int
+    lanes: int
+    """Of each dataset."""
+    window: int
+    """Samples."""
+    bytes_per_sample: float
+    lanes_per_rank: int
+    """Of all datasets."""
+    window_bytes: int
+    buffer_bytes: int
+    """The most that a rank may hold."""
+    buffered_bytes_per_rank: int
+    """The windows in use and the next of each lane; of single samples none."""
+    buffered_bytes_per_node: int
+    reads: str
+    """`windows` or `samples`."""
+    why: str
+    """Why samples are read one by one; empty where windows are read."""
+    paired: bool
+    """Whether samples are dealt in pairs, which is where each rank's share of a step is even."""
+    in_windows: float
+    """Share of a step's samples that go to the rank that reads their window; the others are read one by one."""
+    open_shards_per_rank: int
+    """A shard a lane, and one more while a window lies on the seam of two, both for the window in use and the next."""
+    images_per_second_per_rank: float
+    reads_per_second_per_rank: float
+    reads_per_second_per_node: float
+    reads_per_second: float
+    """Of the whole cluster, as all that follow."""
+    bytes_per_read: int
+    bytes_per_second_per_rank: float
+    bytes_per_second_per_node: float
+    bytes_per_second: float
+    seconds_per_window: float
+    """That a window of a lane lasts: how long the next one may take to come."""
+    seconds_per_epoch: float
+
+
+def locality(
+    size: Size, stream: StreamConfig, *, global_batch_size: int, world_size: int, images_per_second_per_rank: float,
+    ranks_per_node: int = 8, buffer_bytes: int = BUFFER_BYTES,
+) -> Locality:  # fmt: skip
+    """The arithmetic; lanes and window are chosen as for a run where they are 0."""
+    chosen = choose_order(stream, size.samples, global_batch_size)
+    per_sample = size.bytes / size.samples
+    together = 2 if global_batch_size // world_size % 2 == 0 else 1  # positions that always go to the same rank
+    units = -(-chosen.lanes // together)
+    each, more = divmod(units, world_size)  # so many ranks have one unit more
+    lanes_per_rank = min(chosen.lanes, together * (each + (more > 0))) * size.datasets
+    held = WINDOWS_HELD * lanes_per_rank * round(chosen.window * per_sample)
+    why = why_not_windows(chosen, world_size, held, buffer_bytes)
+    # A window that begins anywhere in the list of shards touches one, and one more for each seam inside.
+    stretches = 1 + (chosen.window - 1) * size.shards / size.samples
+    per_read = chosen.window / stretches if not why else 1.0
+    # A rank that prefers more than its share leaves the rest to others, one that prefers less takes some of theirs.
+    own = more * min(1 / world_size, (each + 1) / units) + (world_size - more) * min(1 / world_size, each / units)
+    in_windows = 0.0 if why else own
+    alone = 1 - in_windows  # read one by one by a rank, and once more in a window that another reads whole
+    reads = images_per_second_per_rank * (1 if why else 1 / per_read + alone)
+    node = min(ranks_per_node, world_size)
+    rank_bytes = images_per_second_per_rank * per_sample * (1 if why else 1 + alone)
+    return Locality(
+        world_size=world_size,
+        nodes=-(-world_size // ranks_per_node),
+        ranks_per_node=node,
+        global_batch_size=global_batch_size,
+        lanes=chosen.lanes,
+        window=chosen.window,
+        bytes_per_sample=per_sample,
+        lanes_per_rank=lanes_per_rank,
+        window_bytes=round(chosen.window * per_sample),
+        buffer_bytes=buffer_bytes,
+        buffered_bytes_per_rank=0 if why else held,
+        buffered_bytes_per_node=0 if why else held * node,
+        reads="samples" if why else "windows",
+        why=why,
+        paired=together == 2,
+        in_windows=in_windows,
+        open_shards_per_rank=min(size.shards, lanes_per_rank * (2 if why else 2 * WINDOWS_HELD)),
+        images_per_second_per_rank=images_per_second_per_rank,
+        reads_per_second_per_rank=reads,
+        reads_per_second_per_node=reads * node,
+        reads_per_second=reads * world_size,
+        bytes_per_read=round(rank_bytes / reads),
+        bytes_per_second_per_rank=rank_bytes,
+        bytes_per_second_per_node=rank_bytes * node,
+        bytes_per_second=rank_bytes * world_size,
+        seconds_per_window=chosen.window * lanes_per_rank / images_per_second_per_rank,
+        seconds_per_epoch=size.samples / (images_per_second_per_rank * world_size),
+    )
+
+
+def why_not_windows(chosen: StreamConfig, world_size: int, held: int, buffer_bytes: int) -> str:
+    """Why windows are not read whole; empty where they are.
+
+    Args:
+        held: bytes that a rank would hold.
+    """
+    if chosen.lanes == 1:
+        return "one lane is one full shuffle, whose neighbours lie nowhere near each other"
+    if chosen.lanes < world_size:
+        return f"{chosen.lanes} lanes are fewer than {world_size} ranks; --stream.lanes {2 * world_size} gives each its own"
+    if held > buffer_bytes:
+        return f"{held / 2**20:,.0f} MiB of windows a rank are over the {buffer_bytes / 2**20:,.0f} MiB that it may hold"
+    return ""
