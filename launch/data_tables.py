@@ -39,7 +39,7 @@ def print_locality(dataset: str, found: Locality, console: Console | None = None
         )
         if found.in_windows < 1:
             console.print(
-                f"{found.in_windows:.0%} of the samples are taken from them, the others one by one: not all ranks have equally many lanes, as "
+                f"{found.in_windows:.0%} of the samples are taken from them, the others one by one: not all ranks have as many lanes, as "
                 f"they have where {'pairs of lanes' if found.paired else 'lanes'} are a multiple of the ranks"
             )
     table = _table("", "", "a rank", "a node", "the cluster", numeric=(1, 2, 3))
