@@ -98,8 +98,8 @@ def amend(
     changes = _joined(parts)
     known = _taken(changes, np.flatnonzero(changes.samples >= 0))
     unknown = len(changes.samples) - len(known.samples)
-    said = (form.overlay_names(dataset.path), dataset.content_hash, dataset.num_samples, dataset.num_classes)
-    there = form.read_overlays(dataset.path, *said)  # which may be more than when the dataset was opened
+    said = (form.overlay_names(dataset.folder), dataset.content_hash, dataset.num_samples, dataset.num_classes)
+    there = form.read_overlays(dataset.folder, *said)  # which may be more than when the dataset was opened
     already = pc.equal(known.removed, pa.array(there.removed(known.samples)))
     same = pc.and_(pc.or_kleene(already, known.removed.is_null()).fill_null(False), known.labels.is_null())
     if len(known.samples) and pc.all(same).as_py():
@@ -125,7 +125,7 @@ def all_keys(dataset: Dataset) -> Iterator[tuple[int, pa.ChunkedArray]]:
     """The keys of all samples, about a million at a time, each with the number of its first sample."""
     first = 0
     for number in range(0, len(dataset.shard_names), fmt.SHARDS_PER_FOLDER):
-        with pq.ParquetFile(dataset.path / fmt.samples_name(number)) as file:
+        with pq.ParquetFile(dataset.table(fmt.samples_name(number))) as file:
             pending: list[int] = []
             rows = 0
             for group in range(file.num_row_groups):
@@ -214,7 +214,7 @@ def write_overlay(dataset: Dataset, name: str, changes: Changes) -> Path:
     changes = _each_once(_taken(changes, np.argsort(changes.samples, kind="stable")), dataset)
     if not len(changes.samples):
         raise AmendError(f"there is nothing to change in {dataset.path}; no key of the list is in it")
-    folder = dataset.path / form.FOLDER
+    folder = dataset.folder / form.FOLDER
     folder.mkdir(exist_ok=True)
     hidden = folder / f".{secrets.token_hex(8)}.partial"
     try:
@@ -238,7 +238,7 @@ def write_overlay(dataset: Dataset, name: str, changes: Changes) -> Path:
                 raise AmendError(f"{folder} has the overlay {names[-1]}, and no number is above that; put many changes into one list")
             hidden.rename(path)
             fsync(folder)
-            fsync(dataset.path)
+            fsync(dataset.folder)
     finally:
         hidden.unlink(missing_ok=True)
     return path

@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,16 +30,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from data_tools.cache import Cache
 from data_tools.errors import UserError
-from data_tools.overlay import LabelLists, Overlay, overlay_names, read_overlays
-from data_tools.stage import staged
-from data_tools.storage import Location, Url
+from data_tools.overlay import LabelLists, Overlay, overlay_file, overlay_names, read_overlays
+from data_tools.ranges import TarRanges
+from data_tools.stage import copied, default_folder, staged
+from data_tools.storage import Location, Missing, Url, location, read_object, sequential, walk
 
 FORMAT = "vitscale-dataset"
 FORMAT_VERSION = 1
 BY_PACK, BY_INDEX = "vitscale pack", "vitscale data index"  # who made a dataset; `made.by` in dataset.json
 SHARDS_PER_FOLDER = 1000
-OPEN_SHARDS = 256  # file descriptors kept open by one Dataset; well below the usual limit of 1,024
+HASHED = ("manifest.parquet", "classes.txt")  # whenever a dataset is opened
+MOST_HEADER = 1 << 28  # bytes; more than a dataset.json has
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -149,11 +151,15 @@ def header_hash(header: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def file_entry(path: Path) -> dict[str, Any]:
+def file_entry(path: Location) -> dict[str, Any]:
     """What dataset.json says of one file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    digest = hashlib.sha256()
+    size = 0
+    with sequential(path) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def bytes_entry(data: bytes) -> dict[str, Any]:
@@ -161,10 +167,10 @@ def bytes_entry(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def tar_checksum(tar: Path) -> str:
+def tar_checksum(tar: Location) -> str:
     """What the manifest says of a tar's bytes: their xxh3_128, hexadecimal."""
     digest = xxhash.xxh3_128()
-    with tar.open("rb") as file:
+    with sequential(tar) as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
@@ -175,17 +181,36 @@ def splits_in(path: Path) -> list[Path]:
     return sorted(file.parent for file in path.glob("*/dataset.json") if not file.parent.name.startswith("."))
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """dataset.json of one split's directory, its own hash checked."""
-    if url := re.match(r"([a-z0-9]+):/+(?=[^/])", str(path)):  # a Path has one slash left
-        place = f"{url[1]}://{str(path)[url.end() :]}"
-        raise DatasetError(f"{place} is not read from where it is; copy it to a disk, as with `aws s3 sync {place} DIR`, and give that")
+def read_header(path: Location) -> dict[str, Any]:
+    """dataset.json of one split, its own hash checked."""
+    if isinstance(path, Url):
+        try:
+            return parse_header(_small_object(path / "dataset.json"), path / "dataset.json")
+        except Missing as error:
+            raise DatasetError(f"{path} is not a dataset: {error}; give what `vitscale pack` wrote there") from None
+    check_on_disk(path)
     file = path / "dataset.json"
     if not file.is_file():
         splits = ", ".join(str(split) for split in splits_in(path))
         hint = f"open one of its splits: {splits}" if splits else "give a directory that `vitscale pack` wrote"
         raise DatasetError(f"{path} is not a dataset: it has no dataset.json; {hint}")
     return parse_header(file.read_bytes(), file)
+
+
+def check_on_disk(path: Location) -> Path:
+    """The path of a dataset that is to be changed. Raises DatasetError for a URL, also for one that was taken for a path."""
+    if url := re.match(r"([a-z0-9]+):/+(?=[^/])", str(path)):  # a Path has one slash left
+        place = f"{url[1]}://{str(path)[url.end() :]}"
+        raise DatasetError(f"{place} is not changed where it is; copy it to a disk, as with `aws s3 sync {place} DIR`, and give that")
+    assert isinstance(path, Path)
+    return path
+
+
+def _small_object(url: Url) -> bytes:
+    data = read_object(url, MOST_HEADER)
+    if isinstance(data, int):
+        raise DatasetError(f"{url} has {data:,} bytes, more than any dataset.json; give what `vitscale pack` wrote there")
+    return data
 
 
 def parse_header(data: bytes, file: Location) -> dict[str, Any]:
@@ -204,30 +229,10 @@ def parse_header(data: bytes, file: Location) -> dict[str, Any]:
     return header
 
 
-class _OpenFile:
-    """A file descriptor that closes when the last one who uses it lets go, so an LRU may drop it during a read."""
-
-    fd = -1
-
-    def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY)
-
-    def read(self, start: int, end: int) -> bytes:
-        """The bytes [start, end), or as many as there are; one system call gives 2 GiB at most."""
-        data = os.pread(self.fd, end - start, start)
-        while len(data) < end - start and (more := os.pread(self.fd, end - start - len(data), start + len(data))):
-            data += more
-        return data
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
 class _Column:
     """A column of fixed width over all record batches of a mapped index, gathered from in one step however many batches there are."""
 
-    def __init__(self, mapped: pa.Buffer, batches: list[pa.RecordBatch], name: str) -> None:
+    def __init__(self, file: Path, mapped: pa.Buffer, batches: list[pa.RecordBatch], name: str) -> None:
         dtype = np.dtype(INDEX_SCHEMA.field(name).type.to_pandas_dtype())
         self._values = np.frombuffer(mapped, dtype, count=mapped.size // dtype.itemsize)
         starts = np.zeros(len(batches), dtype=np.int64)  # of each batch's rows, counted in values from the start of the file
@@ -237,7 +242,7 @@ class _Column:
                 place = column.buffers()[1].address - mapped.address + column.offset * dtype.itemsize
                 starts[number], odd = divmod(place, dtype.itemsize)
                 if odd or not 0 <= place <= mapped.size - len(column) * dtype.itemsize:
-                    raise DatasetError("its index.arrow is compressed or damaged, and cannot be mapped; restore it or pack again")
+                    raise DatasetError(f"{file} is compressed or damaged, and cannot be mapped; restore it or pack again")
         self._starts = starts
 
     def take(self, batches: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -247,38 +252,48 @@ class _Column:
 
 
 class Dataset:
-    """One split, open for reading. Safe for threads, for `fork`, and for `pickle` (which opens it anew from its path).
+    """One split, open for reading. Safe for threads, for `fork` (where nothing lies in object storage: storage.py), and for `pickle` (which
+    opens it anew from its path).
 
-    `path, name, split, num_samples, num_classes, class_names, content_hash, max_labels` are dataset.json's;
-    `shard_names` and `shard_sizes` (int64, samples a shard) and `first_samples` (int64) are the manifest's. `overlay` is what the overlays
-    in use say; labels are given as they say, and a sample that they remove is not read.
+    `path` is where it lies, a folder or a URL. `name, split, num_samples, num_classes, class_names, content_hash, max_labels` are
+    dataset.json's; `shard_names` and `shard_sizes` (int64, samples a shard) and `first_samples` (int64) are the manifest's. `overlay` is
+    what the overlays in use say; labels are given as they say, and a sample that they remove is not read.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], overlays: tuple[str, ...] | None = None, stage: Path | None = None) -> None:
+    def __init__(
+        self, path: Location, header: dict[str, Any], overlays: tuple[str, ...] | None = None, stage: Path | None = None,
+        cache: Cache | None = None, check_index: bool = False,
+    ) -> None:  # fmt: skip
         """For `open`, which has checked the files."""
         self.path = path
-        self._stage = stage
+        self._stage, self._cache = stage, cache
+        self._entries: dict[str, dict[str, Any]] = header["files"]
+        copies = stage or default_folder()
+        self._folder = copies / header["content_hash"][:16] if isinstance(path, Url) else path  # of all files but index and tars
         self.name: str = header["name"]
         self.split: str = header["split"]
         self.num_samples: int = header["num_samples"]
         self.num_classes: int = header["num_classes"]
         self.max_labels: int = header["max_labels"]
         self.content_hash: str = header["content_hash"]
-        self.class_names = _read_classes(path / "classes.txt") if "classes.txt" in header["files"] else None
-        manifest = pq.read_table(path / "manifest.parquet")
+        self.class_names = _read_classes(self.table("classes.txt")) if "classes.txt" in self._entries else None
+        manifest = pq.read_table(self.table("manifest.parquet"))
         self.shard_names: tuple[str, ...] = tuple(manifest["name"].to_pylist())
         self.shard_sizes: np.ndarray = manifest["samples"].to_numpy()
         self.shard_bytes: np.ndarray = manifest["bytes"].to_numpy()
         self.first_samples: np.ndarray = manifest["first_sample"].to_numpy()
         # The mapped index as numpy views, a few hundred record batches at most.
-        index = path / "index.arrow" if stage is None else staged(path / "index.arrow", header["files"]["index.arrow"], stage)
+        if stage is None and isinstance(path, Path):
+            index = path / "index.arrow"
+        else:
+            index = staged(path / "index.arrow", self._entries["index.arrow"], copies, check=check_index)
         mapped = pa.memory_map(str(index)).read_buffer()
         reader = pa.ipc.open_file(mapped)
         if not reader.schema.equals(INDEX_SCHEMA):
             raise DatasetError(f"{path / 'index.arrow'} has columns {reader.schema.names}, not {INDEX_SCHEMA.names}")
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._batches = [_views(batch) for batch in batches]
-        self._columns = {name: _Column(mapped, batches, name) for name in ("offset", "size", "hash")}
+        self._columns = {name: _Column(index, mapped, batches, name) for name in ("offset", "size", "hash")}
         rows = [len(batch["offset"]) for batch in self._batches]
         if sum(rows) != self.num_samples or int(self.shard_sizes.sum()) != self.num_samples:
             raise DatasetError(
@@ -287,55 +302,76 @@ class Dataset:
             )
         self._batch_starts = np.cumsum([0, *rows[:-1]])
         names = overlay_names(path) if overlays is None else overlays
-        self.overlay: Overlay = read_overlays(path, names, self.content_hash, self.num_samples, self.num_classes)
+        for name in names:
+            overlay_file(path, name, self._folder)
+        self.overlay: Overlay = read_overlays(self._folder, names, self.content_hash, self.num_samples, self.num_classes)
         self.max_labels = max(self.max_labels, int(np.diff(self.overlay.lists.label_starts).max(initial=0)))
-        self._files = functools.lru_cache(OPEN_SHARDS)(_OpenFile)
+        self._tars = TarRanges(path, self.shard_names, self.shard_bytes, self.content_hash, cache)
         self._keys = functools.lru_cache(16)(_read_keys)
 
     @classmethod
-    def open_checked(cls, path: str | Path, *, check_shards: bool = True) -> Dataset:
+    def open_checked(
+        cls, path: str | Location, *, stage: Path | None = None, cache: Cache | None = None, check_shards: bool = True
+    ) -> Dataset:  # fmt: skip
         """Opens a split with its labels known to be as they were packed, where hashing the index takes seconds (below 1 GiB)."""
-        index = Path(path) / "index.arrow"
-        return cls.open(path, check_index=index.is_file() and index.stat().st_size < 2**30, check_shards=check_shards)
+        path = location(str(path))
+        index = read_header(path)["files"]["index.arrow"]
+        return cls.open(path, stage=stage, cache=cache, check_index=index["bytes"] < 2**30, check_shards=check_shards)
 
     @classmethod
     def open(
-        cls, path: str | Path, *, overlays: tuple[str, ...] | None = None, stage: Path | None = None, check_index: bool = False,
-        check_shards: bool = True,
+        cls, path: str | Location, *, overlays: tuple[str, ...] | None = None, stage: Path | None = None, cache: Cache | None = None,
+        check_index: bool = False, check_shards: bool = True,
     ) -> Dataset:  # fmt: skip
-        """Opens the split's directory `path`, or raises DatasetError or OverlayError.
+        """Opens a split where it lies: a directory, or a URL (s3://, gs://, az://, https://).
 
-        `overlays` are the names of those to use, as `overlay.names` has them; None takes all there are, () gives it as it was packed.
-        `stage` is a folder on this machine's own disk that the index is copied to, if it is not there yet, and mapped from.
+        Raises DatasetError, OverlayError, StageError, StorageError.
 
-        Always checked: dataset.json, the hashes of manifest.parquet and classes.txt, and the sizes of all other files.
-        `check_index` also hashes index.arrow and samples/ (over 10 GB at 300 M samples, so not by default; a damaged
-        offset or hash in the index is found by `read` in any case, a damaged label only here). `check_shards=False`
-        spares a `stat` a tar.
+        `overlays` are the names of those to use, as `overlay.names` has them; None takes all there are (on the web, where nothing can be
+        listed, none), () gives it as it was packed. `stage` is a folder on this machine's own disk that the index is copied to, if it is
+        not there yet, and mapped from; of a URL all files but the tars go there, when they are needed (None: `stage.default_folder`).
+        Tars are read through `cache`.
+
+        Always checked: dataset.json, the hashes of manifest.parquet and classes.txt, and the sizes of all other files; what is copied is
+        hashed then. `check_index` also hashes index.arrow and samples/ (of a URL: the copy of the index), over 10 GB at 300 M samples, so
+        not by default; a damaged offset or hash in the index is found by `read` in any case, a damaged label only here.
+        `check_shards=False` spares a `stat` a tar, or a listing of the bucket.
         """
-        path = Path(path)
+        path = location(str(path))
         header = read_header(path)
+        there = walk(path) if isinstance(path, Url) and check_shards and not path.on_web else None
         for name, entry in header["files"].items():
-            file = path / name
-            if not file.is_file() or file.stat().st_size != entry["bytes"]:
-                found = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
-                raise DatasetError(f"{file} {found}, dataset.json says {entry['bytes']}; restore it or pack again")
-            if (check_index or name in ("manifest.parquet", "classes.txt")) and file_entry(file) != entry:
-                raise DatasetError(f"{file} was changed: its SHA-256 is not dataset.json's; restore it or pack again")
+            size = _size(path, name, there, entry["bytes"])
+            if size != entry["bytes"]:
+                found = f"has {size} bytes" if size is not None else "is missing"
+                raise DatasetError(f"{path / name} {found}, dataset.json says {entry['bytes']}; restore it or pack again")
+            if isinstance(path, Path) and (check_index or name in HASHED) and file_entry(path / name) != entry:
+                raise DatasetError(f"{path / name} was changed: its SHA-256 is not dataset.json's; restore it or pack again")
         try:
-            dataset = cls(path, header, overlays, stage)
+            dataset = cls(path, header, overlays, stage, cache, check_index)
         except UserError:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:  # all of which pyarrow raises on damaged bytes
             raise DatasetError(f"{path} cannot be read: {error}; run again with check_index to find the file") from None
         if check_shards:
-            dataset._check_shards()
+            dataset._check_shards(there)
         return dataset
+
+    def table(self, name: str) -> Path:
+        """A file of the dataset that is no tar, on this machine: where the dataset is a URL, a copy, made now if it is not there yet."""
+        if isinstance(self.path, Path):
+            return self.path / name
+        return copied(self.path / name, self._entries[name], self._folder / name, check=name in HASHED)
 
     @property
     def is_local(self) -> bool:
         """Whether its tars lie in a file system of this machine, and not in object storage."""
         return not isinstance(self.path, Url)
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies, for who changes it there. Raises DatasetError where that is object storage."""
+        return check_on_disk(self.path)
 
     def locate(self, samples: np.ndarray) -> Located:
         """Where the images of n samples lie (int64), over a million of them a second; the numbers may be in any order.
@@ -349,32 +385,38 @@ class Dataset:
         offsets, sizes, hashes = (self._columns[name].take(batches, rows) for name in ("offset", "size", "hash"))
         return Located(shards, offsets, sizes.astype(np.int64), hashes)
 
-    def read_range(self, shard: int, start: int, end: int) -> bytes:
-        """The bytes [start, end) of a tar, or as many of them as there are. Nothing is checked. Raises OSError; safe for threads."""
-        end = min(end, int(self.shard_bytes[shard]))  # so that a damaged index asks for no more than there is
-        if not 0 <= start <= end:
-            return b""
-        return self._files(str(self.path / self.shard_names[shard])).read(start, end)
+    def read_range(self, shard: int, start: int, end: int, *, fresh: bool = False) -> bytes:
+        """The bytes [start, end) of a tar, or as many of them as there are; nothing is known of them. Raises OSError, StorageError. Safe
+        for threads.
+
+        What does not have the index's hash may have been spoiled on its way, or in the cache: `fresh` reads past that. (`read` does.)
+        """
+        return self._tars.read(shard, start, end, fresh=fresh)
 
     def read(self, sample: int) -> bytes:
-        """The image's bytes as they were packed. Raises SampleError where they are damaged or removed, and OSError."""
+        """The image's bytes as they were packed. Raises SampleError where they are damaged or removed, OSError and StorageError."""
         self._check_sample(sample)
         if self.overlay.is_removed(sample):
             raise RemovedError(sample, self.shard_of(sample), self.key_or_not(sample), "an overlay removes it")
         located = self.locate(np.array([sample]))
         data = self.read_range(int(located.shards[0]), *located.range(0))  # an OSError is the machine's, not the sample's, and goes on up
-        self.check(sample, data, located, 0)
-        return data
+        return bytes(self.checked(sample, data, located, 0))
 
-    def check(self, sample: int, data: bytes | memoryview, located: Located, row: int) -> None:
-        """Raises SampleError unless `data` are the sample's bytes as they were packed; it is the row-th of those `located`."""
+    def checked(self, sample: int, data: bytes | memoryview, located: Located, row: int) -> bytes | memoryview:
+        """The sample's bytes as they were packed: `data`, or what is there where `data` was spoiled on its way or in the cache.
+
+        The sample is the row-th of those `located`. Raises SampleError where its bytes are damaged, OSError and StorageError.
+        """
         offset, size = int(located.offsets[row]), int(located.sizes[row])
         if not (offset >= 0 and size >= 0):
             raise self._sample_error(sample, f"the index says offset {offset} and size {size}")
+        if xxhash.xxh3_64_intdigest(data) != located.hashes[row] and not (self.is_local and self._cache is None):
+            data = self.read_range(self._shard_number(sample), offset, offset + size, fresh=True)
         if len(data) != size:
             raise self._sample_error(sample, f"{len(data)} bytes at offset {offset} where the index says {size}")
         if xxhash.xxh3_64_intdigest(data) != located.hashes[row]:
             raise self._sample_error(sample, f"the {size} bytes at offset {offset} do not have the index's xxh3_64")
+        return data
 
     def labels(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels and scores of n samples, each (n, max_labels): int32 padded with -1, and float32 padded with 0.
@@ -459,9 +501,9 @@ class Dataset:
     def shapes(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Widths and heights (int32) of what is not removed, shard by shard, from samples/*.parquet; nothing where those were left out."""
         for first in range(0, len(self.shard_names), SHARDS_PER_FOLDER):
-            path = self.path / samples_name(first)
-            if not path.is_file():
+            if samples_name(first) not in self._entries:
                 return
+            path = self.table(samples_name(first))
             try:
                 with pq.ParquetFile(path) as file:
                     for shard in range(first, min(first + SHARDS_PER_FOLDER, len(self.shard_names))):
@@ -477,8 +519,8 @@ class Dataset:
 
     def rejects(self) -> Iterator[dict[str, str]]:
         """The rows of rejects.parquet, if there is one: source, key, reason, detail."""
-        path = self.path / "rejects.parquet"
-        if path.is_file():
+        if "rejects.parquet" in self._entries:
+            path = self.table("rejects.parquet")
             try:
                 with pq.ParquetFile(path) as file:
                     for batch in file.iter_batches(batch_size=2**14):
@@ -505,7 +547,7 @@ class Dataset:
     def row(self, sample: int) -> SampleRow:
         """What samples/*.parquet says of the sample. Reads its shard's row group."""
         shard = self._shard_number(sample)
-        with pq.ParquetFile(self.path / samples_name(shard)) as file:
+        with pq.ParquetFile(self.table(samples_name(shard))) as file:
             rows = file.read_row_group(shard % SHARDS_PER_FOLDER, columns=["key", "width", "height", "source"])
         return SampleRow(**rows.slice(sample - int(self.first_samples[shard]), 1).to_pylist()[0])
 
@@ -517,7 +559,7 @@ class Dataset:
 
     def shard_keys(self, shard: int) -> pa.Array:
         """The keys of all samples of one shard."""
-        return self._keys(str(self.path / samples_name(shard)), shard % SHARDS_PER_FOLDER)
+        return self._keys(str(self.table(samples_name(shard))), shard % SHARDS_PER_FOLDER)
 
     def shard_of(self, sample: int) -> str:
         """The name of the tar that holds the sample, as in `shard_names`."""
@@ -527,7 +569,7 @@ class Dataset:
         return self.num_samples
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.content_hash, self.overlay.names, self._stage)
+        return _reopen, (self.path, self.content_hash, self.overlay.names, self._stage, self._cache)
 
     def _shard_number(self, sample: int) -> int:
         self._check_sample(sample)
@@ -544,15 +586,14 @@ class Dataset:
         if not 0 <= sample < self.num_samples:
             raise IndexError(f"sample {sample} is not in 0..{self.num_samples - 1}")
 
-    def _check_shards(self) -> None:
-        for number, (name, size) in enumerate(zip(self.shard_names, self.shard_bytes, strict=True)):
-            file = self.path / name
-            if not file.is_file() or file.stat().st_size != size:
+    def _check_shards(self, there: dict[str, int] | None) -> None:
+        for number, (name, size) in enumerate(zip(self.shard_names, self.shard_bytes.tolist(), strict=True)):
+            if (found := _size(self.path, name, there, size)) != size:
                 first = self.first_samples[number]
                 if self.overlay.removed(np.arange(first, first + self.shard_sizes[number])).all():
                     continue  # a shard that is lost and given up
-                found = f"has {file.stat().st_size} bytes" if file.is_file() else "is missing"
-                raise DatasetError(f"{file} {found}, the manifest says {size}; copy this shard again")
+                says = f"has {found} bytes" if found is not None else "is missing"
+                raise DatasetError(f"{self.path / name} {says}, the manifest says {size}; copy this shard again")
 
     def _sample_error(self, sample: int, reason: str) -> SampleError:
         return SampleError(sample, self.shard_of(sample), self.key_or_not(sample), reason)
@@ -561,12 +602,20 @@ class Dataset:
         """The sample's key, or "?" where it cannot be read."""
         try:
             return self.key(sample)
-        except (OSError, IndexError, pa.ArrowException):  # a damaged samples file must not hide the first damage
+        except (OSError, LookupError, pa.ArrowException, UserError):  # a damaged samples file must not hide the first damage
             return "?"
 
 
-def _reopen(path: Path, content_hash: str, overlays: tuple[str, ...], stage: Path | None) -> Dataset:
-    dataset = Dataset.open(path, overlays=overlays, stage=stage, check_shards=False)
+def _size(path: Location, name: str, there: dict[str, int] | None, told: int) -> int | None:
+    """The size of a dataset's file, None where it is missing; of a URL what was listed, for the rest shows when it is read."""
+    if isinstance(path, Url):
+        return told if there is None or name.startswith("../") else there.get(name)
+    file = path / name
+    return file.stat().st_size if file.is_file() else None
+
+
+def _reopen(path: Location, content_hash: str, overlays: tuple[str, ...], stage: Path | None, cache: Cache | None) -> Dataset:
+    dataset = Dataset.open(path, overlays=overlays, stage=stage, cache=cache, check_shards=False)
     if dataset.content_hash != content_hash:
         raise DatasetError(f"{path} is now dataset {dataset.content_hash}, it was {content_hash}; start again")
     return dataset

@@ -35,6 +35,7 @@ from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.errors import UserError
 from data_tools.images import decode
 from data_tools.processes import in_processes
+from data_tools.storage import Location
 
 SIDE = 128  # pixels to which a picture is squashed before it is hashed, so that its own size does not matter
 BITS, BANDS = 256, 16
@@ -93,14 +94,14 @@ class Deduplicated:
 
 
 def dedup(
-    path: Path, against: tuple[Path, ...] = (), *, inside: bool = True, distance: int = 31, min_quality: int = 50, mirror: bool = True,
+    path: Path, against: tuple[Location, ...] = (), *, inside: bool = True, distance: int = 31, min_quality: int = 50, mirror: bool = True,
     name: str = "dedup", listing: Path | None = None, dry_run: bool = False, work: Path | None = None, jobs: int = 0,
     progress: Progress | None = None, block: int = BLOCK,
 ) -> Deduplicated:  # fmt: skip
     """Removes from a dataset what is in it twice, and what is in evaluation sets too. Raises DedupError, DatasetError.
 
     Args:
-        against: directories of splits that nothing of the dataset may be in.
+        against: directories, or URLs, of splits that nothing of the dataset may be in.
         inside: also look for copies inside the dataset.
         distance: bits that may differ; 31 is what PDQ's authors advise.
         min_quality: PDQ's quality; where both of two pictures have less, they are too plain for their hashes to say anything.
@@ -435,7 +436,7 @@ def _pixels(dataset: Dataset) -> np.ndarray:
     pixels = np.zeros(dataset.num_samples, dtype=np.int64)
     first = 0
     for number in range(0, len(dataset.shard_names), fmt.SHARDS_PER_FOLDER):
-        with pq.ParquetFile(dataset.path / fmt.samples_name(number)) as file:
+        with pq.ParquetFile(dataset.table(fmt.samples_name(number))) as file:
             for batch in file.iter_batches(columns=["width", "height"]):
                 pixels[first : first + len(batch)] = batch["width"].to_numpy().astype(np.int64) * batch["height"].to_numpy()
                 first += len(batch)

@@ -25,6 +25,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_tools.errors import UserError
+from data_tools.stage import copied
+from data_tools.storage import Location, Url, walk
 
 FOLDER = "overlay"
 FORMAT_VERSION = 1
@@ -106,16 +108,36 @@ _ZERO = np.zeros(1, dtype=np.int64)
 _NO_LISTS = LabelLists(_ZERO, np.zeros(0, dtype=np.int32), _ZERO, np.zeros(0, dtype=np.float32))
 
 
-def overlay_names(dataset: Path) -> tuple[str, ...]:
-    """The names of a dataset's overlays, in their order. Raises OverlayError where a file in its folder is none."""
-    folder = dataset / FOLDER
-    found = sorted(file.name for file in folder.iterdir() if not file.name.startswith(".")) if folder.is_dir() else []
+def overlay_names(dataset: Location) -> tuple[str, ...]:
+    """The names of a dataset's overlays, in their order; on the web, which cannot be listed, none. Raises OverlayError where a file in
+    their folder is none."""
+    found = files_beside(dataset)
     for name in found:
         if not FILE_NAME.fullmatch(name):
+            folder = dataset / FOLDER
             raise OverlayError(
                 f"{folder / name} is no overlay by its name; `vitscale data overlay` writes them: move the file out of {folder}"
             )
     return tuple(found)
+
+
+def files_beside(dataset: Location) -> list[str]:
+    """The names of all files in the folder of a dataset's overlays, but hidden ones."""
+    folder = dataset / FOLDER
+    if isinstance(folder, Url):
+        files = [] if folder.on_web else [name for name in walk(folder) if "/" not in name]
+    else:
+        files = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    return sorted(name for name in files if not name.startswith("."))
+
+
+def overlay_file(dataset: Location, name: str, folder: Path) -> Path:
+    """An overlay of a dataset, or a copy in a folder of this machine where that is a URL. Raises StageError, StorageError."""
+    if isinstance(dataset, Path):
+        return dataset / FOLDER / name
+    told = FILE_NAME.fullmatch(name)
+    assert told is not None, name
+    return copied(dataset / FOLDER / name, {"sha256": told[3]}, folder / FOLDER / name, check=True)
 
 
 def read_overlays(dataset: Path, names: tuple[str, ...], content_hash: str, num_samples: int, num_classes: int) -> Overlay:

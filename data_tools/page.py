@@ -19,6 +19,7 @@ from pathlib import Path
 from unicodedata import category
 
 from data_tools.errors import UserError
+from data_tools.storage import Location
 
 MARK = "<!doctype html>\n<html lang=en><meta charset=utf-8><meta name=generator content=vitscale>"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -98,11 +99,11 @@ def nice_step(least: float) -> float:
 # -- Where pages go ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_target(file: Path, dataset: Path) -> None:
+def check_target(file: Path, dataset: Location) -> None:
     """Raises PageError where a page cannot go: no folder, inside the dataset, or in place of something that is no page of ours."""
     if not file.parent.is_dir():
         raise PageError(f"{file.parent} is not a folder, so {file.name} cannot be written there; make it first")
-    if file.resolve().is_relative_to(dataset.resolve()):
+    if isinstance(dataset, Path) and file.resolve().is_relative_to(dataset.resolve()):
         raise PageError(f"{file} lies inside the dataset, where `vitscale data verify` would take it for damage; name a file elsewhere")
     if file.is_symlink() or (file.exists() and not file.is_file()):
         raise PageError(f"{file} is not a plain file; name another one")

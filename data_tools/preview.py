@@ -18,7 +18,6 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.errors import UserError
 from data_tools.images import decode
+from data_tools.storage import Location
 
 MOST_TILES = 5_000  # whose pictures are held
 
@@ -96,7 +96,7 @@ class Pick:
 
 
 def sheet(
-    path: Path,
+    path: Location,
     *,
     by: str = "class",
     groups: int = 12,
@@ -106,7 +106,9 @@ def sheet(
     side: int = 192,
     progress: Progress | None = None,
 ) -> Sheet:
-    """Picks samples of the split in directory `path` and decodes them. Raises DatasetError, or PreviewError for words that make no sense.
+    """Picks samples of the split in directory or at URL `path` and decodes them.
+
+    Raises DatasetError, or PreviewError for words that make no sense.
 
     Args:
         by: class, shard or random.

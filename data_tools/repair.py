@@ -105,7 +105,7 @@ def repair(
         progress: is called from any thread.
     """
     tell = progress or (lambda what, done, total: None)
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.abspath(fmt.check_on_disk(path)))
     if not path.is_dir():
         raise RepairError(f"{path} is not there; give the folder of a split")
     if dry_run:

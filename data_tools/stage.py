@@ -1,9 +1,14 @@
-"""A dataset's index on a disk of this machine: training looks into it at random, which a shared file system does not like.
+"""Files of a dataset on a disk of this machine: its index, which training looks into at random, and all but the tars of one that lies in
+object storage.
 
-Where it stands: `Dataset.open` maps the copy in place of the index where it is told a folder; the tars stay where they are.
+Where it stands: `Dataset` maps the copy of the index in place of the index where it is told a folder, or where the dataset is a URL; the
+tars stay where they are (`ranges.py`).
 
-Invariants: a copy bears its SHA-256 as its name and is there whole or not at all; of processes that start at once one copies, and others
-wait for it.
+    FOLDER/SHA-256.arrow            an index
+    FOLDER/CONTENT_HASH/...         the other files of a dataset in object storage, with their names, as they are asked for
+
+Invariants: a copy is there whole or not at all, and has the SHA-256 that it was asked for with; of processes that start at once one copies,
+and others wait for it.
 """
 
 from __future__ import annotations
@@ -18,55 +23,77 @@ from typing import Any
 
 from data_tools.durable import fsync
 from data_tools.errors import UserError
+from data_tools.storage import Location, Url, sequential
 
-BLOCK = 1 << 23
+BLOCK = 1 << 26  # of an object as many as eight ranges, four of them at once
 
 
 class StageError(UserError):
     """A copy that cannot be made."""
 
 
-def staged(file: Path, entry: dict[str, Any], folder: Path) -> Path:
-    """The copy of a file in `folder`, made if it is not there yet. Raises StageError.
+def default_folder() -> Path:
+    """Where copies go if nobody says where: $VITSCALE_CACHE, or a folder in the user's home."""
+    return Path(os.environ.get("VITSCALE_CACHE") or Path.home() / ".cache" / "vitscale")
+
+
+def staged(place: Location, entry: dict[str, Any], folder: Path, *, check: bool = False) -> Path:
+    """The copy of an index in `folder`; see `copied`."""
+    return copied(place, entry, folder / f"{entry['sha256']}{place.suffix}", check=check)
+
+
+def copied(place: Location, entry: dict[str, Any], copy: Path, *, check: bool = False) -> Path:
+    """A copy of a file, made if it is not there yet. Raises StageError, StorageError.
 
     Args:
-        entry: what dataset.json says of the file: `bytes`, `sha256`.
+        place: where it lies.
+        entry: `sha256` or the first digits of it, and `bytes` where they are known.
+        copy: where it goes.
+        check: make it anew where the bytes of the one that is there are not those; else its size is enough.
     """
-    copy = folder / f"{entry['sha256']}{file.suffix}"
-    if _is_whole(copy, entry):
+    if _is_whole(copy, entry, check):
         return copy
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{copy.name}.lock").open("a") as lock:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with (copy.parent / f"{copy.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_whole(copy, entry):
-                _copy(file, entry, copy)
+            if not _is_whole(copy, entry, check):
+                _copy(place, entry, copy)
     except OSError as error:
-        raise StageError(f"{file} cannot be copied to {folder}: {error.strerror or error}; give another stage, or none") from None
+        raise StageError(f"{place} cannot be copied to {copy.parent}: {error.strerror or error}; {_instead(place)}") from None
     return copy
 
 
-def _is_whole(copy: Path, entry: dict[str, Any]) -> bool:
-    return copy.is_file() and copy.stat().st_size == entry["bytes"]
+def _instead(place: Location) -> str:
+    return "give another stage" if isinstance(place, Url) else "give another stage, or none"
 
 
-def _copy(file: Path, entry: dict[str, Any], copy: Path) -> None:
+def _is_whole(copy: Path, entry: dict[str, Any], check: bool) -> bool:
+    if not copy.is_file() or copy.stat().st_size != entry.get("bytes", copy.stat().st_size):
+        return False
+    if not check:
+        return True
+    with copy.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest().startswith(entry["sha256"])
+
+
+def _copy(place: Location, entry: dict[str, Any], copy: Path) -> None:
     for left in copy.parent.glob(f".{copy.name}.*.partial"):  # by a start that was killed; nobody else holds the lock
         left.unlink()
     free = shutil.disk_usage(copy.parent).free
-    if free < entry["bytes"]:
-        raise StageError(f"{copy.parent} has {free:,} bytes free, and {file} has {entry['bytes']:,}; give another stage, or none")
+    if free < entry.get("bytes", 0):
+        raise StageError(f"{copy.parent} has {free:,} bytes free, and {place} has {entry['bytes']:,}; {_instead(place)}")
     beside = copy.with_name(f".{copy.name}.{secrets.token_hex(4)}.partial")
     try:
         digest = hashlib.sha256()
-        with file.open("rb") as source, beside.open("wb") as target:
+        with sequential(place) as source, beside.open("wb") as target:
             while block := source.read(BLOCK):
                 digest.update(block)
                 target.write(block)
             target.flush()
             os.fsync(target.fileno())
-        if digest.hexdigest() != entry["sha256"]:
-            raise StageError(f"{file} was changed: its SHA-256 is not dataset.json's; restore it, `vitscale data repair` can")
+        if not digest.hexdigest().startswith(entry["sha256"]):
+            raise StageError(f"{place} was changed: its SHA-256 is not dataset.json's; restore it, `vitscale data repair` can")
         beside.rename(copy)
         fsync(copy.parent)
     finally:

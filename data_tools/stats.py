@@ -16,12 +16,12 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from data_tools.dataset import Dataset, DatasetError, IndexBatch
+from data_tools.storage import Location
 
 PAIR_CLASSES = 1_024  # whose pairs are counted: 8 MiB of counts
 PAIRS_SHOWN = 20
@@ -224,8 +224,8 @@ class Stats:
     rejects: tuple[Reason, ...]
 
 
-def count(path: Path, progress: Progress | None = None) -> Stats:
-    """Counts the split in directory `path`. Raises DatasetError where it is none, or damaged."""
+def count(path: Location, progress: Progress | None = None) -> Stats:
+    """Counts the split in directory or at URL `path`. Raises DatasetError where it is none, or damaged."""
     dataset = Dataset.open_checked(path, check_shards=False)
     if not dataset.num_kept:
         raise DatasetError(f"overlays remove all {dataset.num_samples:,} samples of {path}; there is nothing to count")

@@ -9,7 +9,8 @@ answer to a listing or to the start of an upload is cut, nor where a write with 
 
 Invariants:
 - an object that is not there raises `Missing`, and whatever else goes wrong after all attempts one `StorageError`, in one line;
-- a `RemoteFile` is read by ranges of one version of its object;
+- a `RemoteFile` is read by ranges of one version of its object, and gives no byte of another place or version;
+- a process that was forked after a request was made fails in one line, as obstore would wait for ever there; a spawned one works;
 - `put` returns when the object is known to hold the bytes of the file;
 - no URL is ever read as a file of this machine.
 
@@ -171,6 +172,12 @@ def _again(url: str, attempts: int, action: Callable[[], R]) -> R:
 
 
 @functools.lru_cache
+def _home() -> int:
+    """The process that obstore's threads run in: the one that made the first request, and not what is forked from it."""
+    return os.getpid()
+
+
+@functools.lru_cache
 def _store(root: str) -> Any:
     """The bucket; where, and with whose credentials, the environment says."""
     try:
@@ -205,6 +212,8 @@ def _line(error: BaseException) -> str:
 
 def _asked(url: Url, action: Callable[[Any], R]) -> R:
     """The action's result on the bucket of a URL."""
+    if _home() != os.getpid():
+        raise StorageError(f"{url} cannot be read in a process that was forked after a bucket was asked; start such processes by spawn")
     store = _store(url.root)
     from obstore import exceptions
 
@@ -221,6 +230,8 @@ def _asked(url: Url, action: Callable[[Any], R]) -> R:
         except exceptions.AlreadyExistsError:
             raise
         except exceptions.GenericError as error:
+            if "status code: 416" in str(error):
+                raise StorageError(f"{url} is shorter than it should be; put the whole file there again") from None
             if "status code:" not in str(error) and re.search("HTTP error|response body|error sending request", str(error)):
                 raise _Passing(_line(error)) from None  # the connection's fault; a 5xx has been asked again often enough
             raise StorageError(f"{url} cannot be had: {_line(error)}; the same command goes on when it can") from None
@@ -232,8 +243,9 @@ def _asked(url: Url, action: Callable[[Any], R]) -> R:
     return _again(url, ATTEMPTS, once)
 
 
-@functools.lru_cache
-def _web() -> Any:
+@functools.lru_cache(maxsize=1)
+def _web(process: int) -> Any:
+    """Connections of one process: what is forked from it must not speak through them."""
     try:
         import urllib3
     except ModuleNotFoundError:
@@ -244,7 +256,7 @@ def _web() -> Any:
 
 def _from_web(url: Url, headers: dict[str, str], take: Callable[[Any], R]) -> R:
     """What `take` makes of the answer to a GET. `Missing` is what the server says no to, or what has no server."""
-    pool = _web()
+    pool = _web(os.getpid())
     from urllib3 import exceptions
 
     def once() -> R:
@@ -328,37 +340,64 @@ def stamp(place: Location) -> str:
 
 
 class RemoteFile(io.RawIOBase):
-    """An object as a file that is read by ranges. Raises Missing."""
+    """An object as a file that is read by ranges, by any number of threads. Raises Missing.
 
-    def __init__(self, url: Url) -> None:
+    Args:
+        url: of the object.
+        size: of the object, where it is known; then nothing is asked before the first range, and that tells the version.
+    """
+
+    def __init__(self, url: Url, size: int | None = None) -> None:
         super().__init__()
         self.url = url
         self._at = 0
-        if url.on_web:
-            self.size, self._version = _from_web(url, {"Range": "bytes=0-0"}, lambda answer: _ranged(url, answer))
+        self._settling = threading.Lock()
+        self._version: str | None = None
+        if size is not None:
+            self.size = size
+        elif url.on_web:
+            self.size, self._version = _from_web(url, {"Range": "bytes=0-0"}, lambda answer: _ranged(url, answer, 0))
         else:
             said = _asked(url, lambda store: store.head(url.key))
-            self.size, self._version = said["size"], said["e_tag"] or str(said["last_modified"])
-            self._tag = said["e_tag"]
-        self.stamp = f"{self.size} bytes, version {self._version}"
+            self.size, self._version = said["size"], _version(said)
+
+    @property
+    def stamp(self) -> str:
+        """What changes when the object does."""
+        return f"{self.size} bytes, version {self._version}"
 
     def fetch(self, start: int, end: int) -> bytes:
-        """The bytes [start, end) of the version that was opened."""
-        if self.url.on_web:
-
-            def take(answer: Any) -> bytes:
-                if answer.status != 206 or _ranged(self.url, answer)[1] != self._version:
-                    raise StorageError(f"{self.url} has changed while it was read; start again when it changes no more")
-                data: bytes = answer.read()
-                return data
-
-            data = _from_web(self.url, {"Range": f"bytes={start}-{end - 1}"}, take)
-        else:
-            options: dict[str, Any] = {"range": (start, end)} | ({"if_match": self._tag} if self._tag else {})
-            data = _asked(self.url, lambda store: bytes(store.get(self.url.key, options=options).bytes()))
+        """The bytes [start, end), which must lie in the file, of the version that was opened or first read."""
+        asked_for = self._version
+        get = self._get_from_web if self.url.on_web else self._get
+        data, size, version = get(start, end, asked_for)
+        with self._settling:  # of several first answers the first one counts
+            if self._version is None and size == self.size:
+                self._version = version
+        if size != self.size and asked_for is None:
+            raise StorageError(f"{self.url} has {size} bytes where {self.size} were expected; put the whole file there again")
+        if size != self.size or version != self._version:
+            raise StorageError(f"{self.url} has changed while it was read; start again when it changes no more")
         if len(data) != end - start:
             raise StorageError(f"{self.url} gave {len(data)} bytes where {end - start} were asked for")
         return data
+
+    def _get(self, start: int, end: int, version: str | None) -> tuple[bytes, int, str]:
+        """The bytes, and the size and version of the object that they are of."""
+        known = {"if_match": version} if version and version.startswith('"') else {}
+
+        def get(store: Any) -> tuple[bytes, int, str]:
+            answer = store.get(self.url.key, options={"range": (start, end), **known})
+            return bytes(answer.bytes()), answer.meta["size"], _version(answer.meta)
+
+        return _asked(self.url, get)
+
+    def _get_from_web(self, start: int, end: int, version: str | None) -> tuple[bytes, int, str]:
+        def take(answer: Any) -> tuple[bytes, int, str]:
+            size, found = _ranged(self.url, answer, start)
+            return answer.read(), size, found
+
+        return _from_web(self.url, {"Range": f"bytes={start}-{end - 1}"}, take)  # a version that has changed shows in the answer
 
     def read(self, size: int | None = -1, /) -> bytes:
         """All that is asked for, up to the end; much is asked for in blocks, some at once."""
@@ -399,12 +438,18 @@ class RemoteFile(io.RawIOBase):
         return True
 
 
-def _ranged(url: Url, answer: Any) -> tuple[int, str]:
-    """Size and version of a file on the web, from the answer to a request for a range."""
-    total = re.fullmatch(r"bytes \d+-\d+/(\d+)", answer.headers.get("Content-Range", ""))
-    if answer.status != 206 or total is None:
+def _version(said: Mapping[str, Any]) -> str:
+    return said["e_tag"] or str(said["last_modified"])
+
+
+def _ranged(url: Url, answer: Any, start: int) -> tuple[int, str]:
+    """Size and version of a file on the web, from the answer to a request for a range that begins at `start`."""
+    told = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+    if answer.status != 206 or told is None:
         raise StorageError(f"{url} cannot be read in parts, as its server sends all or nothing; download it")
-    return int(total[1]), answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "unknown"
+    if int(told[1]) != start:
+        raise _Passing(f"bytes from {told[1]} on came where those from {start} on were asked for")
+    return int(told[2]), answer.headers.get("ETag") or answer.headers.get("Last-Modified") or "unknown"
 
 
 def sequential(place: Location) -> io.BufferedReader:

@@ -9,12 +9,14 @@ Left to others: mending (`repair.py`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
@@ -22,7 +24,9 @@ from data_tools import dataset as fmt
 from data_tools import overlay
 from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.images import decode as decode_image
-from data_tools.peer_indices import index_file, kinds_beside, wrong_indices
+from data_tools.peer_indices import DALI, ENERGON, index_file, kinds_beside, wrong_indices
+from data_tools.stage import StageError
+from data_tools.storage import Location, Missing, RemoteFile, Url, sequential, walk
 
 STRANGER = "is not a file of this dataset"
 Progress = Callable[[int, int], None]  # bytes read, bytes in all
@@ -51,10 +55,12 @@ class Report:
     problems: tuple[Problem, ...]
 
 
-def verify(path: Path, *, jobs: int = 0, decode: bool = False, share: float = 1.0, progress: Progress | None = None) -> Report:
-    """Reads a split's directory in full. Raises DatasetError where dataset.json itself is damaged or missing.
+def verify(path: Location, *, jobs: int = 0, decode: bool = False, share: float = 1.0, progress: Progress | None = None) -> Report:
+    """Reads a split in full, where it lies. Raises DatasetError where dataset.json itself is damaged or missing, StorageError.
 
     Args:
+        path: a directory, or a URL. On the web, which cannot be listed, overlays and files that belong to nothing are not looked for; in
+            object storage the indices of other readers are not compared.
         jobs: threads; 0 takes the cores there are.
         decode: also decode every image, as training does.
         share: of the tars that are read, drawn by their names; the tables are always read in full.
@@ -63,6 +69,7 @@ def verify(path: Path, *, jobs: int = 0, decode: bool = False, share: float = 1.
     if not 0 < share <= 1:
         raise DatasetError(f"share={share:g} must lie in (0, 1]; 1 reads all tars")
     header = fmt.read_header(path)
+    there = _listed(path)
     problems = [problem for name, entry in sorted(header["files"].items()) if (problem := check_file(path, name, entry))]
     damaged = {problem.file for problem in problems}
     overlays, faults = _check_overlays(path, header)
@@ -70,10 +77,10 @@ def verify(path: Path, *, jobs: int = 0, decode: bool = False, share: float = 1.
     tables_read = sum(entry["bytes"] for entry in header["files"].values())
     counts = {"files": len(header["files"]) + overlays, "samples": 0, "bytes": tables_read, "decoded": 0}
     if "manifest.parquet" not in damaged:
-        manifest = pq.read_table(path / "manifest.parquet").to_pylist()
+        manifest = pq.read_table(pa.BufferReader(_bytes(path / "manifest.parquet"))).to_pylist()
         chosen = [shard for shard in manifest if xxhash.xxh3_64_intdigest(shard["name"].encode()) < share * 2**64]
-        indices = kinds_beside(path / shard["name"] for shard in manifest)
-        problems += _strangers(path, header, manifest, indices)
+        indices = kinds_beside(path / shard["name"] for shard in manifest) if isinstance(path, Path) else ()
+        problems += _strangers(there, header, manifest, indices if isinstance(path, Path) else (DALI, ENERGON))
         dataset = None if damaged else Dataset.open(path, overlays=(), check_shards=False)  # what is removed must be sound too
         total = tables_read + sum(shard["bytes"] for shard in chosen)
         with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
@@ -90,43 +97,65 @@ def verify(path: Path, *, jobs: int = 0, decode: bool = False, share: float = 1.
     return Report(path=str(path), content_hash=header["content_hash"], problems=tuple(problems), **counts)
 
 
-def check_file(path: Path, name: str, entry: dict[str, Any]) -> Problem | None:
+def check_file(path: Location, name: str, entry: dict[str, Any]) -> Problem | None:
     """What is wrong with a file that dataset.json names."""
-    file = path / name
-    if not file.is_file():
+    size = _size(path / name)
+    if size is None:
         return Problem(name, "is missing")
-    if file.stat().st_size != entry["bytes"]:
-        return Problem(name, f"has {file.stat().st_size} bytes, dataset.json says {entry['bytes']}")
-    if fmt.file_entry(file) != entry:
+    if size != entry["bytes"]:
+        return Problem(name, f"has {size} bytes, dataset.json says {entry['bytes']}")
+    if fmt.file_entry(path / name) != entry:
         return Problem(name, "does not have the SHA-256 in dataset.json")
     return None
 
 
-def _check_overlays(path: Path, header: dict[str, Any]) -> tuple[int, list[Problem]]:
+def _size(file: Location) -> int | None:
+    """None where it is missing."""
+    if isinstance(file, Url):
+        try:
+            return RemoteFile(file).size
+        except Missing:
+            return None
+    return file.stat().st_size if file.is_file() else None
+
+
+def _bytes(file: Location) -> bytes:
+    with sequential(file) as opened:
+        return opened.read()
+
+
+def _listed(path: Location) -> Iterable[str]:
+    """All files of a dataset, as paths from its folder."""
+    if isinstance(path, Url):
+        return [] if path.on_web else walk(path)
+    return (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink())
+
+
+def _check_overlays(path: Location, header: dict[str, Any]) -> tuple[int, list[Problem]]:
     """How many files lie among the overlays, and what is wrong with them."""
-    folder = path / overlay.FOLDER
-    files = sorted(file for file in folder.iterdir() if not file.name.startswith(".")) if folder.is_dir() else []
+    files = overlay.files_beside(path)
     problems = []
     for file in files:
-        name = f"{overlay.FOLDER}/{file.name}"
-        if not overlay.FILE_NAME.fullmatch(file.name):
+        name = f"{overlay.FOLDER}/{file}"
+        if not overlay.FILE_NAME.fullmatch(file):
             problems.append(Problem(name, "is no overlay by its name"))
             continue
-        try:
-            for _ in overlay.read_overlay(file, header["content_hash"], header["num_samples"], header["num_classes"]):
-                pass
-        except overlay.OverlayError as error:
-            problems.append(Problem(name, str(error)))
+        with TemporaryDirectory() as copies:
+            try:
+                here = overlay.overlay_file(path, file, Path(copies))
+                for _ in overlay.read_overlay(here, header["content_hash"], header["num_samples"], header["num_classes"]):
+                    pass
+            except (overlay.OverlayError, StageError) as error:
+                problems.append(Problem(name, str(error)))
     return len(files), problems
 
 
-def _strangers(path: Path, header: dict[str, Any], manifest: list[dict[str, Any]], indices: tuple[str, ...]) -> list[Problem]:
+def _strangers(there: Iterable[str], header: dict[str, Any], manifest: list[dict[str, Any]], indices: tuple[str, ...]) -> list[Problem]:
     """Files that belong to nothing; overlays are looked at apart, and beside tars that others made there may be anything."""
     if header["made"].get("by") != fmt.BY_PACK:
         return []
     known = {"dataset.json", *header["files"], *(shard["name"] for shard in manifest)}
     known |= {index_file(Path(shard["name"]), kind).as_posix() for shard in manifest for kind in indices}
-    there = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file() or file.is_symlink())
     others = (".nv-meta/", ".repairing/", ".dedup/")  # of `energon prepare`, `data repair`, `data dedup`
     return [
         Problem(name, STRANGER)
@@ -136,17 +165,18 @@ def _strangers(path: Path, header: dict[str, Any], manifest: list[dict[str, Any]
 
 
 def _check_shard(
-    path: Path, shard: dict[str, Any], dataset: Dataset | None, decode: bool, indices: tuple[str, ...]
+    path: Location, shard: dict[str, Any], dataset: Dataset | None, decode: bool, indices: tuple[str, ...]
 ) -> tuple[list[Problem], int]:  # fmt: skip
     """What is wrong with a tar, and how many images were decoded."""
-    name, file = shard["name"], path / shard["name"]
-    if not file.is_file():
+    name = shard["name"]
+    file = path.below(name) if isinstance(path, Url) else path / name
+    size = _size(file)
+    if size is None:
         return [Problem(name, "is missing")], 0
-    size = file.stat().st_size
     problems = [Problem(name, f"has {size} bytes, the manifest says {shard['bytes']}")] if size != shard["bytes"] else []
     if not problems and fmt.tar_checksum(file) != shard["checksum"]:
         problems.append(Problem(name, "does not have the xxh3_128 in the manifest"))
-    if not problems:  # of a damaged tar nothing can be said of its indices
+    if not problems and isinstance(file, Path):  # of a damaged tar nothing can be said of its indices
         wrong = wrong_indices(file, indices)
         problems += [Problem(index_file(Path(name), kind).as_posix(), what) for kind, what in wrong.items()]
     sound = not any(problem.file == name for problem in problems)

@@ -13,6 +13,7 @@ import tyro
 from tyro.conf import Positional
 
 from data_tools.config import IndexConfig, PackConfig
+from data_tools.storage import location
 from launch.flags import UsageError, given, parse
 from launch.terminal import Json, Verb, VerbError, print_json, progress_bar
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from data_tools.assemble import PackResult
     from data_tools.verify import Problem
 
-Split = Annotated[Positional[str], tyro.conf.arg(metavar="DATASET", help="Directory of one split.")]
+Split = Annotated[
+    Positional[str], tyro.conf.arg(metavar="DATASET", help="Directory of one split; to read it, also a URL: s3://bucket/data/train.")
+]
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def data_verify(words: list[str]) -> None:
 
     with progress_bar("reading", quiet=flags.json, unit="MB") as update:
         report = verify(
-            Path(flags.dataset),
+            location(flags.dataset),
             jobs=flags.jobs,
             decode=flags.decode,
             share=flags.share,
@@ -154,7 +157,7 @@ def data_overlay(words: list[str]) -> None:
     from data_tools.dataset import Dataset
     from vitscale.metrics import counted
 
-    dataset = Dataset.open_checked(flags.dataset)
+    dataset = Dataset.open_checked(Path(flags.dataset))  # not of a URL: it is changed there
     unknown = 0
     if changes:
         made, unknown = amend(
@@ -163,7 +166,7 @@ def data_overlay(words: list[str]) -> None:
         )  # fmt: skip
         listed = [made] if made is not None else []
     else:
-        listed = list_overlays(dataset.path)
+        listed = list_overlays(dataset.folder)
     after = Dataset.open(flags.dataset, check_shards=False).overlay
     if flags.json:
         of = {"path": str(dataset.path), "content_hash": dataset.content_hash, "overlays": [dataclasses.asdict(one) for one in listed]}
@@ -219,7 +222,7 @@ def data_dedup(words: list[str]) -> None:
 
     with progress_bar("hashing", quiet=flags.json, unit="images") as update:
         report = dedup(
-            Path(flags.dataset), tuple(map(Path, flags.against)), inside=flags.inside, distance=flags.distance,
+            Path(flags.dataset), tuple(map(location, flags.against)), inside=flags.inside, distance=flags.distance,
             min_quality=flags.min_quality, mirror=flags.mirror, name=flags.name, listing=Path(flags.list) if flags.list else None,
             dry_run=flags.dry_run, work=Path(flags.work) if flags.work else None, jobs=flags.jobs, progress=update,
         )  # fmt: skip
@@ -291,9 +294,9 @@ def data_stats(words: list[str]) -> None:
     from launch.data_tables import print_stats
 
     if flags.html is not None:
-        page.check_target(Path(flags.html), Path(flags.dataset))
+        page.check_target(Path(flags.html), location(flags.dataset))
     with progress_bar("counting", quiet=flags.json, unit="samples") as update:
-        found = stats.count(Path(flags.dataset), update)
+        found = stats.count(location(flags.dataset), update)
     if flags.html is not None:
         replace_file(Path(flags.html), data_pages.stats_page(found))
     if flags.json:
@@ -367,11 +370,11 @@ def data_preview(words: list[str]) -> None:
     from launch.data_tables import print_preview
 
     if flags.html is not None:
-        page.check_target(Path(flags.html), Path(flags.dataset))
+        page.check_target(Path(flags.html), location(flags.dataset))
     images = flags.images if flags.images is not None else 48 if flags.by == "random" else 12
     with progress_bar("picking", quiet=flags.json) as update:
         found = preview.sheet(
-            Path(flags.dataset),
+            location(flags.dataset),
             by=flags.by,
             groups=flags.groups,
             images=images,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
+from data_tools.config import BYTES
 from launch.data_verbs import DATA_VERBS
 from launch.flags import UsageError, given, parse, take_recipe
 from launch.local import run_ranks, visible_gpus
@@ -100,11 +101,17 @@ class EvaluateFlags:
 
     checkpoint: Checkpoint
     data: str
-    """Dataset directory of the split to evaluate on."""
+    """Dataset directory or URL of the split to evaluate on."""
     weights: Weights = "average"
     batch_size: int = 64
     workers: int = 0
     """Threads that read and decode; 0 takes the cores there are, at most 8."""
+    stage: str = ""
+    """As of `pretrain`."""
+    cache: str = ""
+    """As of `pretrain`."""
+    cache_bytes: Annotated[int | None, BYTES] = None
+    """As of `pretrain`."""
     json: Json = False
 
 
@@ -115,9 +122,10 @@ def evaluate(words: list[str]) -> None:
         raise UsageError(f"batch-size={flags.batch_size} must be at least 1 and workers={flags.workers} at least 0")
     from data_tools.dataset import Dataset
     from vitscale.checkpoint import describe, find_checkpoint
+    from vitscale.run import cache_of, stage_of
 
     description = describe(find_checkpoint(flags.checkpoint))
-    dataset = Dataset.open_checked(flags.data)
+    dataset = Dataset.open_checked(flags.data, stage=stage_of(flags), cache=cache_of(flags))
     need("torch", "safetensors")
     from vitscale.evaluate import evaluate_checkpoint
 

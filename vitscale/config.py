@@ -16,10 +16,15 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
+from data_tools.config import BYTES
 from data_tools.errors import UserError
 
 # By whose code position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned.
 Interpolation = Literal["timm", "deit", "timm_npz", "paper"]
+
+
+WINDOW = 256  # samples
+FEWEST_WINDOWS = 4  # in a lane of a dataset that is far away
 
 
 class ConfigError(UserError):
@@ -226,13 +231,18 @@ class RunConfig:
     recipe: Annotated[str, tyro.conf.Suppress] = ""
     """The name that `recipes.recipe` found it by."""
     data: Annotated[str | tuple[str, ...], _PATHS] = ""
-    """Dataset directory of the training split, or those of several to mix."""
+    """Dataset directory of the training split, or its URL (s3://bucket/data/train); or those of several to mix."""
     data_weights: tuple[float, ...] = ()
     """Of each dataset of several: how many samples of a step are its own, as a share of the sum; empty: as many as it has samples."""
     eval_data: str = ""
-    """Dataset directory of the held-out split; empty takes the sibling `val` of the (first) training split; `none` evaluates nothing."""
+    """Directory or URL of the held-out split; empty takes the sibling `val` of the (first) training split; `none` evaluates nothing."""
     stage: str = ""
-    """Folder on each machine's own disk that the datasets' indices are copied to and mapped from; empty maps them where they are."""
+    """Folder on each machine's own disk that the datasets' indices are copied to and mapped from; empty maps them where they are, and of
+    a URL copies them to $VITSCALE_CACHE or ~/.cache/vitscale."""
+    cache: str = ""
+    """Folder on each machine's own disk for what was read of tars that lie far away; all ranks and runs may share it. Empty: none."""
+    cache_bytes: Annotated[int | None, BYTES] = None
+    """The most that all runs together may keep there: 200GB, 2TB."""
     out: str = ""
     """Run directory; empty takes runs/RECIPE."""
     seed: int = 0
@@ -338,13 +348,19 @@ def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: 
     return global_batch_size // unit
 
 
-def choose_order(stream: StreamConfig, num_samples: int, global_batch_size: int) -> StreamConfig:
-    """Fills in lanes and window where they are 0 (docs/design.md, "The clock and the order of samples")."""
-    if num_samples < 4_000_000:  # one lane of one window: a full shuffle
-        lanes, window = stream.lanes or 1, stream.window or (num_samples if stream.lanes in (0, 1) else 256)
+def choose_order(stream: StreamConfig, num_samples: int, global_batch_size: int, *, remote: bool = False) -> StreamConfig:
+    """Fills in lanes and window where they are 0 (docs/design.md, "The clock and the order of samples").
+
+    A dataset that is far away is read by windows where it has room for some: each of the reads of a full shuffle would be a request.
+    """
+    power = math.gcd(global_batch_size, 1024)  # a power of two
+    if num_samples < 4_000_000:
+        while remote and power * WINDOW * FEWEST_WINDOWS > num_samples and power > 1:
+            power //= 2
+        lanes = stream.lanes or (power if remote else 1)
+        window = stream.window or (num_samples if lanes == 1 else WINDOW)  # one lane of one window: a full shuffle
     else:
-        power = math.gcd(global_batch_size, 1024)
-        lanes, window = stream.lanes or power, stream.window or 256
+        lanes, window = stream.lanes or power, stream.window or WINDOW
     return dataclasses.replace(stream, lanes=lanes, window=window)
 
 
@@ -477,10 +493,10 @@ def _listed(numbers: tuple[float, ...]) -> str:
 
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
 MAY_CHANGE = (
-    "data", "eval_data", "stage", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints",
-    "stream.workers", "stream.processes", "stream.prefetch", "stream.reads", "stream.buffer_bytes", "stream.readers", "stream.read_timeout",
-    "stream.max_unusable", "stream.max_unusable_per_shard", "engine.zero_stage", "engine.checkpoint_every_n_blocks",
-    "engine.deepspeed.zero_optimization", "init.folder",
+    "data", "eval_data", "stage", "cache", "cache_bytes", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every",
+    "keep_checkpoints", "stream.workers", "stream.processes", "stream.prefetch", "stream.reads", "stream.buffer_bytes", "stream.readers",
+    "stream.read_timeout", "stream.max_unusable", "stream.max_unusable_per_shard", "engine.zero_stage",
+    "engine.checkpoint_every_n_blocks", "engine.deepspeed.zero_optimization", "init.folder",
 )  # fmt: skip
 
 

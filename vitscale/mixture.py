@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data_tools.cache import Cache
 from data_tools.dataset import Dataset, DatasetError, Located
 
 Int64 = npt.NDArray[np.int64]
@@ -51,11 +52,14 @@ class Mixture:
 
     @classmethod
     def open(
-        cls, paths: Sequence[str | Path], overlays: Sequence[tuple[str, ...] | None] | None = None, stage: Path | None = None
-    ) -> Mixture:
+        cls, paths: Sequence[str | Path], overlays: Sequence[tuple[str, ...] | None] | None = None, stage: Path | None = None,
+        cache: Cache | None = None,
+    ) -> Mixture:  # fmt: skip
         """Opens the datasets, each with its overlays (None: all there are), as `Dataset.open` does, without asking for every tar."""
         of_each = overlays or [None] * len(paths)
-        return cls([Dataset.open(path, overlays=of, stage=stage, check_shards=False) for path, of in zip(paths, of_each, strict=True)])
+        return cls(
+            [Dataset.open(path, overlays=of, stage=stage, cache=cache, check_shards=False) for path, of in zip(paths, of_each, strict=True)]
+        )
 
     @property
     def num_removed(self) -> int:
@@ -63,9 +67,19 @@ class Mixture:
         return sum(of.overlay.num_removed for of in self.components)
 
     @property
+    def is_local(self) -> bool:
+        """Whether all of them lie in file systems of this machine."""
+        return all(of.is_local for of in self.components)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tars."""
+        return sum(int(of.shard_bytes.sum()) for of in self.components)
+
+    @property
     def bytes_per_sample(self) -> float:
         """Of a tar, on average."""
-        return sum(int(of.shard_bytes.sum()) for of in self.components) / max(1, self.num_samples)
+        return self.num_bytes / max(1, self.num_samples)
 
     def locate(self, samples: Int64) -> Located:
         """Where the images of samples lie (n,)."""
@@ -114,10 +128,10 @@ class Mixture:
         c = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
         return self.components[c].read_range(shard - int(self.first_shards[c]), start, end)
 
-    def check(self, sample: int, data: bytes | memoryview, located: Located, row: int) -> None:
-        """Raises SampleError unless `data` are the sample's bytes as they were packed; it is the row-th of those `located`."""
+    def checked(self, sample: int, data: bytes | memoryview, located: Located, row: int) -> bytes | memoryview:
+        """The sample's bytes as they were packed, as `Dataset.checked` has them. Raises SampleError, OSError and StorageError."""
         dataset, own = self.find(sample)
-        dataset.check(own, data, located, row)
+        return dataset.checked(own, data, located, row)
 
     def name_of(self, sample: int) -> tuple[str, str, str]:
         """Dataset, shard and key of the sample; the key is "?" where samples/ cannot be read."""

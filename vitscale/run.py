@@ -17,16 +17,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
-from data_tools.dataset import Dataset, DatasetError
+from data_tools.cache import Cache
+from data_tools.dataset import Dataset, DatasetError, read_header
 from data_tools.durable import replace_file
 from data_tools.errors import UserError
 from data_tools.overlay import overlay_names
+from data_tools.storage import Location, Url, exists, location
 from vitscale import checkpoint
 from vitscale.config import (
     ConfigError,
     FinetuneConfig,
+    StreamConfig,
     TrainConfig,
     changes,
     check_config,
@@ -54,7 +57,8 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
     asked = dataclasses.replace(asked, out=asked.out or f"runs/{asked.recipe}")
     if not all(asked.datasets) or not asked.datasets:
         raise ConfigError("no dataset is given; --data DATASET names the directory of a training split, as `vitscale pack` writes it")
-    dataset = Mixture([Dataset.open_checked(path) for path in asked.datasets])
+    stage, cache = stage_of(asked), cache_of(asked)
+    dataset = Mixture([Dataset.open_checked(path, stage=stage, cache=cache) for path in asked.datasets])
     config = _with_checkpoint(asked, dataset.num_classes) if isinstance(asked, FinetuneConfig) else asked
     check_config(config, world_size)
     classes = config.model.num_classes or dataset.num_classes
@@ -80,12 +84,12 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
             f"schedule.warmup_steps={warmup} and schedule.cooldown_steps={cooldown} take more than the run's {steps} steps; "
             f"--schedule.cooldown-steps {steps - warmup} works"
         )
-    eval_data = _eval_data(config, dataset)
+    eval_data = _eval_data(config, dataset, stage)
     return dataclasses.replace(
         config,
         eval_data=eval_data,
         model=dataclasses.replace(config.model, num_classes=classes),
-        stream=choose_order(config.stream, dataset.num_samples, config.global_batch_size),
+        stream=choose_order(_begun_order(config), dataset.num_samples, config.global_batch_size, remote=not dataset.is_local),
     )
 
 
@@ -103,14 +107,48 @@ def _with_checkpoint(asked: FinetuneConfig, num_classes: int) -> TrainConfig:
     return fine_tuning_run(asked, base.model, base.preprocess, folder, num_classes)
 
 
-def _eval_data(config: TrainConfig, dataset: Mixture) -> str:
+class _Places(Protocol):
+    """Where copies of datasets go: of a run's config, or of a verb's flags."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def cache(self) -> str: ...
+    @property
+    def cache_bytes(self) -> int | None: ...
+
+
+def stage_of(config: _Places) -> Path | None:
+    """The folder that a run's indices are mapped from."""
+    return Path(config.stage) if config.stage else None
+
+
+def cache_of(config: _Places) -> Cache | None:
+    """The cache that a run's tars are read through. Raises ConfigError, CacheError."""
+    if bool(config.cache) != (config.cache_bytes is not None):
+        raise ConfigError(
+            f"cache={config.cache!r} and cache_bytes={config.cache_bytes} go together; --cache /local/disk --cache-bytes 200GB"
+        )
+    return Cache(Path(config.cache), config.cache_bytes) if config.cache_bytes is not None else None
+
+
+def _begun_order(config: TrainConfig) -> StreamConfig:
+    """What is asked of the stream, with lanes and window of the run if it has begun: its data may lie elsewhere by now."""
+    run = Path(config.out)
+    if not (run / "run.json").is_file() or not (read_metrics(run) or checkpoint.committed(run)):
+        return config.stream
+    begun = read_config(run).stream
+    return dataclasses.replace(config.stream, lanes=config.stream.lanes or begun.lanes, window=config.stream.window or begun.window)
+
+
+def _eval_data(config: TrainConfig, dataset: Mixture, stage: Path | None) -> str:
     if config.eval_data == "none":
         return "none"
-    path = Path(config.eval_data) if config.eval_data else Path(config.datasets[0]).parent / "val"
-    trained_on = {Path(of).resolve() for of in config.datasets}
-    if not config.eval_data and (not (path / "dataset.json").is_file() or path.resolve() in trained_on):
+    trained_on = [location(of) for of in config.datasets]
+    path = location(config.eval_data) if config.eval_data else trained_on[0].parent / "val"
+    if not config.eval_data and (not _is_there(path / "dataset.json") or _resolved(path) in map(_resolved, trained_on)):
         return "none"
-    held_out = Dataset.open_checked(path)
+    held_out = Dataset.open_checked(path, stage=stage)
     if held_out.num_classes != dataset.num_classes or held_out.class_names != dataset.class_names:
         raise DatasetError(
             f"{path} has {held_out.num_classes} classes and {config.datasets[0]} has {dataset.num_classes}, or their names differ; "
@@ -119,6 +157,14 @@ def _eval_data(config: TrainConfig, dataset: Mixture) -> str:
     if config.objective.soft_targets:
         _check_scores(held_out)
     return str(path)
+
+
+def _is_there(file: Location) -> bool:
+    return exists(file) if isinstance(file, Url) else file.is_file()
+
+
+def _resolved(path: Location) -> Location:
+    return path if isinstance(path, Url) else path.resolve()
 
 
 def _check_scores(dataset: Dataset) -> None:
@@ -179,8 +225,8 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
 
 def _identity(path: str) -> dict[str, Any]:
     """What a run remembers of a dataset; `resolve` has checked its files."""
-    dataset = Dataset.open(path, check_shards=False)
-    return {"path": path, "name": dataset.name, "hash": dataset.content_hash, "samples": dataset.num_samples}
+    header = read_header(location(path))
+    return {"path": path, "name": header["name"], "hash": header["content_hash"], "samples": header["num_samples"]}
 
 
 def _check_same(run: Path, flag: str, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
@@ -209,7 +255,7 @@ def _several(of: dict[str, Any] | list[dict[str, Any]] | None) -> list[dict[str,
 def _overlays(run: Path, record: dict[str, Any], config: TrainConfig) -> dict[str, list[str]]:
     """The overlays that a start uses, of each dataset: all that are there. Raises RunError where one that was used before is not."""
     paths = dict(zip(overlay_fields(len(config.datasets)), config.datasets, strict=True)) | {"eval_data": config.eval_data}
-    used = {name: [] if path == "none" else list(overlay_names(Path(path))) for name, path in paths.items()}
+    used = {name: [] if path == "none" else list(overlay_names(location(path))) for name, path in paths.items()}
     before = record["starts"][-1].get("overlays", {}) if record["starts"] else {}  # which runs of before had not
     for name, now in used.items():
         path = paths[name]

@@ -230,7 +230,7 @@ class Maker:
     def _fill(self, sample: int, data: bytes | memoryview, located: Located, row: int, key: int, out_HWC: images.Pixels) -> str | None:
         """Writes a sample's pixels, or tells why it cannot be used."""
         try:
-            self.dataset.check(sample, data, located, row)
+            data = self.dataset.checked(sample, data, located, row)
         except SampleError as error:
             return error.reason
         try:

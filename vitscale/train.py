@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data_tools.cache import cache_advice
 from data_tools.dataset import Dataset
 from data_tools.errors import UserError
 from vitscale import checkpoint, keyed
@@ -34,7 +35,17 @@ from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
-from vitscale.run import cut_back, note_begin, overlay_fields, read_config, read_metrics, used_overlays, was_evaluated
+from vitscale.run import (
+    cache_of,
+    cut_back,
+    note_begin,
+    overlay_fields,
+    read_config,
+    read_metrics,
+    stage_of,
+    used_overlays,
+    was_evaluated,
+)
 from vitscale.stream import TrainStream
 from vitscale.transfer import on_device
 
@@ -56,12 +67,12 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
 
     # -- Data -------------------------------------------------------------------------------------------------------------------------
     overlays = used_overlays(run)  # as the start found them: one that comes while ranks start must not reach some of them
-    stage = Path(config.stage) if config.stage else None
-    dataset = Mixture.open(config.datasets, [overlays[name] for name in overlay_fields(len(config.datasets))], stage)
+    stage, cache = stage_of(config), cache_of(config)
+    dataset = Mixture.open(config.datasets, [overlays[name] for name in overlay_fields(len(config.datasets))], stage, cache)
     held_out = None
     if config.eval_data != "none":
         # Without check_shards, as above: every rank would ask the file system for every tar.
-        held_out = Dataset.open(config.eval_data, overlays=overlays["eval_data"], stage=stage, check_shards=False)
+        held_out = Dataset.open(config.eval_data, overlays=overlays["eval_data"], stage=stage, cache=cache, check_shards=False)
     last_step = total_steps(config, dataset.num_samples)
 
     # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------
@@ -96,6 +107,9 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         metrics.say(_headline(config, step, last_step, world_size, accumulate, sum(math.prod(s) for s in shapes.values())))
         if origin:
             metrics.say(origin)
+        if cache:
+            for said in cache_advice(cache.limit, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1):
+                metrics.say(said)
         if names := [name for of in dataset.components for name in of.overlay.names]:  # which may be others at the next start
             relabelled = sum(len(of.overlay.samples) for of in dataset.components)
             line = {"step": step, "samples_seen": samples_seen, "overlays": names}

@@ -22,7 +22,7 @@ import pytest
 import webdataset as wds
 import xxhash
 
-from data_tools import assemble
+from data_tools import assemble, ranges
 from data_tools import dataset as fmt
 from data_tools.dataset import Dataset, DatasetError, SampleError
 
@@ -131,7 +131,7 @@ def test_labels_are_padded(multi: Dataset) -> None:
 
 
 def test_threads_share_few_file_descriptors(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fmt, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(ranges, "OPEN_FILES", 2)
     dataset = pack_one(photos, out=tmp_path / "out", samples_per_shard=1)
     wanted = [dataset.read(i) for i in range(23)]
     order = np.random.default_rng(0).integers(0, 23, 1000).tolist()

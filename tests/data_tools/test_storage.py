@@ -625,7 +625,11 @@ def run(*words: str, code: str = "") -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["data", "verify", "s3://b/out/train"], "", "s3://b/out/train is not read from where it is; copy it to a disk"),
+        (["data", "repair", "s3://b/out/train"], "", "s3://b/out/train is not changed where it is; copy it to a disk"),
+        (["data", "dedup", "s3://b/out/train"], "", "s3://b/out/train is not changed where it is; copy it to a disk"),
+        (["data", "overlay", "s3://b/out/train", "--remove", "x"], "", "s3://b/out/train is not changed where it is; copy it to a disk"),
+        (["data", "index", "s3://b/out/train"], "", "s3://b/out/train is not indexed where it is; copy it to a disk"),
+        (["data", "stats", "s3://bucket-of-nobody/out/train"], "", "s3://bucket-of-nobody/out/train is not a dataset: s3://bucket-of-nobody"),
         (["pack", "s3://b/x", "OUT"], "sys.modules['obstore'] = None",
          "needs obstore, which is not installed; `pip install 'vitscale[cloud]'`"),
         (["pack", "photos", "s3://b/x"], "", "out=s3://b/x is in object storage, so work needs a folder here to go on from"),
@@ -653,7 +657,7 @@ def test_what_is_not_there_or_may_not_be_had(tmp_path: Path, server: Server, buc
     assert "\n" not in str(lost.value)
     with pytest.raises(Missing):
         RemoteFile(bucket / "nothing")
-    with pytest.raises(DatasetError, match="is not read from where it is"):
+    with pytest.raises(DatasetError, match=r"out is not a dataset: .*dataset\.json: No such file"):
         Dataset.open(bucket / "out")
 
 
