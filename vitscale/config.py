@@ -110,6 +110,10 @@ class ViewConfig:
     """Width over height of a random training crop."""
     flip: float = 0.5
     """Chance of a mirrored training image."""
+    randaugment_layers: int = 0
+    """Operations of RandAugment on a training image after crop and flip (arXiv 1909.13719; big_vision's list); 0 turns it off."""
+    randaugment_magnitude: float = 10.0
+    """How strong they are: recipes of the field have 0 (not nothing) to 20."""
     eval_crop: float = 0.875
     """Side of the central evaluation crop over the side the image is resized to; 1 resizes the image to the model's size, squashed."""
 
@@ -162,6 +166,30 @@ class ObjectiveConfig:
     label_smoothing: float = 0.0
     soft_targets: bool = False
     """Let the labels' scores weigh the targets; otherwise each label counts as 1."""
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Mixing of the training samples at positions 2j and 2j+1, images and targets (docs/data.md, "Augmentation"); evaluation has none."""
+
+    mixup_alpha: float = 0.0
+    """mixup (arXiv 1710.09412) with lambda from Beta(alpha, alpha); 0 turns it off."""
+    cutmix_alpha: float = 0.0
+    """CutMix (arXiv 1905.04899), likewise."""
+    prob: float = 1.0
+    """Chance that a pair is mixed at all."""
+    switch_prob: float = 0.5
+    """Chance of CutMix for a mixed pair where both are on."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any pair is mixed."""
+        return self.prob > 0 and max(self.mixup_alpha, self.cutmix_alpha) > 0
+
+    @property
+    def cutmix_share(self) -> float:
+        """The share of CutMix among mixed pairs."""
+        return self.switch_prob if self.mixup_alpha and self.cutmix_alpha else float(self.cutmix_alpha > 0)
 
 
 @dataclass(frozen=True)
@@ -263,6 +291,7 @@ class RunConfig:
     keep_checkpoints: int = 3
     """Newest checkpoints kept; 0 keeps all."""
     stream: StreamConfig = field(default_factory=StreamConfig)
+    mix: MixConfig = field(default_factory=MixConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -406,6 +435,13 @@ def check_config(config: TrainConfig, world_size: int) -> None:
     if (config.epochs > 0) == (config.steps > 0):
         raise ConfigError(f"epochs={config.epochs:g} and steps={config.steps}: set exactly one above 0")
     grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size)
+    if config.mix.is_on and config.micro_batch_size % 2:
+        unit = 2 * world_size
+        even = [m for m in range(2, config.micro_batch_size + 2, 2) if config.global_batch_size % (m * world_size) == 0]
+        works = f"micro_batch_size={even[-1]}" if even else f"global_batch_size={-(-config.global_batch_size // unit) * unit} with 2"
+        raise ConfigError(
+            f"micro_batch_size={config.micro_batch_size} must be even for mixup and CutMix, which mix pairs in it; {works} works"
+        )
     if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
         raise ConfigError("precision=bf16 with zero_stage=0 has no fp32 gradient accumulation in DeepSpeed; --engine.zero-stage 1 has")
     if not isinstance(config.engine.deepspeed.get("zero_optimization", {}), dict):
@@ -452,6 +488,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "stream.max_unusable_per_shard": 0, "optimizer.peak_lr": 0,
         "optimizer.weight_decay": 0, "optimizer.grad_clip": 0, "schedule.warmup_steps": 0,
         "schedule.cooldown_steps": 0, "schedule.end_lr": 0, "schedule.timescale": 1, "engine.checkpoint_every_n_blocks": 0,
+        "mix.mixup_alpha": 0, "mix.cutmix_alpha": 0, "preprocess.randaugment_layers": 0,
     }  # fmt: skip
     for name, low in least.items():
         value = _lookup(config, name)
@@ -471,8 +508,9 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ConfigError(f"{name}={_lookup(config, name):g} must lie in (0, 1)")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas={config.optimizer.betas} must both lie in [0, 1), as 0.9 0.999 do")
-    if not 0 <= config.preprocess.flip <= 1:
-        raise ConfigError(f"preprocess.flip={config.preprocess.flip:g} must lie in [0, 1]")
+    for name, high in (("preprocess.flip", 1), ("mix.prob", 1), ("mix.switch_prob", 1), ("preprocess.randaugment_magnitude", 30)):
+        if not 0 <= _lookup(config, name) <= high:
+            raise ConfigError(f"{name}={_lookup(config, name):g} must lie in [0, {high}]")
     for name in ("objective.label_smoothing", "optimizer.average_decay", "optimizer.momentum"):
         if not 0 <= _lookup(config, name) < 1:
             raise ConfigError(f"{name}={_lookup(config, name):g} must lie in [0, 1)")

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vitscale import keyed
+from vitscale.augment import randaugment
 from vitscale.config import PreprocessConfig
 
 Pixels = npt.NDArray[np.uint8]  # (height, width, 3)
@@ -20,11 +21,12 @@ _CROP_ATTEMPTS = 10
 
 
 def training_view(image: Image.Image, size: tuple[int, int], sample_key: int, config: PreprocessConfig) -> Pixels:
-    """A random resized crop, perhaps mirrored (Szegedy et al., arXiv 1409.4842; ranges of big_vision's inception_crop)."""
+    """A random resized crop (Szegedy et al., arXiv 1409.4842; big_vision's inception_crop), perhaps mirrored, then RandAugment."""
     box = random_crop(image.width, image.height, sample_key, config)
     view = image.resize((size[1], size[0]), _RESAMPLING[config.interpolation], box=box)
     pixels = np.asarray(view)
-    return pixels[:, ::-1] if keyed.uniform(sample_key, 0) < config.flip else pixels
+    pixels = pixels[:, ::-1] if keyed.uniform(sample_key, 0) < config.flip else pixels
+    return randaugment(pixels, sample_key, config.randaugment_layers, config.randaugment_magnitude)
 
 
 def random_crop(width: int, height: int, sample_key: int, config: PreprocessConfig) -> Box:

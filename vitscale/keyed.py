@@ -1,14 +1,14 @@
 """Randomness without state: numbers that are a pure function of a key, the same on every machine and under every split of the work.
 
-The order of samples, crops and flips draw from here, and stochastic depth from the same keys (`model.keyed_uniform`, on the device), so a
-resume needs no saved generator. Only initial weights and element dropout come from torch's generators, seeded by names and by keys.
-Keys are 64-bit; all functions work on whole arrays.
+The order of samples, crops, flips, RandAugment and mixing draw from here, and stochastic depth from the same keys (`model.keyed_uniform`,
+on the device), so a resume needs no saved generator. Only initial weights and element dropout come from torch's generators, seeded by names
+and by keys. Keys are 64-bit; all functions work on whole arrays.
 
 The mixer is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 """
 
 from collections.abc import Callable
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _ROUNDS = 8  # half-rounds of the Feistel network; tests/vitscale/test_keyed.py holds the distribution to account
 
 
+@unique
 class Purpose(IntEnum):
     """The first part of every key, so that no two uses of randomness share one."""
 
@@ -30,6 +31,8 @@ class Purpose(IntEnum):
     SAMPLE = 4  # crop, flip, stochastic depth
     DROPOUT = 5
     COMPONENT = 6  # the seed of a dataset among several
+    RANDAUGMENT = 7
+    MIXING = 8  # mixup and CutMix
 
 
 def mix(values: npt.ArrayLike) -> UInt64:
