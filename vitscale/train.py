@@ -2,7 +2,7 @@
 
     python -m vitscale.train RUN        one rank of the run in RUN, which `run.open_run` has prepared; the launcher starts all of them
 
-Follow one batch from here: `stream.py` (which samples, and their pixels) -> `model.py` -> `objective.py` -> `engine.py`.
+Follow one batch from here: `stream.py` (which samples, and their pixels) -> `mixing.py` -> `model.py` -> `objective.py` -> `engine.py`.
 `samples_seen` is the only clock: with it, the seed and the checkpoint's tensors a run continues exactly where it was.
 """
 
@@ -119,7 +119,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
         weights=config.data_weights,
     )  # fmt: skip
-    batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size), device())
+    batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size), device(), config.mix)
     if held_out and step > 0 and _due(step, last_step, config.eval_every) and not evaluated:  # the last start ended before it was
         _evaluate(engine, held_out, config, metrics, step, samples_seen)
     since_time, since_step = time.perf_counter(), step
@@ -130,8 +130,10 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
             batch = next(batches)
             if config.model.dropout:  # element dropout repeats at equal world size and micro-batch
                 torch.manual_seed(int(keyed.key(keyed.Purpose.DROPOUT, config.seed, step, micro, rank) >> 1))
-            logits_BK = engine.forward(normalize(batch.images_BHWC, config.preprocess), batch.keys_B)
-            micro_loss = compute_loss(logits_BK, batch.labels_BL, batch.scores_BL, config.objective)
+            images_BCHW = normalize(batch.images_BHWC, config.preprocess)
+            images_BCHW = batch.mix.images(images_BCHW) if batch.mix else images_BCHW
+            logits_BK = engine.forward(images_BCHW, batch.keys_B)
+            micro_loss = compute_loss(logits_BK, batch.labels_BL, batch.scores_BL, config.objective, batch.mix)
             engine.backward(micro_loss)
             try:
                 engine.step(lr)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitscale.config import MixConfig
+from vitscale.mixing import Mix, draw_mix
 from vitscale.stream import Batch
 
 
@@ -25,32 +27,39 @@ class DeviceBatch:
     scores_BL: Tensor
     keys_B: Tensor
     valid_B: Tensor
+    mix: Mix | None
+    """How its samples are to be mixed, if at all."""
 
 
-def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[DeviceBatch]:
-    """The batches on the device, in order."""
+def on_device(batches: Iterator[Batch], device: torch.device, mix: MixConfig | None = None) -> Iterator[DeviceBatch]:
+    """The batches on the device, in order, with what mixup and CutMix draw for them."""
     if device.type != "cuda":
         for batch in batches:
-            yield _sent(batch, device)
+            yield _sent(batch, device, mix)
         return
     copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     ahead: DeviceBatch | None = None
     for batch in batches:
         with torch.cuda.stream(copying):
-            sent = _sent(batch, device)
+            sent = _sent(batch, device, mix)
         if ahead is not None:
             yield ahead
         torch.cuda.current_stream(device).wait_stream(copying)
-        for tensor in vars(sent).values():
+        for tensor in (sent.images_BHWC, sent.labels_BL, sent.scores_BL, sent.keys_B, sent.valid_B, *(sent.mix or ())):
             tensor.record_stream(torch.cuda.current_stream(device))  # or its memory could be given away while the step still reads it
         ahead = sent
     if ahead is not None:
         yield ahead
 
 
-def _sent(batch: Batch, device: torch.device) -> DeviceBatch:
+def _sent(batch: Batch, device: torch.device, mix: MixConfig | None) -> DeviceBatch:
     def send(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
-    return DeviceBatch(*(send(array) for array in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.keys_B, batch.valid_B)))
+    images_BHWC, labels_BL, scores_BL, keys_B, valid_B = (
+        send(array) for array in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.keys_B, batch.valid_B)
+    )
+    height, width = images_BHWC.shape[1:3]
+    drawn = draw_mix(batch.keys_B, (height, width), mix) if mix else None
+    return DeviceBatch(images_BHWC, labels_BL, scores_BL, keys_B, valid_B, Mix(*map(send, drawn)) if drawn else None)
