@@ -18,7 +18,7 @@ from launch.data_verbs import DATA_VERBS
 from launch.flags import UsageError, given, parse, take_recipe
 from launch.local import run_ranks, visible_gpus
 from launch.terminal import Json, Verb, need, print_json, progress_bar
-from vitscale.config import FinetuneConfig, TrainConfig, settle_length
+from vitscale.config import EvalProtocol, FinetuneConfig, TrainConfig, settle_length
 from vitscale.recipes import FINETUNE, PRETRAIN, Recipe, recipe, recipe_name
 
 CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder or an exported folder."
@@ -106,6 +106,8 @@ class EvaluateFlags:
     batch_size: int = 64
     workers: int = 0
     """Threads that read and decode; 0 takes the cores there are, at most 8."""
+    eval_protocol: EvalProtocol | None = None
+    """Another evaluation preprocessing than the run's (docs/data.md, "Evaluation")."""
     stage: str = ""
     """As of `pretrain`."""
     cache: str = ""
@@ -124,7 +126,7 @@ def evaluate(words: list[str]) -> None:
     from vitscale.checkpoint import describe, find_checkpoint
     from vitscale.run import cache_of, stage_of
 
-    description = describe(find_checkpoint(flags.checkpoint))
+    description = describe(find_checkpoint(flags.checkpoint)).evaluated_by(flags.eval_protocol)
     dataset = Dataset.open_checked(flags.data, stage=stage_of(flags), cache=cache_of(flags))
     need("torch", "safetensors")
     from vitscale.evaluate import evaluate_checkpoint
@@ -184,6 +186,8 @@ class ExportFlags:
     to: Literal["timm", "safetensors"] = "timm"
     headless: bool = False
     """Leave out the head."""
+    eval_protocol: EvalProtocol | None = None
+    """Another evaluation preprocessing than the run's (docs/data.md, "Evaluation")."""
     weights: Weights = "average"
     json: Json = False
 
@@ -193,7 +197,7 @@ def checkpoint_export(words: list[str]) -> None:
     flags = parse(ExportFlags, words, "checkpoint export")
     from vitscale.checkpoint import describe, find_checkpoint
 
-    description = describe(find_checkpoint(flags.checkpoint))
+    description = describe(find_checkpoint(flags.checkpoint)).evaluated_by(flags.eval_protocol)
     need("torch", "safetensors")
     from vitscale.export import export
 

@@ -23,7 +23,7 @@ import xxhash
 
 from data_tools.durable import fsync, publish_folder, replace_file
 from data_tools.errors import UserError
-from vitscale.config import ConfigError, ObjectiveConfig, PreprocessConfig, ViTConfig, from_dict
+from vitscale.config import ConfigError, EvalProtocol, ObjectiveConfig, PreprocessConfig, ViTConfig, from_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +80,10 @@ class Description:
     def preferred(self, kind: str) -> str:
         """`average` where it is asked for and there is one, else `weight`."""
         return kind if kind in self.kinds else WEIGHT
+
+    def evaluated_by(self, protocol: EvalProtocol | None) -> "Description":
+        """The same, with another evaluation preprocessing where one is given."""
+        return replace(self, preprocess=replace(self.preprocess, eval_protocol=protocol)) if protocol else self
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

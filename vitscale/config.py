@@ -21,6 +21,8 @@ from data_tools.errors import UserError
 
 # By whose code position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned.
 Interpolation = Literal["timm", "deit", "timm_npz", "paper"]
+# Whose evaluation preprocessing: what timm does, big_vision, or the paper's code.
+EvalProtocol = Literal["timm", "big_vision", "paper"]
 
 
 WINDOW = 256  # samples
@@ -116,6 +118,9 @@ class ViewConfig:
     """How strong they are: recipes of the field have 0 (not nothing) to 20."""
     eval_crop: float = 0.875
     """Side of the central evaluation crop over the side the image is resized to; 1 resizes the image to the model's size, squashed."""
+    eval_protocol: EvalProtocol = "timm"
+    """Whose evaluation, to the pixel: timm's as said above, big_vision's (area, no antialias, never squashed) or the paper's code
+    (the whole image, bilinear without antialias); docs/data.md, "Evaluation"."""
 
 
 @dataclass(frozen=True)
@@ -521,6 +526,11 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ConfigError(f"preprocess.{name}=({low_end:g}, {high_end:g}) must satisfy {rule}")
     if not 0 < config.preprocess.eval_crop <= 1:
         raise ConfigError(f"preprocess.eval_crop={config.preprocess.eval_crop:g} must lie in (0, 1]")
+    if config.preprocess.eval_protocol == "paper" and config.preprocess.eval_crop != 1:
+        raise ConfigError(
+            f"preprocess.eval_crop={config.preprocess.eval_crop:g} means nothing under eval_protocol=paper, which shows the whole image; "
+            "--preprocess.eval-crop 1 says so"
+        )
     if min(config.preprocess.std) <= 0:
         raise ConfigError(f"preprocess.std={config.preprocess.std} must be above 0")
 

@@ -48,6 +48,11 @@ def export(description: Description, kind: str, out: Path, *, to: str, headless:
     class_names = description.class_names if exported.num_classes else None
     if to == "timm":
         weights, exported = as_timm(weights, exported)
+        if description.preprocess.eval_protocol != "timm":
+            raise CheckpointError(
+                f"timm does not evaluate by {description.preprocess.eval_protocol}'s protocol, so its figures would be others; "
+                "--eval-protocol timm exports for timm's, --to safetensors keeps this one"
+            )
     hidden = out.with_name(f".{out.name}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vitscale import keyed
+from vitscale import keyed, protocols
 from vitscale.augment import randaugment
 from vitscale.config import PreprocessConfig
 
@@ -51,7 +51,14 @@ def random_crop(width: int, height: int, sample_key: int, config: PreprocessConf
 
 
 def evaluation_view(image: Image.Image, size: tuple[int, int], config: PreprocessConfig) -> Pixels:
-    """The central crop, `eval_crop` of the resized image's tighter side; with 1, the whole image, squashed. The same pixels as timm's."""
+    """What `eval_protocol` shows: for timm, to the pixel, the central crop, `eval_crop` of the resized image's tighter side; with 1, the
+    whole image, squashed.
+    """
+    match config.eval_protocol:
+        case "big_vision":
+            return protocols.big_vision_view(np.asarray(image), size, config.eval_crop)
+        case "paper":
+            return protocols.paper_view(np.asarray(image), size)
     resized = image.resize(resized_for_crop(image.width, image.height, size, config.eval_crop), _RESAMPLING[config.interpolation])
     left, top = round((resized.width - size[1]) / 2), round((resized.height - size[0]) / 2)
     return np.asarray(resized.crop((left, top, left + size[1], top + size[0])))
