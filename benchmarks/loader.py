@@ -237,24 +237,21 @@ def workers(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     data = str(folder / name_of(*SIZES[0]))
     for _ in range(flags.rounds):
         for row in rows:
-            settings = {"worker_kind": row["kind"]}
+            settings = {"processes": row["kind"] == "processes"}
             answer = server.ask(
                 data=data, batch_size=row["micro_batch"], seconds=flags.seconds, workers=row["workers"], settings=settings,
                 beside=row["workers"] < len(CORES),
             )  # fmt: skip
             if "error" in answer:
-                row["error"] = answer["error"]
-                continue
+                raise SystemExit(f"{row}: {answer['error']}")
             row["rounds"].append(answer["rate"])
             row["python_slower"] += [answer[key] for key in ("python_slower",) if key in answer]
     server.close()
     print(f"{'':12}{'workers':>8}{'micro-batch':>13}{'images/s':>10}{'spread':>8}{'Python beside it slower by':>28}")
     for row in rows:
-        if row["rounds"]:
-            row |= middle(row["rounds"])
-            slower = f"{statistics.median(row['python_slower']) - 1:.0%}" if row["python_slower"] else ""
-            figures = f"{row['median']:>10,.0f}{row['spread']:>8.0%}{slower:>28}"
-        print(f"{row['kind']:12}{row['workers']:>8}{row['micro_batch']:>13}{figures if row['rounds'] else '  ' + row['error']}")
+        row |= middle(row["rounds"])
+        slower = f"{statistics.median(row['python_slower']) - 1:.0%}" if row["python_slower"] else ""
+        print(f"{row['kind']:12}{row['workers']:>8}{row['micro_batch']:>13}{row['median']:>10,.0f}{row['spread']:>8.0%}{slower:>28}")
     return {"rows": rows}
 
 

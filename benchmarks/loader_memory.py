@@ -114,6 +114,7 @@ def resume(folder: Path, shards: int) -> dict[str, Any]:
 def begin(dataset: Path, at: int) -> dict[str, float]:
     """A rank's start."""
     import vitscale.stream  # noqa: F401  (so that imports are over)
+    from vitscale.config import StreamConfig
 
     imported = sum(status(pid, "RssAnon") for pid in family())
     started = time.perf_counter()
@@ -127,7 +128,7 @@ def begin(dataset: Path, at: int) -> dict[str, float]:
         next(batches)
     own = sum(status(pid, "RssAnon") for pid in family()) - imported
     batches.close()
-    ahead = (stream.config.prefetch + 1) * MICRO_BATCH * PIXELS * PIXELS * 3 / 2**20
+    ahead = (StreamConfig().prefetch + 1) * MICRO_BATCH * PIXELS * PIXELS * 3 / 2**20
     return {"open_seconds": opened - started, "first_batch_seconds": first - opened, "own_MiB": own, "buffer_MiB": ahead}
 
 

@@ -20,10 +20,10 @@ import numpy as np
 from loader_systems import SIZE, Data, full_decoder, open_stream
 from PIL import Image
 
-from data_tools.dataset import Dataset
 from data_tools.images import decode
 from vitscale import images, keyed
 from vitscale.config import PreprocessConfig
+from vitscale.mixture import Mixture
 
 BATCH = 64
 
@@ -53,15 +53,17 @@ def measure(data: Data, count: int) -> dict[str, float]:
 
     torch.set_num_threads(1)
     preprocess = PreprocessConfig()
-    dataset = Dataset.open(data.dataset, check_shards=False)
-    stream = open_stream(data.dataset, BATCH)
+    dataset, order = Mixture.open([data.dataset]), open_stream(data.dataset, BATCH).order
     clock = Clock(count)
 
     positions = np.arange(count, dtype=np.int64)
     keys = keyed.key(keyed.Purpose.SAMPLE, 0, positions)
     places = [positions[start : start + BATCH] for start in range(0, count, BATCH)]
-    order = np.concatenate(clock.stage("order: positions to samples", stream.samples_at, places))
-    encoded = clock.stage("read: look-up, bytes, hash", dataset.read, order.tolist())
+    samples = np.concatenate(clock.stage("order: positions to samples", order.samples_at, places))
+    located = clock.stage("look-up in the index", lambda place: dataset.locate(samples[place]), places)
+    where = [(located[i // BATCH], i % BATCH) for i in range(count)]
+    encoded = clock.stage("read", lambda of: dataset.read_range(int(of[0].shards[of[1]]), *of[0].range(of[1])), where)
+    clock.stage("check the hash", lambda of: dataset.check(of[0], of[1], *of[2]), zip(samples.tolist(), encoded, where, strict=True))
     decoded = clock.stage("decode: JPEG to RGB, in full", decode, encoded)
     boxes = clock.stage(
         "draw the crop", lambda of: images.random_crop(of[0].width, of[0].height, of[1], preprocess), zip(decoded, keys, strict=True)
@@ -70,7 +72,7 @@ def measure(data: Data, count: int) -> dict[str, float]:
     mirrored = clock.stage("augment: mirror", lambda of: mirror(*of, preprocess), zip(views, keys, strict=True))
     slots = [np.zeros((BATCH, SIZE, SIZE, 3), np.uint8) for _ in places]
     clock.stage("collate: pixels to their slot", lambda of: slots[of[0] // BATCH].__setitem__(of[0] % BATCH, of[1]), enumerate(mirrored))
-    clock.stage("collate: labels", lambda place: dataset.labels(order[place]), places)
+    clock.stage("collate: labels", lambda place: dataset.labels(samples[place]), places)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     moved = clock.stage(f"transfer to {device}", lambda batch: torch.from_numpy(batch).to(device, non_blocking=True), slots)
     clock.stage(f"normalise on {device} (training, not the stream)", lambda batch: normalize(batch, preprocess), moved)

@@ -227,24 +227,24 @@ def open_stream(
     preprocess: dict[str, Any] | None = None, **settings: Any,
 ) -> Any:  # fmt: skip
     """vitscale's stream of training batches for rank 0, by default of a world of one; `settings` are StreamConfig's."""
-    from data_tools.dataset import Dataset
     from vitscale.config import PreprocessConfig, StreamConfig
+    from vitscale.mixture import Mixture
     from vitscale.stream import TrainStream
 
     return TrainStream(
-        Dataset.open(dataset, check_shards=False), (size, size), PreprocessConfig(**(preprocess or {})),
+        Mixture.open([dataset]), (size, size), PreprocessConfig(**(preprocess or {})),
         StreamConfig(**{"lanes": 1, "window": 2**20} | settings), seed=0, global_batch_size=batch_size,
         micro_batch_size=micro_batch_size or batch_size, rank=0, world_size=world_size, quarantine=dataset.parent / "quarantine.jsonl",
     )  # fmt: skip
 
 
-def vitscale_uint8(data: Data, workers: int, batch_size: int, **settings: str) -> Batches:
+def vitscale_uint8(data: Data, workers: int, batch_size: int, **settings: Any) -> Batches:
     """vitscale's stream as training takes it."""
     stream = open_stream(data.dataset, batch_size, workers=workers, **settings)
     return (batch.images_BHWC for batch in stream.micro_batches(0))
 
 
-def vitscale_float(data: Data, workers: int, batch_size: int, **settings: str) -> Batches:
+def vitscale_float(data: Data, workers: int, batch_size: int, **settings: Any) -> Batches:
     """The same, then normalised on the CPU: the numbers of `vitscale.model.normalize`, to the last bit, by looking each byte up."""
     import numpy as np
 
@@ -515,7 +515,7 @@ def main() -> None:
 
 def answered(
     system: str, cores: set[int], *, data: str, batch_size: int, seconds: float, workers: int = 0,
-    settings: dict[str, str] | None = None, beside: bool = False,
+    settings: dict[str, Any] | None = None, beside: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """One measurement; the loader is made for it, and ends with it."""
     turns_a_second = 2_000_000 / spin(2_000_000) if beside else 0.0

@@ -29,7 +29,7 @@ from vitscale.engine import Engine, device
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.recipes import vit
-from vitscale.stream import Batch
+from vitscale.transfer import DeviceBatch, on_device
 
 PREPROCESS, OBJECTIVE = PreprocessConfig(), ObjectiveConfig("softmax")
 PREFETCH = 2
@@ -74,7 +74,8 @@ def run(case: Case, data: Data, rounds: int) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))
     for_model, for_stream = cores[:1], cores[1:] or cores
     os.sched_setaffinity(0, for_stream)  # what the stream starts inherits this
-    batches = open_stream(data.dataset, case.batch, workers=len(for_stream), prefetch=PREFETCH).micro_batches(0)
+    stream = open_stream(data.dataset, case.batch, workers=len(for_stream), prefetch=PREFETCH)
+    batches = on_device(stream.micro_batches(0), device())
     alone = measure(batches, case.batch, seconds=2.0)["rate"]
     os.sched_setaffinity(0, for_model)
     step = training_step(case)
@@ -102,7 +103,7 @@ def run(case: Case, data: Data, rounds: int) -> dict[str, Any]:
     return found
 
 
-def timed(step: Callable[[Batch], None], batches: Iterator[Batch], count: int) -> float:
+def timed(step: Callable[[DeviceBatch], None], batches: Iterator[DeviceBatch], count: int) -> float:
     """Seconds that so many steps take, loading included."""
     started = time.perf_counter()
     for batch in itertools.islice(batches, count):
@@ -110,18 +111,15 @@ def timed(step: Callable[[Batch], None], batches: Iterator[Batch], count: int) -
     return time.perf_counter() - started
 
 
-def training_step(case: Case) -> Callable[[Batch], None]:
+def training_step(case: Case) -> Callable[[DeviceBatch], None]:
     """A whole step of `vitscale.train` on one batch."""
     model = ViT(case.model)
     initialize(model, 0)
     engine = Engine(model, EngineConfig(precision="fp32"), OptimizerConfig(peak_lr=1e-4), micro_batch_size=case.batch, grad_accum_steps=1)
 
-    def step(batch: Batch) -> None:
-        images_BHWC, labels_BL, scores_BL, keys_B = (
-            torch.from_numpy(a).to(device(), non_blocking=True) for a in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.keys_B)
-        )
-        logits_BK = engine.forward(normalize(images_BHWC, PREPROCESS), keys_B)
-        engine.backward(compute_loss(logits_BK, labels_BL, scores_BL, OBJECTIVE))
+    def step(batch: DeviceBatch) -> None:
+        logits_BK = engine.forward(normalize(batch.images_BHWC, PREPROCESS), batch.keys_B)
+        engine.backward(compute_loss(logits_BK, batch.labels_BL, batch.scores_BL, OBJECTIVE))
         engine.step(1e-4)
 
     return step
