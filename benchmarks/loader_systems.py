@@ -223,7 +223,7 @@ def worker_processes(workers: int) -> int:
 
 
 def open_stream(
-    dataset: Path, batch_size: int, size: int = SIZE, *, micro_batch_size: int = 0, world_size: int = 1,
+    dataset: Path, batch_size: int, size: int = SIZE, *, micro_batch_size: int = 0, world_size: int = 1, seed: int = 0,
     preprocess: dict[str, Any] | None = None, **settings: Any,
 ) -> Any:  # fmt: skip
     """vitscale's stream of training batches for rank 0, by default of a world of one; `settings` are StreamConfig's."""
@@ -233,7 +233,7 @@ def open_stream(
 
     return TrainStream(
         Mixture.open([dataset]), (size, size), PreprocessConfig(**(preprocess or {})),
-        StreamConfig(**{"lanes": 1, "window": 2**20} | settings), seed=0, global_batch_size=batch_size,
+        StreamConfig(**{"lanes": 1, "window": 2**20} | settings), seed=seed, global_batch_size=batch_size,
         micro_batch_size=micro_batch_size or batch_size, rank=0, world_size=world_size, quarantine=dataset.parent / "quarantine.jsonl",
     )  # fmt: skip
 
@@ -392,7 +392,7 @@ def ffcv(data: Data, workers: int, batch_size: int) -> Batches:
     decoder = RandomResizedCropRGBImageDecoder((SIZE, SIZE), SCALE, RATIO)
     scale = np.asarray([255.0 * m for m in MEAN]), np.asarray([255.0 * s for s in STD])
     steps = {
-        "image": [decoder, RandomHorizontalFlip(), ToTensor(), ToTorchImage(), NormalizeImage(*scale, np.float32)],
+        "image": [decoder, RandomHorizontalFlip(), NormalizeImage(*scale, np.float32), ToTensor(), ToTorchImage(channels_last=False)],
         "label": [IntDecoder(), ToTensor()],
     }
     loader = Loader(str(out), batch_size=batch_size, num_workers=workers, order=OrderOption.RANDOM, pipelines=steps, drop_last=True)

@@ -57,7 +57,8 @@ def write(folder: Path, width: int, height: int, count: int, names: int = 1) -> 
     return paths
 
 
-def packed(files: Path, out: Path, samples_per_shard: int = 200) -> Path:
-    """The same as a dataset of tars; its train split's folder."""
-    (one,) = pack(PackConfig((str(files),), str(out), samples_per_shard=samples_per_shard, check_images="header", jobs=1))
+def packed(files: Path, out: Path, samples_per_shard: int = 200, split: str = "train") -> Path:
+    """Files in class folders as a dataset of tars; its split's folder."""
+    config = PackConfig((str(files),), str(out), split=split, samples_per_shard=samples_per_shard, check_images="header", jobs=1)
+    (one,) = pack(config)
     return one.path
