@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +22,9 @@ from PIL import Image
 from data_tools.config import PackConfig
 from data_tools.dataset import Dataset
 from data_tools.pack import pack
+from data_tools.storage import Url, put
+
+ROOT = Path(__file__).parents[2]
 
 
 def make_image(number: int, kind: str = "JPEG", size: tuple[int, int] = (12, 9), mode: str = "RGB") -> bytes:
@@ -80,3 +90,61 @@ def photos(tmp_path: Path) -> Path:
 def packed(photos: Path, tmp_path: Path) -> Dataset:
     """The photos in five shards."""
     return pack_one(photos, out=tmp_path / "packed", samples_per_shard=5)
+
+
+# -- A bucket on loopback -----------------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """The process of `object_server.py`."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "tests.data_tools.object_server"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
+        assert self._process.stdout is not None
+        self.address = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def set(self, **how: object) -> dict[str, Any]:
+        """Tells what was asked since the last time, and what to do from now on."""
+        told: dict[str, Any] = json.load(urllib.request.urlopen(f"{self.address}/-/set?" + "&".join(f"{k}={v}" for k, v in how.items())))
+        return told
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def server(process: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
+    for name, value in {
+        "ENDPOINT_URL": process.address, "ALLOW_HTTP": "true", "ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    process.set()
+    return process
+
+
+BUCKETS = itertools.count()
+
+
+@pytest.fixture
+def bucket(server: Server) -> Url:
+    """A new bucket."""
+    name = f"bucket{next(BUCKETS)}"
+    urllib.request.urlopen(urllib.request.Request(f"{server.address}/{name}", method="PUT"))
+    return Url(f"s3://{name}")
+
+
+def upload(folder: Path, url: Url) -> Url:
+    """Puts all files of a folder."""
+    for name, data in tree(folder).items():
+        put(url / name, data)
+    return url

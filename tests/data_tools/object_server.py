@@ -5,6 +5,9 @@ Run as a program it prints its port and serves until its standard input ends, so
 Four kinds of fault: `503` and `500` without doing anything, `reset` (the connection is reset, in half of the cases after the request was
 carried out, so that a caller that asks again finds its own work done), and `short` (the body ends in the middle).
 
+Four more where they are named: `stall` (no answer before the caller's patience ends), `late` (requests that came at once are answered in
+another order), `shifted` (another range than was asked for, and said so), and `garbage` (other bytes, and nobody says so).
+
 Asked for it, the layer also kills a process with its N-th request (before or after it is carried out), or damages what is put.
 
 `/-/stats` tells what was asked and spoiled; `/-/set?rate=0.05&seed=1&kinds=503,500&latency=0.02` tells and changes it; `/-/redirect?to=URL`
@@ -17,6 +20,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import struct
@@ -31,6 +35,7 @@ from urllib.parse import parse_qs
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+STALL = 20.0  # seconds
 KINDS = ("503", "500", "reset", "short")
 SOMEBODY = "AWS4-HMAC-SHA256 Credential=id/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 PLAIN = [("Content-Type", "application/json")]
@@ -82,6 +87,14 @@ class Spoiler:
         if kind == "reset" and not late:
             self.note(environ, 0, kind)
             return reset(environ, start)
+        if kind == "stall":
+            self.note(environ, 0, kind)
+            time.sleep(STALL)
+            return reset(environ, start)
+        if kind == "late":
+            time.sleep(float(str(len(self.asked))[-1]) / 50)
+        if kind == "shifted" and (asked := re.fullmatch(r"bytes=(\d+)-(\d+)", environ.get("HTTP_RANGE", ""))):
+            environ["HTTP_RANGE"] = f"bytes={int(asked[1]) + 3}-{int(asked[2]) + 3}"
         if kind == "damage" and environ["REQUEST_METHOD"] == "PUT":
             body = bytearray(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"] or 0)))
             body[len(body) // 2] ^= 1
@@ -97,7 +110,9 @@ class Spoiler:
             self.note(environ, len(body) // 2, kind)
             start(*answered)
             return cut(environ, body)
-        self.note(environ, len(body), None)
+        if kind == "garbage" and environ["REQUEST_METHOD"] == "GET" and "HTTP_RANGE" in environ:
+            body = bytes(byte ^ 1 for byte in body)
+        self.note(environ, len(body), kind if kind in ("late", "shifted", "garbage") else None)
         start(*answered)
         return [body]
 

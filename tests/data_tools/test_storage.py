@@ -14,8 +14,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -35,64 +34,8 @@ from data_tools.origins import Origin, locate, read_images
 from data_tools.pack import OtherPackError, pack
 from data_tools.storage import Missing, RemoteFile, StorageError, Url, delete, in_turn, put, put_new, read_object, walk
 
-from .conftest import contents, make_image, pack_one, tree, write_files, write_table
+from .conftest import ROOT, Server, contents, make_image, pack_one, tree, upload, write_files, write_table
 from .object_server import KINDS
-
-ROOT = Path(__file__).parents[2]
-
-
-class Server:
-    """The process of `object_server.py`."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "tests.data_tools.object_server"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
-        assert self._process.stdout is not None
-        self.address = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
-
-    def end(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def set(self, **how: object) -> dict[str, Any]:
-        """Tells what was asked since the last time, and what to do from now on."""
-        told: dict[str, Any] = json.load(urllib.request.urlopen(f"{self.address}/-/set?" + "&".join(f"{k}={v}" for k, v in how.items())))
-        return told
-
-
-@pytest.fixture(scope="module")
-def process() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.end()
-
-
-@pytest.fixture
-def server(process: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
-    for name, value in {
-        "ENDPOINT_URL": process.address, "ALLOW_HTTP": "true", "ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "key", "REGION": "us-east-1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(f"AWS_{name}", value)
-    process.set()
-    return process
-
-
-BUCKETS = itertools.count()
-
-
-@pytest.fixture
-def bucket(server: Server) -> Url:
-    """A new bucket."""
-    name = f"bucket{next(BUCKETS)}"
-    urllib.request.urlopen(urllib.request.Request(f"{server.address}/{name}", method="PUT"))
-    return Url(f"s3://{name}")
-
-
-def upload(folder: Path, url: Url) -> Url:
-    for name, data in tree(folder).items():
-        put(url / name, data)
-    return url
 
 
 def objects(url: Url) -> dict[str, bytes]:

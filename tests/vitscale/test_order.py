@@ -137,6 +137,17 @@ def test_the_default_order(num_samples: int, batch: int, lanes: int, window: int
     assert (chosen.lanes, chosen.window) == (lanes, window)
 
 
+@pytest.mark.parametrize(("num_samples", "batch", "lanes", "window"), [
+    (1_281_167, 4096, 1024, 256), (1_281_167, 96, 32, 256), (100_000, 4096, 64, 256), (2048, 24, 2, 256), (1000, 96, 1, 1000),
+    (303_000_000, 4096, 1024, 256),
+])  # fmt: skip
+def test_the_default_order_of_a_dataset_that_is_far_away(num_samples: int, batch: int, lanes: int, window: int) -> None:
+    """Windows wherever a lane has four of them, as each read of a full shuffle is a request."""
+    chosen = choose_order(StreamConfig(), num_samples, batch, remote=True)
+    assert (chosen.lanes, chosen.window) == (lanes, window)
+    assert choose_order(StreamConfig(lanes=8, window=100), num_samples, batch, remote=True) == StreamConfig(lanes=8, window=100)
+
+
 def test_bad_orders_are_refused() -> None:
     with pytest.raises(ValueError, match="hold no samples"):
         EpochOrder(np.zeros(3), 0, 0, 1, 1)
