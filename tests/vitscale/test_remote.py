@@ -1,0 +1,69 @@
+"""Runs whose data lies in a bucket: the losses that a disk gives, the same order wherever the data goes, one line where it is wrong."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data_tools.cache import LEAST, CacheError
+from data_tools.dataset import DatasetError
+from data_tools.storage import Url
+from tests.data_tools.conftest import Server, bucket, process, server, tree, upload  # noqa: F401 - fixtures
+from tests.launch.test_command import SMALL, vitscale
+from tests.vitscale.test_run import begin
+from vitscale import config as config_module
+from vitscale.config import ConfigError, TrainConfig
+from vitscale.run import read_metrics, resolve
+
+
+@pytest.fixture(autouse=True)
+def _copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VITSCALE_CACHE", str(tmp_path / "copies"))
+
+
+def test_a_run_from_a_bucket_that_fails_learns_what_it_learns_from_a_disk(
+    dataset: Path, server: Server, bucket: Url, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    for split in ("train", "val"):
+        upload(dataset / split, bucket / "data" / split)
+    server.set(rate=0.05, seed=1)
+    losses = []
+    for place, out in ((dataset, "here"), (bucket / "data", "there")):
+        cache = ["--cache", tmp_path / "cache", "--cache-bytes", "64MiB"] if out == "there" else []
+        words = ["--data", place / "train", "--out", tmp_path / out, "--steps", "3", "--nproc", "2", *cache]
+        done = vitscale("pretrain", "tiny-digits", *SMALL, *words)
+        assert done.returncode == 0, done.stderr
+        losses.append([{name: line[name] for name in line if "loss" in name} for line in read_metrics(tmp_path / out)])
+    assert losses[0] == losses[1] != []
+    assert any("eval_loss" in line for line in losses[1]), "the sibling in the bucket is held out"
+    assert "cache: room for 15 blocks of 4 MiB, 100% of" in done.stdout
+    assert sum(server.set()["spoiled"].values()) > 0
+    assert any(name.endswith("/000000") for name in tree(tmp_path / "cache"))
+    assert json.loads((tmp_path / "there/run.json").read_text())["dataset"]["path"] == str(bucket / "data/train")
+    evaluated = vitscale("evaluate", tmp_path / "there", "--data", bucket / "data/val", "--json")
+    here = vitscale("evaluate", tmp_path / "there", "--data", dataset / "val", "--json")
+    assert json.loads(evaluated.stdout) | {"data": ""} == json.loads(here.stdout) | {"data": ""}
+
+
+def test_a_run_keeps_its_order_where_its_data_moves(
+    config: TrainConfig, dataset: Path, server: Server, bucket: Url, monkeypatch: pytest.MonkeyPatch, tmp_path: Path  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setattr(config_module, "WINDOW", 8)
+    url = upload(dataset / "train", bucket / "train")
+    there, here = replace(config, data=str(url), out=str(tmp_path / "there")), replace(config, out=str(tmp_path / "here"))
+    assert (resolve(there, 1).stream.lanes, resolve(here, 1).stream.lanes) == (4, 1)
+    assert begin(there).stream == begin(replace(there, data=config.data)).stream
+    assert begin(here).stream == begin(replace(here, data=str(url))).stream == begin(here).stream
+    assert resolve(replace(here, stream=replace(here.stream, lanes=2)), 1).stream.lanes == 2
+
+
+def test_what_cannot_be_is_one_line(config: TrainConfig, dataset: Path, server: Server, bucket: Url, tmp_path: Path) -> None:  # noqa: F811
+    url = upload(dataset / "train", bucket / "train")
+    with pytest.raises(ConfigError, match="cache='x' and cache_bytes=None go together; --cache /local/disk --cache-bytes 200GB"):
+        resolve(replace(config, cache="x"), 1)
+    with pytest.raises(CacheError, match="must be at least"):
+        resolve(replace(config, cache="x", cache_bytes=LEAST - 1), 1)
+    with pytest.raises(DatasetError, match="is not a dataset"):
+        resolve(replace(config, data=f"{url}x"), 1)
+    assert resolve(replace(config, data=str(url), eval_data=""), 1).eval_data == "none", "there is no sibling"
