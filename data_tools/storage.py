@@ -232,7 +232,9 @@ def _asked(url: Url, action: Callable[[Any], R]) -> R:
         except exceptions.GenericError as error:
             if "status code: 416" in str(error):
                 raise StorageError(f"{url} is shorter than it should be; put the whole file there again") from None
-            if "status code:" not in str(error) and re.search("HTTP error|response body|error sending request", str(error)):
+            if "status code:" not in str(error) and re.search(
+                r"HTTP error|response body|error sending request|Requested \d+\.\.\d+, got", str(error)
+            ):
                 raise _Passing(_line(error)) from None  # the connection's fault; a 5xx has been asked again often enough
             raise StorageError(f"{url} cannot be had: {_line(error)}; the same command goes on when it can") from None
         except ValueError as error:  # of a key that no object can have

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from data_tools import storage
 from data_tools.cache import LEAST, CacheError
-from data_tools.dataset import DatasetError
+from data_tools.dataset import Dataset, DatasetError
+from data_tools.errors import UserError
 from data_tools.storage import Url
 from tests.data_tools.conftest import Server, bucket, process, server, tree, upload  # noqa: F401 - fixtures
 from tests.launch.test_command import SMALL, vitscale
 from tests.vitscale.test_run import begin
+from tests.vitscale.test_stream import steps
 from vitscale import config as config_module
-from vitscale.config import ConfigError, TrainConfig
+from vitscale.config import ConfigError, StreamConfig, TrainConfig
 from vitscale.run import read_metrics, resolve
 
 
@@ -44,6 +47,43 @@ def test_a_run_from_a_bucket_that_fails_learns_what_it_learns_from_a_disk(
     evaluated = vitscale("evaluate", tmp_path / "there", "--data", bucket / "data/val", "--json")
     here = vitscale("evaluate", tmp_path / "there", "--data", dataset / "val", "--json")
     assert json.loads(evaluated.stdout) | {"data": ""} == json.loads(here.stdout) | {"data": ""}
+
+
+@pytest.mark.parametrize("reads", ["windows", "samples"])
+@pytest.mark.parametrize("kinds", ["503,500,reset,short", "stall", "late", "shifted", "garbage"])
+def test_batches_from_a_server_that_fails_are_those_of_a_disk(
+    dataset: Path, server: Server, bucket: Url, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kinds: str, reads: str  # noqa: F811
+) -> None:  # fmt: skip
+    """Answers that never come, end early, come in another order, or are another range or other bytes: asked for again until right."""
+    monkeypatch.setenv("AWS_READ_TIMEOUT", "1s")
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(storage, "LONGEST_WAIT", 0.1)
+    url = upload(dataset / "train", bucket / f"{kinds}-{reads}")
+    config = StreamConfig(lanes=2, window=16, workers=2, reads=reads)
+    here, there = Dataset.open(dataset / "train"), Dataset.open(url)
+    whole = steps(here, tmp_path, 22, world_size=1, micro=6, batch=12, config=config)
+    server.set(rate=0.02 if kinds == "garbage" else 0.1, seed=2, kinds=kinds)  # other bytes four times in a row would count as damage
+    assert steps(there, tmp_path, 22, world_size=1, micro=6, batch=12, config=config) == whole
+    assert sum(server.set()["spoiled"].values()) > 0
+    assert not (tmp_path / "quarantine.jsonl").exists(), "no sample is at fault"
+
+
+@pytest.mark.parametrize("reads", ["windows", "samples"])
+def test_a_server_that_is_gone_ends_a_stream_in_one_line(
+    dataset: Path, server: Server, bucket: Url, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reads: str  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setenv("AWS_READ_TIMEOUT", "1s")
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(storage, "LONGEST_WAIT", 0.02)
+    url = upload(dataset / "train", bucket / f"gone-{reads}")
+    config = StreamConfig(lanes=2, window=16, workers=2, reads=reads)
+    there = Dataset.open(url)
+    for kinds, told in (("503", "the same command goes on when it can"), ("stall", "no worker|reading shards/")):
+        patience = replace(config, read_timeout=2 if kinds == "stall" else 300)
+        server.set(rate=1, kinds=kinds)
+        with pytest.raises(UserError, match=told) as caught:
+            steps(there, tmp_path, 2, world_size=1, micro=12, batch=12, config=patience)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_run_keeps_its_order_where_its_data_moves(

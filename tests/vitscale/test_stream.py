@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_tools.amend import Changes, removals, write_overlay
 from data_tools.config import PackConfig
-from data_tools.dataset import Dataset
+from data_tools.dataset import Dataset, header_hash
 from data_tools.pack import pack
 from tests.conftest import write_images
 from vitscale.config import PreprocessConfig, StreamConfig, choose_order
@@ -29,13 +29,14 @@ PREPROCESS = PreprocessConfig(crop_scale=(0.3, 1.0))
 
 
 def stream(
-    dataset: Dataset, tmp_path: Path, *, rank: int = 0, world_size: int = 1, batch: int = 12, micro: int | None = None, seed: int = 0,
-    config: StreamConfig | None = None,
+    dataset: Dataset | Mixture, tmp_path: Path, *, rank: int = 0, world_size: int = 1, batch: int = 12, micro: int | None = None,
+    seed: int = 0, config: StreamConfig | None = None, weights: tuple[float, ...] = (),
 ) -> TrainStream:  # fmt: skip
-    chosen = choose_order(config or StreamConfig(workers=2), dataset.num_samples, batch)
+    mixture = Mixture([dataset]) if isinstance(dataset, Dataset) else dataset
+    chosen = choose_order(config or StreamConfig(workers=2), mixture.num_samples, batch)
     return TrainStream(
-        Mixture([dataset]), IMAGE_SIZE, PREPROCESS, chosen, seed=seed, global_batch_size=batch,
-        micro_batch_size=micro or batch // world_size, rank=rank, world_size=world_size, quarantine=tmp_path / "quarantine.jsonl",
+        mixture, IMAGE_SIZE, PREPROCESS, chosen, seed=seed, global_batch_size=batch, micro_batch_size=micro or batch // world_size,
+        rank=rank, world_size=world_size, quarantine=tmp_path / "quarantine.jsonl", weights=weights,
     )  # fmt: skip
 
 
@@ -74,24 +75,52 @@ def datasets(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> list[Da
     return made
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+BROKEN = np.array([0, 3, 4, 17, 22])
+
+
+@pytest.fixture(scope="session")
+def spoiled(tmp_path_factory: pytest.TempPathFactory, datasets: list[Dataset]) -> list[Dataset]:
+    """Two of them, each with a byte flipped in the images of five samples; for their other names they count as other datasets."""
+    made = []
+    for of in (datasets[1], datasets[3]):
+        folder = tmp_path_factory.mktemp("spoiled") / "train"
+        shutil.copytree(of.path, folder)
+        header = json.loads((folder / "dataset.json").read_text()) | {"name": "spoiled"}
+        (folder / "dataset.json").write_text(json.dumps(header | {"content_hash": header_hash(header)}))
+        located = of.locate(BROKEN)
+        for shard, (start, end) in ((of.shard_names[located.shards[i]], located.range(i)) for i in range(len(BROKEN))):
+            content = bytearray((folder / shard).read_bytes())
+            content[(start + end) // 2] ^= 0xFF
+            (folder / shard).write_bytes(content)
+        made.append(Dataset.open(folder))
+    return made
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_a_step_is_the_same_under_every_split(datasets: list[Dataset], tmp_path: Path, data: st.DataObject) -> None:
-    """Samples, labels, keys and pixels of each step: equal for any world size, micro-batch and number of threads, over epochs' ends."""
-    dataset = data.draw(st.sampled_from(datasets))
+def test_a_step_is_the_same_under_every_split(datasets: list[Dataset], spoiled: list[Dataset], tmp_path: Path, data: st.DataObject) -> None:
+    """Samples, labels, keys and pixels of each step, over epochs' ends, of one dataset or several, whole or damaged: equal for any world
+    size, micro-batch, number of threads and way of reading, also where these change from one step to the next."""
+    chosen = data.draw(st.lists(st.sampled_from([*datasets, *spoiled]), min_size=1, max_size=2, unique_by=lambda of: of.content_hash))
+    dataset = Mixture(chosen)
+    weights = data.draw(st.sampled_from([(), (1.0, 3.0), (0.9, 0.1)])) if len(chosen) == 2 else ()
     batch = data.draw(st.sampled_from([4, 12, 24]))
     seed, samples_seen = data.draw(st.integers(0, 2**32)), batch * data.draw(st.integers(0, 10))
     lanes = data.draw(st.sampled_from([0, 1, 2, 4]))
-    config = StreamConfig(lanes=lanes, window=data.draw(st.sampled_from([0, 1, 5, 64])), workers=1)
-    reference = steps(dataset, tmp_path, 3, samples_seen, world_size=1, micro=batch, batch=batch, seed=seed, config=config)
-    world_size = data.draw(st.sampled_from([w for w in (1, 2, 3, 4) if batch % w == 0]))
-    micro = data.draw(st.sampled_from([m for m in range(1, batch + 1) if (batch // world_size) % m == 0]))
-    split = StreamConfig(
-        lanes, config.window, workers=data.draw(st.integers(1, 4)), prefetch=data.draw(st.integers(1, 5)),
-        reads=data.draw(st.sampled_from(["auto", "windows", "samples"])), readers=data.draw(st.integers(1, 3)),
-    )  # fmt: skip
-    found = steps(dataset, tmp_path, 3, samples_seen, world_size=world_size, micro=micro, batch=batch, seed=seed, config=split)
-    assert found == reference
+    config = StreamConfig(lanes=lanes, window=data.draw(st.sampled_from([0, 1, 5, 64])), workers=1, reads="samples")
+    run = {"batch": batch, "seed": seed, "weights": weights}
+    reference = steps(dataset, tmp_path, 3, samples_seen, world_size=1, micro=batch, config=config, **run)
+    broken = {sample for of, first in zip(chosen, dataset.first_samples, strict=True) if of in spoiled for sample in BROKEN + first}
+    assert not broken & {sample for step in reference for _, sample, _, _ in step}
+    for first, count in data.draw(st.sampled_from([[(0, 3)], [(0, 1), (1, 2)], [(0, 2), (2, 1)]])):
+        world_size = data.draw(st.sampled_from([w for w in (1, 2, 3, 4, 12) if batch % w == 0]))
+        micro = data.draw(st.sampled_from([m for m in range(1, batch + 1) if (batch // world_size) % m == 0]))
+        split = StreamConfig(
+            lanes, config.window, workers=data.draw(st.integers(1, 4)), prefetch=data.draw(st.integers(1, 5)),
+            reads=data.draw(st.sampled_from(["auto", "windows", "samples"])), readers=data.draw(st.integers(1, 3)),
+        )  # fmt: skip
+        found = steps(dataset, tmp_path, count, samples_seen + first * batch, world_size=world_size, micro=micro, config=split, **run)
+        assert found == reference[first : first + count]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
