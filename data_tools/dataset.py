@@ -370,6 +370,11 @@ class Dataset:
         return not isinstance(self.path, Url)
 
     @property
+    def path_hides_overlays(self) -> bool:
+        """Whether it lies where nothing can be listed, so that overlays are not seen."""
+        return isinstance(self.path, Url) and self.path.on_web
+
+    @property
     def folder(self) -> Path:
         """Where it lies, for who changes it there. Raises DatasetError where that is object storage."""
         return check_on_disk(self.path)
