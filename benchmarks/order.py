@@ -7,7 +7,7 @@ No data: the order needs nothing but the number of samples in each shard. Sample
 
 *Locality*: windows are read whole by the rank that has their lane. Counted for ranks all over the world: the samples of all windows that
 they begin in 1,000 steps, against those that they use. A run under way has begun its first windows before; one that starts or resumes in
-the middle of windows reads these whole, so both are told. Shards: a rank has some lanes, each a stretch of the list of shards, side by side.
+the middle of windows reads these whole, so both are told. Shards: a rank has some lanes, each a stretch of the list of shards.
 
 *Shuffle quality* of a batch, beside a full permutation (`keyed.permute` over all samples) and a small model of MosaicML Streaming's py1e,
 after streaming/base/shuffle/py1e.py: in each of 32 canonical nodes, shards in random order, the samples of a shard shuffled and spread
