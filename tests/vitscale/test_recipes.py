@@ -27,7 +27,7 @@ from vitscale.recipes import FINETUNE, PRETRAIN, recipe, recipe_name, vit
 Recipe = Callable[[], TrainConfig]
 JFT, I21K, I1K = 303_000_000, 14_197_122, 1_281_167  # images
 CLASSES = {"jft300m": 18_291, "imagenet21k": 21_843, "imagenet1k": 1_000}
-SIZES = {"b": (12, 768, 3072, 12), "l": (24, 1024, 4096, 16), "h": (32, 1280, 5120, 16)}
+SIZES = {"ti": (12, 192, 768, 3), "s": (12, 384, 1536, 6), "b": (12, 768, 3072, 12), "l": (24, 1024, 4096, 16), "h": (32, 1280, 5120, 16)}
 
 # arXiv 2010.11929, table 3: epochs, peak lr, decay, weight decay, dropout.
 TABLE_3 = {
@@ -47,6 +47,19 @@ TABLE_3 = {
     "vit-b16-imagenet1k": (300, 3e-3, "cosine", 0.3, 0.1),
     "vit-l32-imagenet1k": (300, 3e-3, "cosine", 0.3, 0.1),
     "vit-l16-imagenet1k": (300, 3e-3, "cosine", 0.3, 0.1),
+}
+# big_vision's configs vit_s16_i1k, vit_i1k and vit_i21k: epochs, batch, RandAugment's magnitude, mixup, pool, position, objective, bias.
+AUGMENTED = {
+    "vit-s16-imagenet1k-plain": (90, 1024, 10, 0.2, "mean", "sincos", "softmax", 0.0),
+    "vit-ti16-imagenet1k-augreg": (300, 4096, 0, 0.0, "cls", "learned_1d", "sigmoid", -6.9),
+    "vit-s32-imagenet1k-augreg": (300, 4096, 15, 0.2, "cls", "learned_1d", "sigmoid", -6.9),
+    "vit-s16-imagenet1k-augreg": (300, 4096, 15, 0.5, "cls", "learned_1d", "sigmoid", -6.9),
+    "vit-b32-imagenet1k-augreg": (300, 4096, 15, 0.5, "cls", "learned_1d", "sigmoid", -6.9),
+    "vit-b16-imagenet1k-augreg": (300, 4096, 15, 0.5, "cls", "learned_1d", "sigmoid", -6.9),
+    "vit-l16-imagenet1k-augreg": (300, 4096, 15, 0.5, "cls", "learned_1d", "sigmoid", -6.9),
+    "vit-b32-imagenet21k-augreg": (300, 4096, 10, 0.2, "mean", "learned_1d", "sigmoid", -10.0),
+    "vit-b16-imagenet21k-augreg": (300, 4096, 10, 0.2, "mean", "learned_1d", "sigmoid", -10.0),
+    "vit-l16-imagenet21k-augreg": (300, 4096, 15, 0.5, "mean", "learned_1d", "sigmoid", -10.0),
 }
 # Table 4 and appendix B.1.1: steps, image side, warm-up, decay of the average, the grid that the peak lr is chosen from.
 OTHERS_GRID, IMAGENET_GRID = {0.001, 0.003, 0.01, 0.03}, {0.003, 0.01, 0.03, 0.06}
@@ -82,10 +95,10 @@ def count(model: ViTConfig) -> int:
 
 
 def test_the_tables_here_name_every_recipe() -> None:
-    assert set(names(PRETRAIN)) == TABLE_3.keys() | (TINY - {"tiny-finetune"})
+    assert set(names(PRETRAIN)) == TABLE_3.keys() | AUGMENTED.keys() | (TINY - {"tiny-finetune"})
     assert set(names(FINETUNE)) == TABLE_4.keys() | {"tiny-finetune"}
     everything = names(PRETRAIN) + names(FINETUNE)
-    assert len(everything) == len(set(everything)) == len(TABLE_3) + len(TABLE_4) + len(TINY)
+    assert len(everything) == len(set(everything)) == len(TABLE_3) + len(AUGMENTED) + len(TABLE_4) + len(TINY)
 
 
 @pytest.mark.parametrize("function", PRETRAIN + FINETUNE, ids=lambda f: f.__name__)
@@ -144,6 +157,29 @@ def test_pretraining_has_the_models_size(name: str) -> None:
     assert (model.patch_size, model.image_size, model.num_classes) == (int(variant[1:]), (224, 224), CLASSES[data])
     assert (model.pool, model.position, model.activation, model.representation_size) == ("cls", "learned_1d", "gelu", 0)
     assert count(model) == closed_form(model)
+
+
+@pytest.mark.parametrize("name", AUGMENTED)
+def test_augmented_recipes_are_big_visions(name: str) -> None:
+    config = recipe(name, PRETRAIN)
+    epochs, batch, magnitude, mixup, pool, position, objective, bias = AUGMENTED[name]
+    _, variant, data = name.split("-")[:3]
+    size, patch = variant.rstrip("0123456789"), int(variant.lstrip("tisbl"))
+    model = config.model
+    assert (model.depth, model.width, model.mlp_dim, model.num_heads) == SIZES[size]
+    assert (model.patch_size, model.image_size, model.num_classes) == (patch, (224, 224), CLASSES[data])
+    assert (model.pool, model.position, model.head_bias, model.dropout, model.drop_path_rate) == (pool, position, bias, 0.0, 0.0)
+    assert (config.epochs, config.steps, config.global_batch_size) == (epochs, 0, batch)
+    assert (config.preprocess.randaugment_layers, config.preprocess.randaugment_magnitude) == (2, magnitude)
+    assert (config.mix.mixup_alpha, config.mix.cutmix_alpha, config.mix.prob) == (mixup, 0.0, 1.0)
+    assert (config.objective.kind, config.objective.label_smoothing) == (objective, 0.0)
+    assert (config.preprocess.eval_protocol, config.preprocess.eval_crop) == ("big_vision", 224 / 256)
+    assert (config.optimizer.name, config.optimizer.peak_lr, config.optimizer.grad_clip) == ("adamw", 1e-3, 1.0)
+    assert config.optimizer.weight_decay == pytest.approx(1e-4 / 1e-3), "a step's, over the learning rate"
+    assert (config.schedule.kind, config.schedule.warmup_steps, config.schedule.end_lr) == ("cosine", 10_000, 0.0)
+    for world_size in (1, 8):
+        check_config(config, world_size)
+    assert config.schedule.warmup_steps < total_steps(config, I1K)
 
 
 def test_the_headline_recipe_has_the_published_cost() -> None:
