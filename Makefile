@@ -28,15 +28,15 @@ soak: $(VENV)/installed  ## the long proofs, in full
 peers: $(PEERS)/installed  ## side by side with timm, DALI and Energon; timm needs torchvision and so the CUDA build of torch
 	$(PEERS)/bin/python -m pytest -m peers
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt setup.py vitscale/_pixels.c
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train,quickstart,cloud,dedup,dev]"
 	touch $@
 
-$(PEERS)/installed: pyproject.toml
+$(PEERS)/installed: pyproject.toml setup.py vitscale/_pixels.c
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[train,cloud,dedup,dev,peers]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build *.egg-info vitscale/_pixels.*.so .pytest_cache .mypy_cache .ruff_cache

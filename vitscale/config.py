@@ -19,6 +19,7 @@ import tyro
 from data_tools.config import BYTES
 from data_tools.errors import UserError
 
+Decode = Literal["exact", "fast"]
 # By whose code position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned.
 Interpolation = Literal["timm", "deit", "timm_npz", "paper"]
 # Whose evaluation preprocessing: what timm does, big_vision, or the paper's code.
@@ -154,8 +155,9 @@ class StreamConfig:
     """Reads of windows, or of samples in object storage, that a rank has under way at once."""
     read_timeout: float = 300.0
     """Seconds without a micro-batch after which a run ends, telling what it waits for."""
-    decode: Literal["exact", "fast"] = "exact"
-    """Pixels as Pillow has them, or what is as good to train on and cheaper (docs/data.md); fixed when a run starts."""
+    decode: Decode = "exact"
+    """How training images are decoded: exact gives Pillow's pixels; fast decodes a JPEG at 1/2, 1/4 or 1/8 where the crop has that many
+    times the pixels that the model sees. Fixed when a run starts; evaluation is always exact."""
     max_unusable: int = 1000
     """Unusable samples that a run may replace, counted once each over all ranks and starts; more stop it."""
     max_unusable_per_shard: int = 100

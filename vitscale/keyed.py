@@ -53,8 +53,8 @@ def key(*parts: npt.ArrayLike) -> UInt64:
     return result
 
 
-def uniform(keys: npt.ArrayLike, draw: int) -> npt.NDArray[np.float64]:
-    """The draw-th number in [0, 1) of each key's own sequence."""
+def uniform(keys: npt.ArrayLike, draw: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The draw-th number in [0, 1) of each key's own sequence; arrays are broadcast."""
     bits: npt.NDArray[np.float64] = (key(keys, draw) >> np.uint64(11)).astype(np.float64)
     return bits * 2.0**-53
 

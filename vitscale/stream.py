@@ -30,11 +30,11 @@ from PIL import Image
 
 from data_tools.dataset import Located, SampleError
 from data_tools.errors import UserError
-from data_tools.images import decode
 from vitscale import images, keyed
-from vitscale.config import PreprocessConfig, StreamConfig
+from vitscale.config import Decode, PreprocessConfig, StreamConfig
 from vitscale.mixture import Mixture
 from vitscale.order import Int64, RunOrder
+from vitscale.pixels import Pixels
 from vitscale.quarantine import Fault, Quarantine
 from vitscale.reading import Awaited, Bytes, Reader, load, read
 from vitscale.workers import Rows, WorkerPool
@@ -184,16 +184,16 @@ class Maker:
     """
 
     def __init__(
-        self, dataset: Mixture, order: RunOrder | None, image_size: tuple[int, int], preprocess: PreprocessConfig, decode: str
+        self, dataset: Mixture, order: RunOrder | None, image_size: tuple[int, int], preprocess: PreprocessConfig, decode: Decode
     ) -> None:
         self.dataset, self.order, self.image_size, self.preprocess, self.decode = dataset, order, image_size, preprocess, decode
 
     def __call__(self, chunk: Chunk, rows: Rows) -> Made:
         """Fills the rows."""
-        samples, valid, faults = chunk.samples.copy(), chunk.samples >= 0, []
+        samples, valid, faults, draws = chunk.samples.copy(), chunk.samples >= 0, [], images.draws(chunk.keys)
         for i in np.flatnonzero(valid).tolist():
             for attempt, (sample, data, located, row) in enumerate(self._tried(chunk, i)):
-                reason = self._fill(sample, data, located, row, int(chunk.keys[i]), rows.array[i])
+                reason = self._fill(sample, data, located, row, int(chunk.keys[i]), draws[i], rows.array[i])
                 if reason is None:
                     samples[i] = sample
                     break
@@ -227,18 +227,19 @@ class Maker:
                 located = self.dataset.locate(np.array([substitute]))
                 yield substitute, read(self.dataset, int(located.shards[0]), *located.range(0)), located, 0
 
-    def _fill(self, sample: int, data: bytes | memoryview, located: Located, row: int, key: int, out_HWC: images.Pixels) -> str | None:
+    def _fill(
+        self, sample: int, data: bytes | memoryview, located: Located, row: int, key: int, draws: images.Draws, out_HWC: Pixels
+    ) -> str | None:
         """Writes a sample's pixels, or tells why it cannot be used."""
         try:
             data = self.dataset.checked(sample, data, located, row)
         except SampleError as error:
             return error.reason
         try:
-            image = decode(bytes(data))
             if self.order is None:
-                out_HWC[:] = images.evaluation_view(image, self.image_size, self.preprocess)
+                images.evaluation_view(data, self.image_size, self.preprocess, out_HWC)
             else:
-                out_HWC[:] = images.training_view(image, self.image_size, key, self.preprocess)
+                images.training_view(data, self.image_size, key, draws, self.preprocess, self.decode, out_HWC)
         except UNDECODABLE as error:
             return f"{type(error).__name__}: {error}"
         return None

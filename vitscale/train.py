@@ -107,8 +107,9 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         metrics.say(_headline(config, step, last_step, world_size, accumulate, sum(math.prod(s) for s in shapes.values())))
         if origin:
             metrics.say(origin)
-        if dataset.path_hides_overlays:
-            metrics.say(f"warning: {dataset.path} is on the web, where overlays are not seen: what one removes is trained on")
+        for of in dataset.components:
+            if of.path_hides_overlays:
+                metrics.say(f"warning: {of.path} is on the web, where overlays are not seen: what one removes is trained on")
         if cache:
             for said in cache_advice(cache.limit, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1):
                 metrics.say(said)

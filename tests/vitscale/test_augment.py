@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from tests.vitscale.test_images import png
 from vitscale import augment, images, keyed
 from vitscale.augment import OPS, Draw
 from vitscale.config import PreprocessConfig
@@ -163,15 +164,16 @@ def test_pixels_are_a_function_of_the_key() -> None:
 
 
 def test_training_views_are_augmented_after_crop_resize_and_flip() -> None:
-    image = Image.fromarray(picture(90, 70))
+    data = png(Image.fromarray(picture(90, 70)))
     off, on = PreprocessConfig(), PreprocessConfig(randaugment_layers=2, randaugment_magnitude=7.0)
     changed = 0
     for key in range(40):
-        plain, augmented = (images.training_view(image, (32, 24), key, config) for config in (off, on))
+        row = images.draws([key])[0]
+        plain, augmented = (images.training_view(data, (32, 24), key, row, config) for config in (off, on))
         assert (augmented == augment.randaugment(plain, key, 2, 7.0)).all()
         changed += (augmented != plain).any()
     assert changed > 30
-    assert (images.evaluation_view(image, (32, 24), on) == images.evaluation_view(image, (32, 24), off)).all()
+    assert (images.evaluation_view(data, (32, 24), on) == images.evaluation_view(data, (32, 24), off)).all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

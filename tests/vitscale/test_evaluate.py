@@ -12,7 +12,6 @@ import torch
 
 from data_tools.amend import removals, write_overlay
 from data_tools.dataset import Dataset, SampleError
-from data_tools.images import decode
 from tests.distributed import run_on_ranks
 from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale import images
@@ -42,10 +41,10 @@ def by_hand(checkpoint: Path, dataset: Dataset) -> dict[str, float]:
     views, labels = [], []
     for sample in range(dataset.num_samples):
         try:
-            image = decode(dataset.read(sample))
+            data = dataset.read(sample)
         except SampleError:
             continue
-        views.append(images.evaluation_view(image, MODEL.image_size, PREPROCESS))
+        views.append(images.evaluation_view(data, MODEL.image_size, PREPROCESS))
         labels.append(dataset.labels(np.array([sample]))[0][0, 0])
     with torch.no_grad():
         logits = load_model(describe(checkpoint), "weight")(normalize(torch.from_numpy(np.stack(views)), PREPROCESS)).double().numpy()

@@ -248,20 +248,20 @@ def test_timm_sees_the_same_pixels(size: tuple[int, int], target: tuple[int, int
     preprocess = PreprocessConfig(mean=(0.4, 0.5, 0.6), interpolation=interpolation, eval_crop=eval_crop)  # type: ignore[arg-type]
     said = json.loads(json.dumps(timm_config(model, preprocess, None)))["pretrained_cfg"]
     transform = create_transform(**resolve_data_config(pretrained_cfg=said), is_training=False)
-    image = photograph(size)
-    view = evaluation_view(image, target, preprocess)
+    data = photograph(size)
+    view = evaluation_view(data, target, preprocess)
     assert view.shape == (*target, 3)
-    theirs = transform(image)
+    theirs = transform(decode(data))
     pixels = ((theirs * torch.tensor(preprocess.std)[:, None, None] + torch.tensor(preprocess.mean)[:, None, None]) * 255).permute(1, 2, 0)
     np.testing.assert_array_equal(pixels.round().byte().numpy(), view)
     torch.testing.assert_close(normalize(torch.from_numpy(view.copy())[None], preprocess)[0], theirs, rtol=1e-6, atol=1e-6)
 
 
-def photograph(size: tuple[int, int]) -> Image.Image:
-    """A decoded JPEG of given width and height: smooth shapes and noise."""
+def photograph(size: tuple[int, int]) -> bytes:
+    """A JPEG of given width and height: smooth shapes and noise."""
     rng = np.random.default_rng(size)
     coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     noisy = np.clip(np.asarray(coarse) + rng.normal(0, 12, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(noisy).save(file, "JPEG", quality=90)
-    return decode(file.getvalue())
+    return file.getvalue()

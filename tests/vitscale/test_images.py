@@ -20,15 +20,27 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def draws(*keys: int) -> images.Draws:
+    """The rows of some keys; of one key, its row."""
+    rows = images.draws(np.array(keys, dtype=np.uint64))
+    return rows[0] if len(keys) == 1 else rows
+
+
 @given(SIDES, SIDES, st.integers(0, 2**64 - 1))
 def test_a_crop_lies_in_the_image(width: int, height: int, key: int) -> None:
-    left, top, right, bottom = images.random_crop(width, height, key, CONFIG)
+    left, top, right, bottom = images.random_crop(width, height, draws(key), CONFIG)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
 
 
 def test_crops_have_the_areas_and_ratios_asked_for() -> None:
-    boxes = np.array([images.random_crop(600, 600, int(keyed.mix(i)), CONFIG) for i in range(4000)])
+    boxes = np.array([images.random_crop(600, 600, row, CONFIG) for row in images.draws(keyed.mix(np.arange(4000)))])
     w, h = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     share, ratio = w * h / 600**2, w / h
     assert share.min() > 0.049
@@ -45,32 +57,39 @@ def test_crops_have_the_areas_and_ratios_asked_for() -> None:
     assert left_share.mean() == pytest.approx(0.5, abs=0.02)
 
 
+def test_draws_of_many_keys_are_those_of_each() -> None:
+    keys = keyed.mix(np.arange(5))
+    together = images.draws(keys)
+    for key, row in zip(keys, together, strict=True):
+        assert row.tolist() == [float(keyed.uniform(key, draw)) for draw in range(41)]
+
+
 def test_an_image_too_long_for_any_crop_is_cut_in_the_middle() -> None:
-    left, top, right, bottom = images.random_crop(1000, 10, 5, PreprocessConfig(crop_scale=(0.9, 1.0)))
+    left, top, right, bottom = images.random_crop(1000, 10, draws(5), PreprocessConfig(crop_scale=(0.9, 1.0)))
     assert (top, bottom) == (0, 10)
     assert right - left == round(10 * 4 / 3)
     assert left == pytest.approx((1000 - 13) / 2, abs=1)
 
 
 def test_a_view_is_a_function_of_its_key() -> None:
-    image = noise(50, 40)
-    views = [images.training_view(image, (16, 16), key, CONFIG) for key in (1, 1, 2)]
+    data = png(noise(50, 40))
+    views = [images.training_view(data, (16, 16), 0, row, CONFIG) for row in draws(1, 1, 2)]
     assert (views[0] == views[1]).all()
     assert (views[0] != views[2]).any()
 
 
 def test_half_of_the_views_are_mirrored() -> None:
-    image = Image.fromarray(np.tile(np.linspace(0, 255, 32, dtype=np.uint8)[None, :, None], (32, 1, 3)))  # dark to bright
-    views = [images.training_view(image, (8, 8), int(keyed.mix(i)), CONFIG) for i in range(2000)]
+    data = png(Image.fromarray(np.tile(np.linspace(0, 255, 32, dtype=np.uint8)[None, :, None], (32, 1, 3))))  # dark to bright
+    views = [images.training_view(data, (8, 8), 0, row, CONFIG) for row in images.draws(keyed.mix(np.arange(2000)))]
     mirrored = np.mean([view[:, 0].mean() > view[:, -1].mean() for view in views])
     assert mirrored == pytest.approx(0.5, abs=0.04)
     never = PreprocessConfig(flip=0.0)
-    assert all((v := images.training_view(image, (8, 8), i, never))[:, 0].mean() <= v[:, -1].mean() for i in range(50))
+    assert all((v := images.training_view(data, (8, 8), 0, row, never))[:, 0].mean() <= v[:, -1].mean() for row in draws(*range(50)))
 
 
 def test_without_crops_training_sees_the_whole_image_resized() -> None:
     image = noise(30, 20)
-    view = images.training_view(image, (8, 12), 9, PreprocessConfig(crop_scale=(1.0, 1.0), flip=0.0))
+    view = images.training_view(png(image), (8, 12), 0, draws(9), PreprocessConfig(crop_scale=(1.0, 1.0), flip=0.0))
     assert (view == np.asarray(image.resize((12, 8), Image.Resampling.BILINEAR))).all()
 
 
@@ -80,13 +99,13 @@ def test_evaluation_is_the_papers_resize_to_256_and_central_crop(size: tuple[int
     whole = image.resize(resized, Image.Resampling.BILINEAR)
     left, top = round((resized[0] - 224) / 2), round((resized[1] - 224) / 2)
     expected = np.asarray(whole)[top : top + 224, left : left + 224]
-    assert (images.evaluation_view(image, (224, 224), CONFIG) == expected).all()
+    assert (images.evaluation_view(png(image), (224, 224), CONFIG) == expected).all()
 
 
 def test_evaluation_with_crop_1_squashes_the_whole_image() -> None:
     image = noise(50, 20)
     expected = np.asarray(image.resize((24, 16), Image.Resampling.BICUBIC))
-    assert (images.evaluation_view(image, (16, 24), PreprocessConfig(eval_crop=1.0, interpolation="bicubic")) == expected).all()
+    assert (images.evaluation_view(png(image), (16, 24), PreprocessConfig(eval_crop=1.0, interpolation="bicubic")) == expected).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "LA", "I;16"])

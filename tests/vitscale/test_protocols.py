@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.vitscale.models import random_vit, write_checkpoint
+from tests.vitscale.test_images import png
 from vitscale import images, protocols
 from vitscale.checkpoint import CheckpointError, describe
 from vitscale.config import ConfigError, PreprocessConfig, TrainConfig, ViTConfig, check_config, from_dict, to_dict
@@ -119,7 +120,7 @@ def test_without_antialias_most_pixels_of_a_large_image_are_not_looked_at() -> N
     seen = protocols.paper_view(pixels, (8, 8))
     pixels[np.arange(64) % 8 < 3] = 0  # the middle of 8 lies between the 4th and the 5th
     assert (protocols.paper_view(pixels, (8, 8)) == seen).all()
-    assert (images.evaluation_view(Image.fromarray(pixels), (8, 8), PreprocessConfig(eval_crop=1.0)) != seen).any()
+    assert (images.evaluation_view(png(Image.fromarray(pixels)), (8, 8), PreprocessConfig(eval_crop=1.0)) != seen).any()
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -142,13 +143,13 @@ def test_pixels_are_those_of_tensorflow(size: tuple[int, int], big_vision: str, 
 
 def test_a_view_is_its_protocols_and_training_is_the_same_under_all() -> None:
     pixels = noise(60, 50)
-    image = Image.fromarray(pixels)
+    data = png(Image.fromarray(pixels))
     timm, big_vision, paper = (PreprocessConfig(eval_protocol=name) for name in ("timm", "big_vision", "paper"))  # type: ignore[arg-type]
-    views = [images.evaluation_view(image, (32, 32), config) for config in (timm, big_vision, paper)]
-    assert (views[0] == images.evaluation_view(image, (32, 32), PreprocessConfig())).all(), "timm's is what it was"
+    views = [images.evaluation_view(data, (32, 32), config) for config in (timm, big_vision, paper)]
+    assert (views[0] == images.evaluation_view(data, (32, 32), PreprocessConfig())).all(), "timm's is what it was"
     assert (views[1] == protocols.big_vision_view(pixels, (32, 32), 0.875)).all()
     assert (views[2] == protocols.paper_view(pixels, (32, 32))).all()
-    training = [images.training_view(image, (32, 32), 7, config) for config in (timm, big_vision, paper)]
+    training = [images.training_view(data, (32, 32), 7, images.draws([7])[0], config) for config in (timm, big_vision, paper)]
     assert (training[0] == training[1]).all()
     assert (training[0] == training[2]).all()
 
