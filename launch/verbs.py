@@ -137,7 +137,7 @@ def evaluate(words: list[str]) -> None:
         )  # fmt: skip
     if flags.json:
         of = {"checkpoint": str(description.path), "data": flags.data, "dataset": dataset.content_hash, "overlays": dataset.overlay.names}
-        print_json(of | dataclasses.asdict(result))
+        print_json(of | {"eval_protocol": description.preprocess.eval_protocol} | dataclasses.asdict(result))
         return
     skipped = f" ({result.skipped:,} more could not be read)" if result.skipped else ""
     skipped += f" (its overlays remove {result.removed:,})" if result.removed else ""

@@ -177,6 +177,20 @@ def test_json_is_json_and_agrees_with_the_run(run: Path, dataset: Path, tmp_path
     assert packed[0]["samples"] == 37
 
 
+def test_a_run_can_be_evaluated_and_exported_by_another_protocol(run: Path, dataset: Path, tmp_path: Path) -> None:
+    by = {
+        name: json.loads(vitscale("evaluate", run, "--data", dataset / "val", "--json", "--eval-protocol", name).stdout)
+        for name in ("timm", "paper")
+    }
+    assert {name: of["eval_protocol"] for name, of in by.items()} == {"timm": "timm", "paper": "paper"}
+    assert by["timm"]["loss"] != by["paper"]["loss"]
+    exported = tmp_path / "exported"
+    done = vitscale("checkpoint", "export", run, exported, "--eval-protocol", "big_vision")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "--eval-protocol timm exports for timm's" in done.stderr
+    assert not exported.exists()
+
+
 def test_what_does_not_train_works_without_torch(run: Path, dataset: Path, tmp_path: Path) -> None:
     """In an environment that has all of this one's packages but torch and deepspeed."""
     packages = tmp_path / "packages"
