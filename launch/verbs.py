@@ -106,8 +106,6 @@ class EvaluateFlags:
     batch_size: int = 64
     workers: int = 0
     """Threads that read and decode; 0 takes the cores there are, at most 8."""
-    eval_protocol: EvalProtocol | None = None
-    """Another evaluation preprocessing than the run's (docs/data.md, "Evaluation")."""
     stage: str = ""
     """As of `pretrain`."""
     cache: str = ""
