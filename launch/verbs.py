@@ -112,6 +112,8 @@ class EvaluateFlags:
     """As of `pretrain`."""
     cache_bytes: Annotated[int | None, BYTES] = None
     """As of `pretrain`."""
+    eval_protocol: EvalProtocol | None = None
+    """Another evaluation preprocessing than the run's (docs/data.md, "Evaluation")."""
     json: Json = False
 
 
