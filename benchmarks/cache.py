@@ -51,7 +51,7 @@ def main(folder: Path) -> None:
     for blocks in (10_000, 50_000):
         where = folder / f"many-{blocks}"
         for number in range(blocks):
-            file = where / "bench" / f"{number // 250:06d}" / f"{number % 250:06d}"
+            file = where / "vitscale-blocks/bench" / f"{number // 250:06d}" / f"{number % 250:06d}"
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("wb") as empty:
                 empty.truncate(BLOCK + 8 * BLOCK // CHUNK)  # takes no room
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
         started = time.perf_counter()
         full.read("bench/999999", SIZE, 0, 1, lambda first, last: data[first:last])
         seconds = time.perf_counter() - started
-        gone = blocks + 1 - sum(1 for _ in (where / "bench").glob("*/*"))
+        gone = blocks + 1 - sum(1 for _ in (where / "vitscale-blocks/bench").glob("*/*"))
         print(
             f"room: {seconds:.2f} s to look at {blocks:,} blocks and remove {gone:,}, {seconds / gone * 1e6:,.0f} us for each that can come"
         )

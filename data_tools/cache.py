@@ -3,14 +3,15 @@
 Where it stands: `ranges.py` reads through it. A tar is cut into blocks of BLOCK bytes; a read that touches one which is not there fetches
 the whole block, keeps it and hands out what was asked for.
 
-    DIR/HASH/SHARD/000017           a block: its bytes, then an xxh3_64 of every CHUNK of them
-    DIR/HASH/SHARD/000017.partial   one that is being fetched, locked by who does it
-    DIR/bytes, DIR/lock             how much lies here, and the lock of those who add to it or make room
+    DIR/vitscale-blocks/HASH/SHARD/000017           a block: its bytes, then an xxh3_64 of every CHUNK of them
+    DIR/vitscale-blocks/HASH/SHARD/000017.partial   one that is being fetched, locked by who does it
+    DIR/vitscale-blocks/bytes, lock                 how much lies here, and the lock of those who add to it or make room
 
 Invariants, whatever is killed at whatever instant:
 - no byte is handed out that does not have the checksum it was kept with, which is of its place too; a block that does not is fetched again;
 - a block bears its name only when it is whole;
 - the blocks of all that share DIR take no more than the limit, and those that are being written; what was used longest ago goes first;
+- nothing in DIR is removed but what bears the name of a block;
 - a cache that cannot be written or read costs a warning, once, and never a run.
 
 Left to others: whether what was fetched is right. Who finds that it is not reads again with `fresh`.
@@ -20,9 +21,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -36,8 +40,11 @@ from data_tools.errors import UserError
 BLOCK = 4 << 20  # bytes; a request for less is mostly waiting for its first byte, and one for more brings more that nobody wants
 CHUNK = 1 << 16  # bytes that have a checksum of their own, so that an image costs no hash of a whole block
 ROOM = 0.05  # share of the limit that is freed at once, so that one look at all blocks makes room for many
+REQUESTS = 4  # at once, where one read wants several blocks that are not here
 PATIENCE = 60.0  # seconds that a block is waited for which another process fetches; then it is fetched here too, and not kept
 TOUCH = 1.0  # seconds; a block's time of use is no more exact than that
+FOLDER = "vitscale-blocks"
+NAME = re.compile(r"\d{6,}(\.partial)?")
 LEAST = 16 * BLOCK  # the smallest limit
 
 Fetch = Callable[[int, int], bytes]  # the bytes [start, end) of a tar, or fewer at its end
@@ -59,8 +66,10 @@ class Cache:
         if limit < LEAST:
             raise CacheError(f"cache_bytes={limit} must be at least {LEAST}, 16 blocks of {BLOCK >> 20} MiB; 200GB is usual")
         self.folder, self.limit = folder, limit
+        self._blocks = folder / FOLDER
         self.hits = self.misses = 0  # blocks, of this process; counted without a lock
         self._usable = True
+        self._warning = threading.Lock()
 
     def read(self, tar: str, size: int, start: int, end: int, fetch: Fetch, *, fresh: bool = False) -> bytes:
         """The bytes [start, end) of a tar, from blocks that are here or are fetched now. Raises what `fetch` raises.
@@ -73,19 +82,28 @@ class Cache:
         """
         if not self._usable:
             return fetch(start, end)
-        parts = []
-        for number in range(start // BLOCK, -(-end // BLOCK)):
-            first, last = number * BLOCK, min((number + 1) * BLOCK, size)
-            place = _Place(self.folder / tar / f"{number:06d}", f"{tar}/{number}", last - first)
-            low, high = max(start, first) - first, min(end, last) - first
-            part = None if fresh else self._kept(place, low, high)
-            if part is None:
-                self.misses += 1
-                part = self._fetched(place, lambda first=first, last=last: fetch(first, last), fresh)[low:high]  # type: ignore[misc]
+        parts: dict[int, bytes] = {}
+        places = {}
+        for first in range(start - start % BLOCK, end, BLOCK):
+            place = _Place(self._blocks / tar, tar, first, min(first + BLOCK, size))
+            part = None if fresh else self._kept(place, max(start, first) - first, min(end, place.last) - first)
+            if part is not None:
+                parts[first] = part
             else:
-                self.hits += 1
-            parts.append(part)
-        return b"".join(parts)
+                places[first] = place
+        self.hits += len(parts)
+        self.misses += len(places)
+
+        def fetched(first: int) -> bytes:
+            place = places[first]
+            return self._fetched(place, lambda: fetch(first, place.last), fresh)[max(start, first) - first : min(end, place.last) - first]
+
+        if len(places) == 1:
+            parts |= {first: fetched(first) for first in places}
+        elif places:
+            with ThreadPoolExecutor(min(len(places), REQUESTS)) as pool:
+                parts |= zip(places, pool.map(fetched, places), strict=True)
+        return b"".join(parts[first] for first in sorted(parts))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Cache, (self.folder, self.limit)
@@ -182,10 +200,10 @@ class Cache:
     @contextmanager
     def _accounts(self) -> Iterator[_Total]:
         """How much lies here, while nobody else adds to it. It may be too much, where something was killed, but not too little."""
-        with open(self.folder / "lock", "a") as lock:
+        with open(self._blocks / "lock", "a") as lock:
             if not _locked(lock.fileno()):
                 raise OSError(f"another process holds {lock.name}")
-            total = _Total(self.folder / "bytes")
+            total = _Total(self._blocks / "bytes")
             if total.bytes < 0:
                 total.set(self._make_room(0))
             yield total
@@ -222,15 +240,18 @@ class Cache:
 
     def _entries(self) -> Iterator[os.DirEntry[str]]:
         """All blocks, and those that are being written."""
-        for dataset in os.scandir(self.folder):
-            if dataset.is_dir():
+        for dataset in os.scandir(self._blocks):
+            if dataset.is_dir(follow_symlinks=False):
                 for tar in os.scandir(dataset):
-                    if tar.is_dir():
-                        yield from os.scandir(tar)
+                    if tar.is_dir(follow_symlinks=False):
+                        yield from (entry for entry in os.scandir(tar) if NAME.fullmatch(entry.name))
 
     def _give_up(self, error: OSError) -> None:
-        if self._usable:
-            self._usable = False
+        if isinstance(error, FileNotFoundError):  # somebody empties the cache just now
+            return
+        with self._warning:
+            usable, self._usable = self._usable, False
+        if usable:
             print(
                 f"warning: the cache {self.folder} cannot be used ({error.strerror or error}); this process goes on without it",
                 file=sys.stderr, flush=True,
@@ -238,13 +259,14 @@ class Cache:
 
 
 class _Place:
-    """Where a block lies, and what it must be."""
+    """Where the block with the bytes [first, last) of a tar lies, and what it must be."""
 
-    def __init__(self, file: Path, name: str, size: int) -> None:
-        self.file, self.size = file, size
-        self.partial = file.with_name(f"{file.name}.partial")
-        self.stored = size + 8 * -(-size // CHUNK)
-        self._seed = xxhash.xxh3_64_intdigest(name.encode())
+    def __init__(self, folder: Path, tar: str, first: int, last: int) -> None:
+        number = first // BLOCK
+        self.file, self.partial = folder / f"{number:06d}", folder / f"{number:06d}.partial"
+        self.last, self.size = last, last - first
+        self.stored = self.size + 8 * -(-self.size // CHUNK)
+        self._seed = xxhash.xxh3_64_intdigest(f"{tar}/{number}".encode())
 
     def checksums(self, data: bytes, first: int = 0) -> np.ndarray:
         """An xxh3_64 for each chunk of some of its bytes that begin with a chunk, seeded with its place."""

@@ -35,7 +35,7 @@ from data_tools.errors import UserError
 from data_tools.overlay import LabelLists, Overlay, overlay_file, overlay_names, read_overlays
 from data_tools.ranges import TarRanges
 from data_tools.stage import copied, default_folder, staged
-from data_tools.storage import Location, Missing, Url, location, read_object, sequential, walk
+from data_tools.storage import Location, Missing, RemoteFile, Url, location, read_object, sequential, walk
 
 FORMAT = "vitscale-dataset"
 FORMAT_VERSION = 1
@@ -609,7 +609,12 @@ class Dataset:
 
     def key_or_not(self, sample: int) -> str:
         """The sample's key, or "?" where it cannot be read."""
+        shard = self._shard_number(sample)
+        name = samples_name(shard)
         try:
+            if isinstance(self.path, Url) and not (self._folder / name).is_file():  # for a word to people not the whole file is fetched
+                keys = _read_keys(RemoteFile(self.path / name, self._entries[name]["bytes"]), shard % SHARDS_PER_FOLDER)
+                return str(keys[sample - int(self.first_samples[shard])])
             return self.key(sample)
         except (OSError, LookupError, pa.ArrowException, UserError):  # a damaged samples file must not hide the first damage
             return "?"
@@ -639,7 +644,7 @@ def parse_classes(data: bytes) -> tuple[str, ...]:
     return tuple(data.decode().removesuffix("\n").split("\n"))
 
 
-def _read_keys(path: str, row_group: int) -> pa.Array:
+def _read_keys(path: str | RemoteFile, row_group: int) -> pa.Array:
     with pq.ParquetFile(path) as file:
         return file.read_row_group(row_group, columns=["key"])["key"].combine_chunks()
 

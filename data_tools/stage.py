@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -39,6 +40,8 @@ def default_folder() -> Path:
 
 def staged(place: Location, entry: dict[str, Any], folder: Path, *, check: bool = False) -> Path:
     """The copy of an index in `folder`; see `copied`."""
+    if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):  # it becomes a file's name
+        raise StageError(f"dataset.json says that {place} has the SHA-256 {entry['sha256']!r}, which is none; restore it")
     return copied(place, entry, folder / f"{entry['sha256']}{place.suffix}", check=check)
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def read(cache: Cache, number: int, start: int, end: int, asked: list[tuple[int,
 
 
 def blocks(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*/*/*") if path.is_file())
+    return sorted(path for path in folder.glob("vitscale-blocks/*/*/*") if path.is_file())
 
 
 def held(folder: Path) -> int:
@@ -60,7 +61,7 @@ def test_any_range_is_the_tar_s_and_is_fetched_once(tmp_path: Path) -> None:
         assert read(cache, 0, start, end, asked) == TARS[0][start:end]
     assert read(cache, 0, 0, SIZE, asked) == TARS[0]
     assert sorted(asked) == [(first, min(first + BLOCK, SIZE)) for first in range(0, SIZE, BLOCK)]
-    assert held(tmp_path) <= int((tmp_path / "bytes").read_text().split()[1]) < LEAST
+    assert held(tmp_path) <= int((tmp_path / "vitscale-blocks/bytes").read_text().split()[1]) < LEAST
     again = pickle.loads(pickle.dumps(cache))
     assert read(again, 0, 0, SIZE, asked) == TARS[0]
     assert (again.hits, again.misses, len(asked)) == (7, 0, 7)
@@ -102,13 +103,34 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     asked = list[tuple[int, int]]()
     read(cache, 2, 0, 3 * BLOCK)
     assert held(tmp_path) <= LEAST
-    gone = {file for number in (0, 1) for file in [tmp_path / f"0123456789abcdef/{number:06d}/{block:06d}" for block in range(7)]}
+    gone = {
+        file
+        for number in (0, 1)
+        for file in [tmp_path / f"vitscale-blocks/0123456789abcdef/{number:06d}/{block:06d}" for block in range(7)]
+    }
     gone -= set(blocks(tmp_path))
     assert gone
-    assert gone <= {tmp_path / f"0123456789abcdef/000001/{block:06d}" for block in range(6)}, "of the others those that were older"
+    assert gone <= {tmp_path / f"vitscale-blocks/0123456789abcdef/000001/{block:06d}" for block in range(6)}, (
+        "of the others those that were older"
+    )
     assert oldest.is_file()
     read(cache, 1, SIZE - 1, SIZE, asked)
     assert asked == []
+
+
+def test_nothing_else_is_ever_removed(tmp_path: Path) -> None:
+    """Whoever names their data folder as the cache by mistake loses nothing."""
+    mine = [tmp_path / name for name in ("photos/cat/000001", "a/b/c/d", "vitscale-blocks/0123456789abcdef/000000/notes.txt")]
+    for file in mine:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"mine")
+        os.utime(file, (1, 1))
+    (tmp_path / "vitscale-blocks" / "link").symlink_to(tmp_path / "photos")
+    cache = Cache(tmp_path, LEAST)
+    for number in range(5):
+        read(cache, number, 0, SIZE)
+    assert sum(file.name != "notes.txt" for file in blocks(tmp_path)) < 5 * 7, "room was made"
+    assert all(file.read_bytes() == b"mine" for file in mine)
 
 
 def test_threads_fetch_a_block_once(tmp_path: Path) -> None:
@@ -158,8 +180,10 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
                 assert process.stdout.readline() == b"1\n"
             steps = rng.randrange(1, 40)
             while steps and all(process.poll() is None for process in both):  # some blocks later, at whatever instant that is
-                before = {file.name for file in tmp_path.glob("*/*/*")}
-                while {file.name for file in tmp_path.glob("*/*/*")} == before and all(process.poll() is None for process in both):
+                before = {file.name for file in tmp_path.glob("vitscale-blocks/*/*/*")}
+                while {file.name for file in tmp_path.glob("vitscale-blocks/*/*/*")} == before and all(
+                    process.poll() is None for process in both
+                ):
                     pass
                 steps -= 1
         finally:
@@ -180,13 +204,36 @@ def test_killed_at_any_instant(tmp_path: Path) -> None:
 
 
 def test_a_count_that_is_lost_or_of_another_start_of_the_machine(tmp_path: Path) -> None:
-    for wrong in ("", "garbage", "0000-another-boot 00000000000000000000"):
+    cache = Cache(tmp_path, LEAST)
+    read(cache, 4, 0, SIZE)
+    for number, wrong in enumerate(("", "garbage", "0000-another-boot 00000000000000000000")):
         cache = Cache(tmp_path, LEAST)
-        for number in range(3):
-            (tmp_path / "bytes").write_text(wrong)
-            assert read(cache, number, 0, SIZE) == TARS[number]
-            assert held(tmp_path) <= int((tmp_path / "bytes").read_text().split()[1]) <= held(tmp_path) + STORED
-            assert held(tmp_path) <= LEAST
+        (tmp_path / "vitscale-blocks/bytes").write_text(wrong)
+        assert read(cache, number, 0, SIZE) == TARS[number]
+        counted = int((tmp_path / "vitscale-blocks/bytes").read_text().split()[1])
+        assert held(tmp_path) <= counted <= held(tmp_path) + module.REQUESTS * STORED, "those that were being written may count twice"
+        assert held(tmp_path) <= LEAST
+
+
+def test_the_folder_may_be_removed_while_it_is_used(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cache, rng, done = Cache(tmp_path, LEAST), random.Random(0), threading.Event()
+
+    def remove() -> None:
+        while not done.is_set():
+            shutil.rmtree(tmp_path / "vitscale-blocks", ignore_errors=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        removing = pool.submit(remove)
+        for _ in range(100):
+            number, start = rng.randrange(5), rng.randrange(SIZE - 50_000)
+            assert read(cache, number, start, start + 50_000) == TARS[number][start : start + 50_000]
+        done.set()
+        removing.result()
+    assert capfd.readouterr().err == ""
+    asked = list[tuple[int, int]]()
+    for _ in range(2):
+        read(cache, 0, 0, 1, asked)
+    assert len(asked) <= 1, "and it goes on"
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT])
