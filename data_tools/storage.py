@@ -253,7 +253,10 @@ def _web(process: int) -> Any:
     except ModuleNotFoundError:
         raise StorageError("http:// needs urllib3, which is not installed; `pip install 'vitscale[cloud]'` brings it") from None
     retries = urllib3.Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5)
-    return urllib3.PoolManager(num_pools=64, maxsize=64, retries=retries, timeout=urllib3.Timeout(connect=10, read=60))
+    told = os.environ.get("HTTP_READ_TIMEOUT", "60s")
+    if not re.fullmatch(r"\d{1,5}s", told):
+        raise StorageError(f"HTTP_READ_TIMEOUT={told} must be a number of seconds; 60s is usual")
+    return urllib3.PoolManager(num_pools=64, maxsize=64, retries=retries, timeout=urllib3.Timeout(connect=10, read=int(told[:-1])))
 
 
 def _from_web(url: Url, headers: dict[str, str], take: Callable[[Any], R]) -> R:

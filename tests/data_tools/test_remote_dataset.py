@@ -169,6 +169,20 @@ def test_a_server_that_never_answers_is_one_line(packed: Dataset, server: Server
     server.set(rate=0.3, kinds="stall", seed=1)
     assert dataset.read(7) == packed.read(7)
     storage._store.cache_clear()
+    monkeypatch.setenv("HTTP_READ_TIMEOUT", "1s")
+    monkeypatch.setattr(storage, "WEB_ATTEMPTS", 2)
+    storage._web.cache_clear()
+    server.set()
+    dataset = Dataset.open(f"{server.address}/{bucket.name}/train")
+    server.set(rate=1, kinds="stall")
+    with pytest.raises(StorageError, match=r"train-000001\.tar cannot be had: .*, 2 times; the same command goes on") as caught:
+        dataset.read(7)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setenv("HTTP_READ_TIMEOUT", "soon")
+    storage._web.cache_clear()
+    with pytest.raises(StorageError, match="HTTP_READ_TIMEOUT=soon must be a number of seconds; 60s is usual"):
+        dataset.read(7)
+    storage._web.cache_clear()
 
 
 def test_what_has_changed_or_is_gone_is_named(packed: Dataset, server: Server, bucket: Url, tmp_path: Path) -> None:
@@ -210,6 +224,19 @@ def test_what_has_changed_or_is_gone_is_named(packed: Dataset, server: Server, b
     put(url / "dataset.json", b"{}")
     with pytest.raises(DatasetError, match="does not say"):
         Dataset.open(url)
+
+
+def test_a_damaged_sample_has_its_key_and_costs_no_table(packed: Dataset, server: Server, bucket: Url, tmp_path: Path) -> None:
+    url = upload(packed.path, bucket / "train")
+    tar = bytearray((packed.path / packed.shard_names[2]).read_bytes())
+    tar[int(packed.locate(np.array([12])).offsets[0]) + 5] ^= 1
+    put(url / packed.shard_names[2], bytes(tar))
+    dataset = Dataset.open(url)
+    with pytest.raises(SampleError, match="do not have the index's xxh3_64") as caught:
+        dataset.read(12)
+    assert (caught.value.key, caught.value.shard) == (packed.key(12), packed.shard_names[2])
+    assert not list((tmp_path / "copies").rglob("samples/*"))
+    assert [dataset.read(sample) for sample in (11, 13)] == [packed.read(11), packed.read(13)]
 
 
 def test_an_overlay_that_is_not_what_it_says(packed: Dataset, server: Server, bucket: Url) -> None:
