@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,8 +108,11 @@ def amend(
     return Amended(str(path), *form.counts(path)), unknown
 
 
-def find_samples(dataset: Dataset, keys: pa.Array) -> np.ndarray:
-    """The numbers of the samples with these keys (int64), -1 where there is none. Reads all keys of the dataset once."""
+def find_samples(dataset: Dataset, keys: pa.Array, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
+    """The numbers of the samples with these keys (int64), -1 where there is none. Reads all keys of the dataset once.
+
+    `progress` is called with how many were looked at, and of how many.
+    """
     wanted = keys.cast(pa.large_string())
     found = np.full(len(wanted), -1, dtype=np.int64)
     first_places = pc.index_in(wanted, value_set=wanted).to_numpy()  # a key that stands twice is found at its first place
@@ -117,6 +120,7 @@ def find_samples(dataset: Dataset, keys: pa.Array) -> np.ndarray:
         places = pc.index_in(batch.cast(pa.large_string()), value_set=wanted)
         hits = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
         found[places.drop_null().to_numpy()] = first + hits
+        progress(first + len(batch), dataset.num_samples)
     of_each: np.ndarray = found[first_places]
     return of_each
 

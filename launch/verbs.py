@@ -267,7 +267,8 @@ def run_which(words: list[str]) -> None:
     from vitscale.which import which_sample, which_step
 
     if flags.sample is not None:
-        found = which_sample(Path(flags.run), flags.sample, flags.data)
+        with progress_bar("looking for the key", quiet=flags.json, unit="keys") as update:
+            found = which_sample(Path(flags.run), flags.sample, flags.data, update)
         if flags.json:
             print_json(dataclasses.asdict(found))
             return

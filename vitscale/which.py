@@ -9,9 +9,9 @@ answers: at its own positions, and as a stand-in at those of others. Both are gi
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +118,25 @@ def which_step(run: Path, step: int, rank: int | None = None, data: Sequence[str
     return StepSeen(str(run), step, step <= reached(run), world_size, tuple(seen))
 
 
-def which_sample(run: Path, key: str, data: Sequence[str] = ()) -> SampleSeen:
-    """The steps made so far that saw the sample with a key. Raises RunError where no dataset of the run has it."""
+def which_sample(
+    run: Path, key: str, data: Sequence[str] = (), progress: Callable[[int, int], None] = lambda done, total: None
+) -> SampleSeen:
+    """The steps made so far that saw the sample with a key. Raises RunError where no dataset of the run has it.
+
+    `progress` is called with how many keys were looked at, and of how many.
+    """
     past = _Past(run, data)
     batch, steps_made = past.config.global_batch_size, reached(run)
-    of_each = zip(past.mixture.components, past.mixture.first_samples.tolist(), strict=True)
-    numbers = [(int(find_samples(dataset, pa.array([key]))[0]), first) for dataset, first in of_each]
-    samples = [own + first for own, first in numbers if own >= 0]
+    samples = []
+    for dataset, first in zip(past.mixture.components, past.mixture.first_samples.tolist(), strict=True):
+        try:
+            own = int(find_samples(dataset, pa.array([key]), partial(_further, progress, first, past.mixture.num_samples))[0])
+        except (OSError, pa.ArrowException) as error:
+            raise RunError(
+                f"the keys of {dataset.path} cannot be read ({error}); a key is looked for in its samples/, on a disk: --data says where"
+            ) from None
+        if own >= 0:
+            samples.append(first + own)
     if not samples:
         raise RunError(f"no dataset of {run} has a sample with the key {key!r}; `vitscale data preview` and samples/*.parquet tell keys")
     end = steps_made * batch
@@ -133,6 +145,11 @@ def which_sample(run: Path, key: str, data: Sequence[str] = ()) -> SampleSeen:
     first = lines[0]["step"] if lines else steps_made + 1
     kept = tuple(folder.name for folder in checkpoint.committed(run) if checkpoint.step_of(folder) >= first)
     return SampleSeen(str(run), key, tuple(Named(*name) for name in past.names(samples).values()), steps_made, lines, kept)
+
+
+def _further(progress: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
+    """Progress in one dataset as progress in all of them."""
+    progress(before + done, total)
 
 
 class _Past:

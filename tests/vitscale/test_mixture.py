@@ -18,12 +18,10 @@ from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.pack import pack
 from tests.conftest import write_images
 from tests.distributed import run_on_ranks
-from tests.launch.test_command import SMALL, vitscale
 from tests.vitscale.test_run import begin, last_start
 from tests.vitscale.test_zero import TOLERANCE, case, variant
 from vitscale.config import ConfigError, TrainConfig, from_dict, to_dict, total_steps
 from vitscale.mixture import Mixture
-from vitscale.order import RunOrder
 from vitscale.run import RunError, read_config, resolve, status, used_overlays
 
 
@@ -69,13 +67,12 @@ def test_many_at_once_are_each_alone(mixture: Mixture) -> None:
     for row, number in enumerate(numbers.tolist()):
         dataset, own = mixture.find(number)
         data = mixture.read_range(int(located.shards[row]), *located.range(row))
-        mixture.check(number, data, located, row)
-        assert data == dataset.read(own)
+        assert mixture.checked(number, data, located, row) == data == dataset.read(own)
         of_own, scores_of_own = dataset.labels(np.array([own]))
         assert labels[row, : dataset.max_labels].tolist() == of_own[0].tolist()
         assert scores[row, : dataset.max_labels].tolist() == scores_of_own[0].tolist()
         with pytest.raises(SampleError, match="xxh3"):
-            mixture.check(number, data[:-1] + bytes([data[-1] ^ 1]), located, row)
+            mixture.checked(number, data[:-1] + bytes([data[-1] ^ 1]), located, row)
     assert not mixture.is_remote(numbers).any()
 
 
@@ -176,25 +173,16 @@ def test_a_dataset_of_which_overlays_leave_nothing_is_refused_in_a_mixture(confi
 
 
 def test_a_run_of_two_datasets_goes_on_at_another_world_size(config: TrainConfig, second: Path, tmp_path: Path) -> None:
-    """Stopped in the middle on two ranks and resumed on three, it sees the images and draws the loss of the run that one rank made."""
+    """Stopped in the middle on one rank and resumed on two, it sees the images and draws the loss of the run that was not stopped."""
     mixed = replace(config, data=(str(config.data), str(second)), data_weights=(2.0, 1.5), steps=16)
-    runs = {n: variant(mixed, tmp_path, name, world_size=n) for n, name in ((1, "whole"), (2, "part"), (3, "rest"))}
-    whole = run_on_ranks("tests.vitscale.test_zero:walk", 1, {"cases": {"whole": case(runs[1])}}, tmp_path)["whole"]
-    part = run_on_ranks("tests.vitscale.test_zero:walk", 2, {"cases": {"part": case(runs[2], stop_at=9)}}, tmp_path)["part"]
-    going_on = {"rest": case(runs[3], copy_of=str(tmp_path / "part"))}
-    rest = run_on_ranks("tests.vitscale.test_zero:walk", 3, {"cases": going_on}, tmp_path)["rest"]
+    walk = "tests.vitscale.test_zero:walk"
+    begun = {"part": case(variant(mixed, tmp_path, "part", world_size=1), stop_at=9)}
+    part = run_on_ranks(walk, 1, {"cases": begun}, tmp_path)["part"]
+    cases = {
+        "whole": case(variant(mixed, tmp_path, "whole", world_size=2)),
+        "rest": case(variant(mixed, tmp_path, "rest", world_size=2), copy_of=str(tmp_path / "part")),
+    }
+    whole, rest = run_on_ranks(walk, 2, {"cases": cases}, tmp_path).values()
     losses = [part["losses"][str(step)] for step in range(1, 10)] + [rest["losses"][str(step)] for step in range(10, 17)]
     np.testing.assert_allclose(losses, [whole["losses"][str(step)] for step in range(1, 17)], rtol=TOLERANCE)
     assert (part["images"][0] + rest["images"][0]) % 2**62 == whole["images"][0] % 2**62, "the same images"
-
-
-def test_the_command_mixes(dataset: Path, second: Path, tmp_path: Path) -> None:
-    """As typed; what the run saw of each is what the weights say."""
-    words = ("pretrain", "tiny-digits", "--data", dataset / "train", second, "--data-weights", "1", "3", "--out", tmp_path / "run")
-    done = vitscale(*words, *SMALL, "--json")
-    assert done.returncode == 0, done.stderr
-    config = read_config(tmp_path / "run")
-    assert config.datasets == (str(dataset / "train"), str(second))
-    order = RunOrder([Dataset.open(path).shard_sizes for path in config.datasets], config.data_weights, 0, 1, 1)
-    assert np.bincount(order.components_at(np.arange(48))).tolist() == [12, 36]
-    assert [of["samples"] for of in json.loads(done.stdout)["dataset"]] == [131, 43]

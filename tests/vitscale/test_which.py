@@ -100,7 +100,7 @@ def test_every_time_that_a_sample_was_seen_is_found(past: tuple[TrainConfig, dic
                 truth[sample].append(step)
     stood_in = 0
     for component, first in zip(mixture.components, mixture.first_samples.tolist(), strict=True):
-        for own in [*range(0, component.num_samples, 16), 3, 4]:
+        for own in [*range(0, component.num_samples, 40), 3, 4]:
             found = which_sample(run, component.key(own))
             of_key = [named.sample for named in found.samples]
             assert own + first in of_key
@@ -109,6 +109,7 @@ def test_every_time_that_a_sample_was_seen_is_found(past: tuple[TrainConfig, dic
     assert stood_in > 0
 
 
+@pytest.mark.parametrize("past", LAYOUTS[1:], indirect=True)
 def test_data_that_moved(past: tuple[TrainConfig, dict], dataset: Path, tmp_path: Path) -> None:
     config, _ = past
     run = Path(config.out)
@@ -146,10 +147,29 @@ def test_what_was_not_is_said_in_one_line(config: TrainConfig, tmp_path: Path) -
         which_step(run, 2)
 
 
-def test_as_typed(dataset: Path, tmp_path: Path) -> None:
-    """On a run that the command made: what a step saw, and from a key of it back to the step."""
+def test_without_samples_steps_are_told_and_keys_are_not(config: TrainConfig, tmp_path: Path) -> None:
+    copy = shutil.copytree(config.data, tmp_path / "copy")
+    run_steps(replace(config, data=str(copy)), 0, 2, 1)
+    shutil.rmtree(copy / "samples")
+    header = json.loads((copy / "dataset.json").read_text())
+    if any(name.startswith("samples/") for name in header["files"]):
+        with pytest.raises(RunError, match="--data says where it lies now"):
+            which_step(Path(config.out), 1)
+    else:
+        assert {of.key for of in which_step(Path(config.out), 1).samples} == {"?"}
+        with pytest.raises(RunError, match="samples/, on a disk: --data says where"):
+            which_sample(Path(config.out), "any")
+
+
+def test_as_typed(dataset: Path, second: Path, tmp_path: Path) -> None:
+    """On a run of two datasets that the command made: what a step saw, and from a key of it back to the step."""
     out = tmp_path / "run"
-    assert vitscale("pretrain", "tiny-digits", "--data", dataset / "train", "--out", out, *SMALL).returncode == 0
+    words = ("pretrain", "tiny-digits", "--data", dataset / "train", second, "--data-weights", 1, 3, "--out", out, *SMALL, "--json")
+    done = vitscale(*words)
+    assert done.returncode == 0, done.stderr
+    assert [of["samples"] for of in json.loads(done.stdout)["dataset"]] == [131, 43]
+    seen = [seen for n in range(1, 7) for seen in json.loads(vitscale("run", "which", out, "--step", n, "--json").stdout)["samples"]]
+    assert [sum(of["sample"] < 131 for of in seen), sum(of["sample"] >= 131 for of in seen)] == [12, 36]
     step = json.loads(vitscale("run", "which", out, "--step", 2, "--json").stdout)
     assert [seen["position"] for seen in step["samples"]] == list(range(8, 16))
     key = step["samples"][0]["key"]
