@@ -190,8 +190,13 @@ def _native_cut(cut: Cut, region: Region, rows_first: OrderRule | None = None) -
 
 
 def _rows_first_always(width: int, height: int, new_width: int, new_height: int) -> bool:
-    """Pillow up to 12 resizes along x, then along y."""
+    """Pillow up to 12.2 resizes along x, then along y."""
     return True
+
+
+def _rows_first_unless_very_tall(width: int, height: int, new_width: int, new_height: int) -> bool:
+    """Pillow 12.3 does so too, unless an image that shrinks along y is over a hundred times as high as wide."""
+    return new_height >= height or height <= 100 * width
 
 
 def _rows_first_unless_tall(width: int, height: int, new_width: int, new_height: int) -> bool:
@@ -201,7 +206,7 @@ def _rows_first_unless_tall(width: int, height: int, new_width: int, new_height:
 
 def _equals_pillow(rows_first: OrderRule) -> bool:
     """Whether the native resize with that rule gives what the Pillow that is installed gives, on a few sizes."""
-    sizes = (40, 30, 16, 16), (30, 40, 16, 16), (23, 24, 16, 16), (24, 23, 16, 17), (9, 40, 30, 12), (40, 9, 12, 30), (16, 40, 33, 41)
+    sizes = (40, 30, 16, 16), (30, 40, 16, 16), (23, 24, 16, 16), (24, 23, 16, 17), (9, 40, 30, 12), (40, 9, 12, 30), (2, 210, 9, 50)
     for width, height, new_width, new_height in sizes:
         noise = np.arange(width * height * 3, dtype=np.uint64) * np.uint64(2654435761) >> np.uint64(11)  # a multiplicative hash
         pixels, region = noise.astype(np.uint8).reshape(height, width, 3), (0, 0, width, height)
@@ -217,7 +222,7 @@ def _equals_pillow(rows_first: OrderRule) -> bool:
 
 _rows_first: OrderRule = _rows_first_always
 if _native:
-    equal = [rule for rule in (_rows_first_unless_tall, _rows_first_always) if _equals_pillow(rule)]
+    equal = [rule for rule in (_rows_first_unless_tall, _rows_first_unless_very_tall, _rows_first_always) if _equals_pillow(rule)]
     if equal:
         _rows_first = equal[0]
     else:
