@@ -19,8 +19,9 @@ check: $(VENV)/installed  ## format, lint, types, who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: $(VENV)/installed  ## a training step against peers, synthetic data
+bench: $(VENV)/installed  ## a training step and loading against peers
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/loader.py
 
 soak: $(VENV)/installed  ## the long proofs, in full
 	$(BIN)/python -m pytest -m soak -rP  # -rP prints the figures that they reach

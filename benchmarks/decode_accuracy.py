@@ -146,11 +146,11 @@ def write_photographs(folder: Path, learnt: int, asked: int) -> None:
 TASKS = {
     "fashion": Task(
         write_fashion, (20_000, 10_000), ViTConfig(depth=4, width=64, mlp_dim=128, num_heads=4, patch_size=4, image_size=(28, 28)),
-        crop_scale=(0.6, 1.0), steps=1200,
+        crop_scale=(0.6, 1.0), steps=800,
     ),
     "photographs": Task(
         write_photographs, (4_000, 1_500), ViTConfig(depth=4, width=64, mlp_dim=128, num_heads=4, patch_size=8, image_size=(48, 48)),
-        crop_scale=(0.3, 1.0), steps=1200,
+        crop_scale=(0.3, 1.0), steps=800,
     ),
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Loading against peers: images a second a core from JPEG photographs to 224-pixel training batches, and what of that reaches training.
 
-    python benchmarks/loader.py                                    # speed, stages, workers and training, some 8 minutes
-    python benchmarks/loader.py --peers .venv-peers/bin/python     # beside the peers that `make peers` installed
+    python benchmarks/loader.py                                    # speed, stages, workers and training, some 7 minutes
+    python benchmarks/loader.py --peers .venv-peers/bin/python     # beside the peers that `make peers` installed, 4 more
     python benchmarks/loader.py --parts memory resume              # minutes each; resume builds 11 GB of index unless --shards is less
     python benchmarks/loader.py --quick                            # that it runs; its figures mean nothing
 
@@ -15,9 +15,9 @@ Needs Debian's mate-backgrounds and opencv-doc. Parts:
     resume      first batch and memory at sample 0 and at 200 M of 303 M (loader_memory.py)
 
 Protocol of speed: a process a system and set of cores, all started before, each idle until it is told to run; they take turns, A B C A B C,
-for `--rounds`; each time the loader is made anew, two batches and 0.7 s are left out, and `--seconds` are timed from one batch's arrival to
-another's. A figure is the median of the rounds; the spread is the largest less the smallest, over the median. The files have been read just
-before, so nobody waits for a disk. Ratios are against webdataset with Pillow on the same cores.
+for `--rounds`; each time the loader is made anew, two batches and a third of `--seconds` are left out, and at least `--seconds` are timed
+from one batch's arrival to another's. A figure is the median of the rounds; the spread is the largest less the smallest, over the median.
+The files have been read just before, so nobody waits for a disk. Ratios are against webdataset with Pillow on the same cores.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="Python of an environment with the peers; without it they are left out")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="only these; all by default")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
     parser.add_argument("--images", type=int, default=400, help="different photographs of each size")
     parser.add_argument("--names", type=int, default=5, help="files that each of them is")
     parser.add_argument("--batch", type=int, default=64)
@@ -270,7 +270,7 @@ def child(script: str, *arguments: object) -> dict[str, Any]:
 
 def stages(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds an image of each stage."""
-    images = min(flags.images * flags.names, 1000)
+    images = min(flags.images, 400)
     return {
         name_of(*size): child("loader_stages.py", folder / name_of(*size), "--core", CORES[0], "--images", images, "--rounds", flags.rounds)
         for size in SIZES

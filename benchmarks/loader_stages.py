@@ -2,8 +2,10 @@
 
     python benchmarks/loader_stages.py FOLDER --core 0      # FOLDER as loader.py prepares it
 
-The stages are called one after another as the stream calls them, on all images before the next stage. Times are those of the thread that
-runs, which others on the machine disturb least. Prints a table, and as its last line JSON.
+The stages are called one after another as the stream calls them, on all images before the next stage. Decoding, cropping, resizing,
+mirroring and writing into the batch's slot are one call; how much of it is decoding is what the same call takes for a view as large as what
+is decoded, which resizes nothing. Times are those of the thread that runs, which others on the machine disturb least. Prints tables, and as
+its last line JSON.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ import numpy as np
 from loader_systems import SIZE, Data, full_decoder, open_stream
 from PIL import Image
 
-from data_tools.images import decode
-from vitscale import images, keyed
-from vitscale.config import PreprocessConfig
+from vitscale import images, keyed, pixels
+from vitscale.augment import randaugment
+from vitscale.config import Decode, PreprocessConfig
 from vitscale.mixture import Mixture
 
 BATCH = 64
+PREPROCESS = PreprocessConfig()
 
 
 def main() -> None:
@@ -37,22 +40,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     flags = parser.parse_args()
     os.sched_setaffinity(0, {flags.core})
-    rounds = [measure(Data(flags.folder), flags.images) for _ in range(flags.rounds)]
-    found = {name: statistics.median(taken[name] for taken in rounds) for name in rounds[0]}
-    print(f"{flags.folder.name}, CPU ms an image")
-    for name, milliseconds in found.items():
-        print(f"  {name:44}{milliseconds:8.3f}")
-    print(json.dumps(found))
+    modes: tuple[Decode, ...] = ("exact", "fast")
+    rounds = [{mode: measure(Data(flags.folder), flags.images, mode) for mode in modes} for _ in range(flags.rounds)]
+    found = {mode: {name: statistics.median(taken[mode][name] for taken in rounds) for name in rounds[0][mode]} for mode in modes}
+    print(f"{f'{flags.folder.name}, CPU ms an image':48}" + "".join(f"{mode:>9}" for mode in modes))
+    for name in found["exact"]:
+        print(f"  {name:46}" + "".join(f"{found[mode][name]:9.3f}" for mode in modes))
+    print(json.dumps(found | {"decoder": pixels.path_in_use()}))
 
 
-def measure(data: Data, count: int) -> dict[str, float]:
+def measure(data: Data, count: int, mode: Decode) -> dict[str, float]:
     """CPU milliseconds an image of each stage, once."""
     import torch
 
     from vitscale.model import normalize
 
     torch.set_num_threads(1)
-    preprocess = PreprocessConfig()
     dataset, order = Mixture.open([data.dataset]), open_stream(data.dataset, BATCH).order
     clock = Clock(count)
 
@@ -63,21 +66,23 @@ def measure(data: Data, count: int) -> dict[str, float]:
     located = clock.stage("look-up in the index", lambda place: dataset.locate(samples[place]), places)
     where = [(located[i // BATCH], i % BATCH) for i in range(count)]
     encoded = clock.stage("read", lambda of: dataset.read_range(int(of[0].shards[of[1]]), *of[0].range(of[1])), where)
-    clock.stage("check the hash", lambda of: dataset.check(of[0], of[1], *of[2]), zip(samples.tolist(), encoded, where, strict=True))
-    decoded = clock.stage("decode: JPEG to RGB, in full", decode, encoded)
-    boxes = clock.stage(
-        "draw the crop", lambda of: images.random_crop(of[0].width, of[0].height, of[1], preprocess), zip(decoded, keys, strict=True)
-    )
-    views = clock.stage("crop and resize", lambda of: resize(*of), zip(decoded, boxes, strict=True))
-    mirrored = clock.stage("augment: mirror", lambda of: mirror(*of, preprocess), zip(views, keys, strict=True))
+    clock.stage("check the hash", lambda of: dataset.checked(of[0], of[1], *of[2]), zip(samples.tolist(), encoded, where, strict=True))
+    draws = np.concatenate(clock.stage("draw crops and mirrors", lambda place: images.draws(keys[place]), places))
     slots = [np.zeros((BATCH, SIZE, SIZE, 3), np.uint8) for _ in places]
-    clock.stage("collate: pixels to their slot", lambda of: slots[of[0] // BATCH].__setitem__(of[0] % BATCH, of[1]), enumerate(mirrored))
-    clock.stage("collate: labels", lambda place: dataset.labels(samples[place]), places)
+    for slot in slots:
+        slot += 1  # so that its memory is there
+    views = list(zip(encoded, draws, rows_of(slots), strict=False))
+    clock.stage("decode, crop, resize, mirror, to its slot", lambda of: view(*of, mode), views)
+    clock.stage("labels", lambda place: dataset.labels(samples[place]), places)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     moved = clock.stage(f"transfer to {device}", lambda batch: torch.from_numpy(batch).to(device, non_blocking=True), slots)
-    clock.stage(f"normalise on {device} (training, not the stream)", lambda batch: normalize(batch, preprocess), moved)
-    stages = sum(clock.milliseconds[name] for name in clock.milliseconds if not name.startswith("normalise"))
-    clock.milliseconds["the stream's stages together"] = stages
+    together = sum(clock.milliseconds.values())
+    cuts = [natural_cut(data, draw, mode) for data, draw, _ in views]
+    outs = [np.ones((cut.size[1], cut.size[0], 3), np.uint8) for cut, _ in cuts]
+    clock.stage("of it decoding", lambda of: decode_alone(*of), zip(encoded, cuts, outs, strict=True))
+    clock.milliseconds["the stream's stages together"] = together
+    clock.stage("RandAugment(2, 10), where it is asked for", lambda of: randaugment(*of, 2, 10), zip(rows_of(slots), keys, strict=False))
+    clock.stage(f"normalise on {device}, which is training's", lambda batch: normalize(batch, PREPROCESS), moved)
     clock.stage("beside: libjpeg-turbo's full decode alone", full_decoder(), encoded)
     clock.stage("beside: Pillow's full decode alone", lambda jpeg: Image.open(io.BytesIO(jpeg)).load(), encoded)
     return clock.milliseconds
@@ -98,14 +103,28 @@ class Clock:
         return results
 
 
-def resize(image: Image.Image, box: images.Box) -> images.Pixels:
-    """As `images.training_view`."""
-    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box))
+def rows_of(batches: list[pixels.Pixels]) -> Iterator[pixels.Pixels]:
+    """Their images, one after another."""
+    return (image for batch in batches for image in batch)
 
 
-def mirror(pixels: images.Pixels, key: np.uint64, preprocess: PreprocessConfig) -> images.Pixels:
-    """As `images.training_view`, where the mirrored view is copied by collating."""
-    return pixels[:, ::-1] if keyed.uniform(key, 0) < preprocess.flip else pixels
+def view(data: bytes, draws: images.Draws, slot: pixels.Pixels, mode: Decode) -> None:
+    """As the stream's workers call it."""
+    images.training_view(data, (SIZE, SIZE), draws, PREPROCESS, mode, out=slot)
+
+
+def natural_cut(data: bytes, draws: images.Draws, mode: Decode) -> tuple[pixels.Cut, int]:
+    """The same crop in the size in which it is decoded, and at which part of its size that is."""
+    with Image.open(io.BytesIO(data)) as image:
+        region = images.random_crop(image.width, image.height, draws, PREPROCESS)
+    scale = images.decoding_scale(pixels.Cut(region, (SIZE, SIZE), "bilinear")) if mode == "fast" else 1
+    left, top, right, bottom = region
+    return pixels.Cut(region, ((right - left) // scale, (bottom - top) // scale), "bilinear"), scale
+
+
+def decode_alone(data: bytes, cut: tuple[pixels.Cut, int], out: pixels.Pixels) -> None:
+    """The crop in that size."""
+    pixels.cut_pixels(data, out, lambda width, height: cut[0], lambda _: cut[1])
 
 
 if __name__ == "__main__":

@@ -426,8 +426,9 @@ PACKAGES = "torch torchvision pillow webdataset mosaicml-streaming litdata nvidi
 # -- One process a system -----------------------------------------------------------------------------------------------------------------
 
 
-def measure(batches: Batches, batch_size: int, seconds: float, warm: float = 0.7) -> dict[str, float]:
-    """Images a second from one batch's arrival to another's, after two batches and `warm` seconds, for `seconds` or more."""
+def measure(batches: Batches, batch_size: int, seconds: float) -> dict[str, float]:
+    """Images a second from one batch's arrival to another's, for `seconds` or more, after two batches and a third of that time."""
+    warm = seconds / 3
     begun = time.perf_counter()
     taken = 0
     while taken < 2 or time.perf_counter() - begun < warm:

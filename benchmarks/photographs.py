@@ -1,6 +1,8 @@
 """Photographs for benchmarks: pieces of Debian's (opencv-doc, mate-backgrounds), in the sizes wanted, as files and as tars."""
 
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +13,27 @@ from data_tools.pack import pack
 
 SOURCES = ("/usr/share/doc/opencv-doc", "/usr/share/backgrounds")
 QUALITY = 90
+MOST = 60  # photographs that pieces are taken from: each is some MB of memory while it is cut
 LARGEST = 2400  # pixels; the largest photographs are made smaller first, which takes less time and memory
 
 
-def sources(width: int, height: int) -> list[Image.Image]:
-    """All colour photographs that are at least that large, in the order of their paths."""
-    found = []
+def sources(width: int, height: int, most: int | None = None) -> list[Image.Image]:
+    """The colour photographs that are at least that large, `most` of them or all, in the order of their paths."""
+    found = list(itertools.islice(_sources(width, height), most))
+    if not found:
+        raise SystemExit(f"no photographs of {width}x{height} pixels in {' or '.join(SOURCES)}: install mate-backgrounds and opencv-doc")
+    return found
+
+
+def _sources(width: int, height: int) -> Iterator[Image.Image]:
     for path in sorted(path for folder in SOURCES for path in Path(folder).rglob("*.jp*g")):
         try:
             with Image.open(path) as image:
                 if image.mode == "RGB" and image.width >= width and image.height >= height:
                     image.draft("RGB", (LARGEST, LARGEST))
-                    found.append(image.convert("RGB"))
+                    yield image.convert("RGB")
         except OSError:
             continue
-    if not found:
-        raise SystemExit(f"no photographs of {width}x{height} pixels in {' or '.join(SOURCES)}: install mate-backgrounds and opencv-doc")
-    return found
 
 
 def piece(image: Image.Image, width: int, height: int, rng: np.random.Generator) -> Image.Image:
@@ -42,7 +48,7 @@ def piece(image: Image.Image, width: int, height: int, rng: np.random.Generator)
 
 def write(folder: Path, width: int, height: int, count: int, names: int = 1) -> list[Path]:
     """`count` different JPEG files in class folders (a class is a photograph), each under so many names; the paths of all."""
-    found = sources(width, height)
+    found = sources(width, height, most=min(count, MOST))
     rng = np.random.default_rng(0)
     paths = []
     for number in range(count):
