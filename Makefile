@@ -26,7 +26,7 @@ bench: $(VENV)/installed  ## a training step and loading against peers
 soak: $(VENV)/installed  ## the long proofs, in full
 	$(BIN)/python -m pytest -m soak -rP  # -rP prints the figures that they reach
 
-peers: $(PEERS)/installed  ## side by side with timm, DALI and Energon; timm needs torchvision and so the CUDA build of torch
+peers: $(PEERS)/installed  ## side by side with timm, DALI, Energon and other loaders; timm needs torchvision and so the CUDA build of torch
 	$(PEERS)/bin/python -m pytest -m peers
 
 $(VENV)/installed: pyproject.toml constraints.txt setup.py vitscale/_pixels.c
