@@ -1,7 +1,7 @@
 """The one native module, `vitscale._pixels`; everything else of the project is in pyproject.toml.
 
 An installation never fails for it: without a C compiler it is left out, and without libjpeg-turbo's headers it only resizes.
-`vitscale.images.path_in_use()` tells which it is.
+`vitscale.pixels.path_in_use()` tells which it is.
 """
 
 from setuptools import Extension, setup

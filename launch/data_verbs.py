@@ -328,13 +328,12 @@ def _stats_for_world(flags: StatsFlags, world_size: int) -> None:
     if not dataset.num_samples:
         raise VerbError(f"{flags.dataset} holds no samples")
     found = locality(
-        Size(dataset.num_samples, len(dataset.shard_names), int(dataset.shard_bytes.sum())),
-        StreamConfig(lanes=flags.lanes, window=flags.window),
+        Size(dataset.num_samples, len(dataset.shard_names), int(dataset.shard_bytes.sum()), remote=not dataset.is_local),
+        StreamConfig(lanes=flags.lanes, window=flags.window, buffer_bytes=flags.buffer_bytes),
         global_batch_size=flags.global_batch_size,
         world_size=world_size,
         images_per_second_per_rank=flags.images_per_second_per_gpu,
         ranks_per_node=flags.gpus_per_node,
-        buffer_bytes=flags.buffer_bytes,
     )
     if flags.json:
         print_json(dataclasses.asdict(found))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from vitscale.config import StreamConfig, choose_order
 
-BUFFER_BYTES = 2**30  # of windows that a rank may hold
 WINDOWS_HELD = 2  # of each lane: the one in use, and the next
 
 
@@ -21,6 +20,8 @@ class Size:
     bytes: int
     """Of all tars."""
     datasets: int = 1
+    remote: bool = False
+    """Whether they lie in object storage."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,17 @@ class Locality:
 
 def locality(
     size: Size, stream: StreamConfig, *, global_batch_size: int, world_size: int, images_per_second_per_rank: float,
-    ranks_per_node: int = 8, buffer_bytes: int = BUFFER_BYTES,
+    ranks_per_node: int = 8,
 ) -> Locality:  # fmt: skip
     """The arithmetic; lanes and window are chosen as for a run where they are 0."""
-    chosen = choose_order(stream, size.samples, global_batch_size)
+    chosen = choose_order(stream, size.samples, global_batch_size, remote=size.remote)
     per_sample = size.bytes / size.samples
     together = 2 if global_batch_size // world_size % 2 == 0 else 1  # positions that always go to the same rank
     units = -(-chosen.lanes // together)
     each, more = divmod(units, world_size)  # so many ranks have one unit more
     lanes_per_rank = min(chosen.lanes, together * (each + (more > 0))) * size.datasets
     held = WINDOWS_HELD * lanes_per_rank * round(chosen.window * per_sample)
-    why = why_not_windows(chosen, world_size, held, buffer_bytes)
+    why = why_not_windows(chosen, world_size, held)
     # A window that begins anywhere in the list of shards touches one, and one more for each seam inside.
     stretches = 1 + (chosen.window - 1) * size.shards / size.samples
     per_read = chosen.window / stretches if not why else 1.0
@@ -101,7 +102,7 @@ def locality(
         bytes_per_sample=per_sample,
         lanes_per_rank=lanes_per_rank,
         window_bytes=round(chosen.window * per_sample),
-        buffer_bytes=buffer_bytes,
+        buffer_bytes=chosen.buffer_bytes,
         buffered_bytes_per_rank=0 if why else held,
         buffered_bytes_per_node=0 if why else held * node,
         reads="samples" if why else "windows",
@@ -122,16 +123,21 @@ def locality(
     )
 
 
-def why_not_windows(chosen: StreamConfig, world_size: int, held: int, buffer_bytes: int) -> str:
+def why_not_windows(chosen: StreamConfig, world_size: int, held: int) -> str:
     """Why windows are not read whole; empty where they are.
 
     Args:
         held: bytes that a rank would hold.
     """
+    if chosen.reads == "windows":
+        return ""
+    if chosen.reads == "samples":
+        return "--stream.reads samples asks for it"
     if chosen.lanes == 1:
         return "one lane is one full shuffle, whose neighbours lie nowhere near each other"
     if chosen.lanes < world_size:
         return f"{chosen.lanes} lanes are fewer than {world_size} ranks; --stream.lanes {2 * world_size} gives each its own"
-    if held > buffer_bytes:
-        return f"{held / 2**20:,.0f} MiB of windows a rank are over the {buffer_bytes / 2**20:,.0f} MiB that it may hold"
+    if held > chosen.buffer_bytes:
+        room = f"the {chosen.buffer_bytes / 2**20:,.0f} MiB of --stream.buffer-bytes"
+        return f"{held / 2**20:,.0f} MiB of windows a rank are over {room}"
     return ""

@@ -32,9 +32,11 @@ from data_tools.dataset import Located, SampleError
 from data_tools.errors import UserError
 from vitscale import images, keyed
 from vitscale.config import Decode, PreprocessConfig, StreamConfig
+from vitscale.locality import Size, locality
+from vitscale.metrics import counted
 from vitscale.mixture import Mixture
 from vitscale.order import Int64, RunOrder
-from vitscale.pixels import Pixels
+from vitscale.pixels import Pixels, path_in_use
 from vitscale.quarantine import Fault, Quarantine
 from vitscale.reading import Awaited, Bytes, Reader, load, read
 from vitscale.workers import Rows, WorkerPool
@@ -90,6 +92,11 @@ class TrainStream:
             seed, global_batch_size, micro_batch_size, rank, world_size,
         )  # fmt: skip
         self._dataset, self._config = dataset, config
+        shards = sum(len(of.shard_names) for of in dataset.components)
+        self.locality = locality(
+            Size(dataset.num_samples, shards, dataset.num_bytes, len(dataset.components), remote=not dataset.is_local), config,
+            global_batch_size=global_batch_size, world_size=world_size, images_per_second_per_rank=1.0,
+        )  # fmt: skip
         self._maker = Maker(dataset, self.order, image_size, preprocess, config.decode)
         self._quarantine = Quarantine(quarantine, rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard)
 
@@ -99,13 +106,24 @@ class TrainStream:
         Raises QuarantineError or StreamError where too many samples are unusable, ReadError or StorageError where they cannot be read,
         WorkerError where a worker dies.
         """
-        windows = reads_windows(self._dataset, self._config, self.world_size)
         reader = Reader(
-            self._dataset, self.order if windows else None,
+            self._dataset, self.order if self.locality.reads == "windows" else None,
             lambda positions: self.order.preferred_ranks(positions, self.global_batch_size, self.world_size) == self.rank,
             shared=self._config.processes, threads=self._config.readers,
         )  # fmt: skip
         return _prepare_ahead(self._jobs(samples_seen, end), self._maker, reader, self._config, self._quarantine)
+
+    def describe(self) -> str:
+        """How a rank reads and decodes, and the memory that it takes for it, in a line."""
+        height, width = self._maker.image_size
+        batches = (self._config.prefetch + 2) * self.micro_batch_size * height * width * 3
+        kind = "process" if self._config.processes else "thread"
+        reads = f"in windows of {self.locality.window_bytes / 1e6:,.1f} MB" if not self.locality.why else f"singly, as {self.locality.why}"
+        return (
+            f"samples are read {reads}; {counted(workers(self._config.workers), kind)} a rank, decoding {self._config.decode} by "
+            f"{path_in_use()}; in memory a rank at most {self.locality.buffered_bytes_per_rank / 1e6:,.0f} MB of windows and "
+            f"{batches / 1e6:,.0f} MB of batches"
+        )
 
     def _jobs(self, samples_seen: int, end: int | None) -> Iterator[_Job]:
         while end is None or samples_seen < end:
@@ -116,14 +134,6 @@ class TrainStream:
                     samples[i] = next(self._maker.candidates(int(positions[i]), int(samples[i])))
                 yield _Job(positions, samples, keyed.key(keyed.Purpose.SAMPLE, self.seed, positions))
             samples_seen += self.global_batch_size
-
-
-def reads_windows(dataset: Mixture, config: StreamConfig, world_size: int) -> bool:
-    """Whether a rank reads whole windows: where it has lanes of its own, and two windows of each fit its buffer."""
-    if config.reads != "auto":
-        return config.reads == "windows"
-    lanes = -(-config.lanes // world_size) * len(dataset.components)
-    return config.lanes >= world_size and config.lanes > 1 and 2 * lanes * config.window * dataset.bytes_per_sample <= config.buffer_bytes
 
 
 def evaluation_batches(

@@ -122,6 +122,8 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
         weights=config.data_weights,
     )  # fmt: skip
+    if metrics:
+        metrics.say(stream.describe())
     batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size), device(), config.mix)
     if held_out and step > 0 and _due(step, last_step, config.eval_every) and not evaluated:  # the last start ended before it was
         _evaluate(engine, held_out, config, metrics, step, samples_seen)

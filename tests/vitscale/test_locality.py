@@ -25,8 +25,8 @@ def test_what_is_told_is_what_ranks_do(lanes: int, world_size: int) -> None:
     """Lanes, windows begun, and the share of samples in a rank's own windows, counted over 100 steps of some ranks."""
     batch = 2 * lanes * world_size // np.gcd(2 * lanes, world_size)
     order = order_of(lanes, 64)
-    told = locality(SIZE, StreamConfig(lanes=lanes, window=64), global_batch_size=int(batch), world_size=world_size,
-                    images_per_second_per_rank=500, buffer_bytes=2**40)  # fmt: skip
+    told = locality(SIZE, StreamConfig(lanes=lanes, window=64, buffer_bytes=2**40), global_batch_size=int(batch),
+                    world_size=world_size, images_per_second_per_rank=500)  # fmt: skip
     assert told.reads == "windows"
     own = total = 0
     for rank in range(world_size):
@@ -60,8 +60,8 @@ def test_the_paper_s_cluster() -> None:
     (1, 8, 2**30, "one lane"), (64, 128, 2**30, "--stream.lanes 256"), (64, 8, 2**20, "MiB of windows a rank are over the 1 MiB"),
 ])  # fmt: skip
 def test_why_single_samples_are_read(lanes: int, world_size: int, buffer_bytes: int, said: str) -> None:
-    told = locality(SIZE, StreamConfig(lanes=lanes, window=64), global_batch_size=1024, world_size=world_size,
-                    images_per_second_per_rank=500, buffer_bytes=buffer_bytes)  # fmt: skip
+    told = locality(SIZE, StreamConfig(lanes=lanes, window=64, buffer_bytes=buffer_bytes), global_batch_size=1024, world_size=world_size,
+                    images_per_second_per_rank=500)  # fmt: skip
     assert told.reads == "samples"
     assert said in told.why
     assert told.reads_per_second_per_rank == told.images_per_second_per_rank
