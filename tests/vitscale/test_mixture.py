@@ -22,7 +22,8 @@ from tests.vitscale.test_run import begin, last_start
 from tests.vitscale.test_zero import TOLERANCE, case, variant
 from vitscale.config import ConfigError, TrainConfig, from_dict, to_dict, total_steps
 from vitscale.mixture import Mixture
-from vitscale.run import RunError, read_config, resolve, status, used_overlays
+from vitscale.run import RunError, read_config, read_record, resolve, status, used_overlays
+from vitscale.which import which_step
 
 
 @pytest.fixture(scope="session")
@@ -186,3 +187,5 @@ def test_a_run_of_two_datasets_goes_on_at_another_world_size(config: TrainConfig
     losses = [part["losses"][str(step)] for step in range(1, 10)] + [rest["losses"][str(step)] for step in range(10, 17)]
     np.testing.assert_allclose(losses, [whole["losses"][str(step)] for step in range(1, 17)], rtol=TOLERANCE)
     assert (part["images"][0] + rest["images"][0]) % 2**62 == whole["images"][0] % 2**62, "the same images"
+    assert [start["step"] for start in read_record(tmp_path / "rest")["starts"]] == [0, 9]
+    assert [which_step(tmp_path / "rest", step).world_size for step in (9, 10)] == [1, 2]
