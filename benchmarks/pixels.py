@@ -80,7 +80,7 @@ def ways() -> dict[str, Callable[[bytes, images.Draws], Any]]:
     def in_the_way(native: bool, region_decoder: bool, mode: Any, data: bytes, row: images.Draws) -> None:
         before = pixels._native, pixels._region_decoder
         pixels._native, pixels._region_decoder = before[0] if native else None, before[1] if region_decoder else None
-        images.training_view(data, TARGET, row, CONFIG, mode, out)
+        images.training_view(data, TARGET, 0, row, CONFIG, mode, out)
         pixels._native, pixels._region_decoder = before
 
     decoded: dict[bytes, pixels.Pixels] = {}
@@ -128,8 +128,8 @@ def difference(data: list[bytes], rows: images.Draws) -> dict[str, float]:
     """Of fast from exact, in levels of 255, over all views and over those that are decoded at a part of their size."""
     means, largest, shares = [], [], []
     for content, row in zip(data, rows, strict=True):
-        exact = images.training_view(content, TARGET, row, CONFIG).astype(int)
-        apart = np.abs(images.training_view(content, TARGET, row, CONFIG, "fast") - exact)
+        exact = images.training_view(content, TARGET, 0, row, CONFIG).astype(int)
+        apart = np.abs(images.training_view(content, TARGET, 0, row, CONFIG, "fast") - exact)
         if apart.any():
             means.append(float(apart.mean()))
             largest.append(float(apart.max()))
