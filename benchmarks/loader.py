@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement")
     parser.add_argument("--images", type=int, default=400, help="different photographs of each size")
     parser.add_argument("--names", type=int, default=5, help="files that each of them is")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--samples", type=int, default=1_000_000, help="for memory")
     parser.add_argument("--shards", type=int, default=30_000, help="for resume, of 10,100 samples each")
     parser.add_argument("--quick", action="store_true", help="everything small")
