@@ -71,15 +71,15 @@ def measure(data: Data, count: int, mode: Decode) -> dict[str, float]:
     slots = [np.zeros((BATCH, SIZE, SIZE, 3), np.uint8) for _ in places]
     for slot in slots:
         slot += 1  # so that its memory is there
-    views = list(zip(encoded, draws, rows_of(slots), strict=False))
+    views = list(zip(encoded, keys.tolist(), draws, rows_of(slots), strict=False))
     clock.stage("decode, crop, resize, mirror, to its slot", lambda of: view(*of, mode), views)
     clock.stage("labels", lambda place: dataset.labels(samples[place]), places)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     moved = clock.stage(f"transfer to {device}", lambda batch: torch.from_numpy(batch).to(device, non_blocking=True), slots)
     together = sum(clock.milliseconds.values())
-    cuts = [natural_cut(data, draw, mode) for data, draw, _ in views]
+    cuts = [natural_cut(data, draw, mode) for data, _, draw, _ in views]
     outs = [np.ones((cut.size[1], cut.size[0], 3), np.uint8) for cut, _ in cuts]
-    clock.stage("of it decoding", lambda of: decode_alone(*of), zip(encoded, cuts, outs, strict=True))
+    clock.stage("of it decoding, at most", lambda of: decode_alone(*of), zip(encoded, cuts, outs, strict=True))
     clock.milliseconds["the stream's stages together"] = together
     clock.stage("RandAugment(2, 10), where it is asked for", lambda of: randaugment(*of, 2, 10), zip(rows_of(slots), keys, strict=False))
     clock.stage(f"normalise on {device}, which is training's", lambda batch: normalize(batch, PREPROCESS), moved)
@@ -108,9 +108,9 @@ def rows_of(batches: list[pixels.Pixels]) -> Iterator[pixels.Pixels]:
     return (image for batch in batches for image in batch)
 
 
-def view(data: bytes, draws: images.Draws, slot: pixels.Pixels, mode: Decode) -> None:
+def view(data: bytes, key: int, draws: images.Draws, slot: pixels.Pixels, mode: Decode) -> None:
     """As the stream's workers call it."""
-    images.training_view(data, (SIZE, SIZE), draws, PREPROCESS, mode, out=slot)
+    images.training_view(data, (SIZE, SIZE), key, draws, PREPROCESS, mode, slot)
 
 
 def natural_cut(data: bytes, draws: images.Draws, mode: Decode) -> tuple[pixels.Cut, int]:
