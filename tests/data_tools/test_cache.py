@@ -123,14 +123,14 @@ def test_nothing_else_is_ever_removed(tmp_path: Path) -> None:
     mine = [tmp_path / name for name in ("photos/cat/000001", "a/b/c/d", "vitscale-blocks/0123456789abcdef/000000/notes.txt")]
     for file in mine:
         file.parent.mkdir(parents=True)
-        file.write_bytes(b"mine")
+        file.write_bytes(b"mine" * 2**21)
         os.utime(file, (1, 1))
     (tmp_path / "vitscale-blocks" / "link").symlink_to(tmp_path / "photos")
     cache = Cache(tmp_path, LEAST)
     for number in range(5):
         read(cache, number, 0, SIZE)
     assert sum(file.name != "notes.txt" for file in blocks(tmp_path)) < 5 * 7, "room was made"
-    assert all(file.read_bytes() == b"mine" for file in mine)
+    assert all(file.read_bytes() == b"mine" * 2**21 for file in mine)
 
 
 def test_threads_fetch_a_block_once(tmp_path: Path) -> None:

@@ -156,6 +156,18 @@ def test_faults_cost_time_and_no_byte(
     assert [dataset.read(sample) for sample in range(23)] == wanted, "nothing of it stays"
 
 
+@pytest.mark.parametrize("place", ["bucket", "web"])
+def test_a_range_is_never_another_one(packed: Dataset, server: Server, bucket: Url, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr(storage, "WEB_ATTEMPTS", 3)
+    url = upload(packed.path, bucket / "train")
+    dataset = Dataset.open(url if place == "bucket" else f"{server.address}/{bucket.name}/train")
+    assert dataset.read_range(1, 5, 100) == packed.read_range(1, 5, 100)
+    server.set(rate=1, kinds="shifted")
+    with pytest.raises(StorageError, match=r"train-000001\.tar cannot be had: .*; the same command goes on") as caught:
+        dataset.read_range(1, 5, 100)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_server_that_never_answers_is_one_line(packed: Dataset, server: Server, bucket: Url, monkeypatch: pytest.MonkeyPatch) -> None:
     url = upload(packed.path, bucket / "train")
     storage._store.cache_clear()
