@@ -117,7 +117,7 @@ def test_stages_training_and_memory(data: loader_systems.Data, tmp_path: Path) -
     result, _ = bench(tmp_path, "loader.py", "--parts", "stages", "training", "memory")
     for stages in result["stages"].values():
         for mode in ("exact", "fast"):
-            parts = itertools.takewhile(lambda ms: ms != stages[mode]["of it decoding, at most"], stages[mode].values())
+            parts = list(stages[mode].values())[: list(stages[mode]).index("of it decoding, at most")]
             assert sum(parts) == pytest.approx(stages[mode]["the stream's stages together"])
     for case in result["training"].values():
         assert case["expected"] <= 1
