@@ -38,6 +38,7 @@ from vitscale.workers import Shared, WorkerPool
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN, errno.ENOTCONN}
 _WAITS = (0.5, 2.0, 8.0)  # seconds before an error of the kinds above is believed
 
+_SMALL = 1 << 20  # bytes that go to a process with its task, where more is shared with it
 _SLACK = 1 << 20  # bytes that a stretch may have beyond twice its images: other members, or an index that is damaged
 
 Bool = npt.NDArray[np.bool_]
@@ -82,7 +83,9 @@ class Awaited:
     def bytes(self) -> Bytes:
         """Raises what reading raised."""
         data, start, size = self.stretch.data.result(), int(self.stretch.starts[self.number]), int(self.stretch.sizes[self.number])
-        return Stored(data.path, start, size) if isinstance(data, Shared) else memoryview(data)[start : start + size]
+        if isinstance(data, Shared):
+            return Stored(data.path, start, size)
+        return data if size == len(data) else memoryview(data)[start : start + size]
 
 
 def load(data: Bytes) -> bytes | memoryview | None:
@@ -126,7 +129,8 @@ class Reader:
         self, dataset: Mixture, order: RunOrder | None, is_own: Callable[[Int64], Bool], *, shared: bool, threads: int
     ) -> None:  # fmt: skip
         self._dataset, self._order, self._is_own, self._shared = dataset, order, is_own, shared
-        self._pool = WorkerPool(self._read, threads)
+        self._pool: WorkerPool | None = None  # begun with the first read: of samples on a disk there is none
+        self._threads = threads
         self._lanes: dict[tuple[int, int], dict[tuple[int, int], list[Stretch]]] = {}  # component, lane: epoch, window: its stretches
 
     def start(self, positions: Int64, samples: Int64) -> list[Awaited | None]:
@@ -145,7 +149,8 @@ class Reader:
 
     def close(self) -> None:
         """Begins no more reads."""
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def _window(self, order: RunOrder, component: int, epoch: int, lane: int, window: int) -> list[Stretch]:
         """The stretches of a window that is in use now; the next one of its lane is begun, and those before it are let go."""
@@ -172,13 +177,14 @@ class Reader:
             if not 0 <= end - start <= 2 * int(sizes.sum()) + _SLACK or start < 0 or sizes.min() < 0:
                 continue  # each is read alone, and judged by who reads it
             first, shard = int(samples[places[0]]), int(located.shards[places[0]])
+            self._pool = self._pool or WorkerPool(self._read, self._threads)
             data = self._pool.submit(partial(tuple, (shard, start, end)))
             stretches.append(Stretch(first, len(places), offsets - start, sizes, self._dataset.shard_of(first), data))
         return stretches
 
     def _read(self, shard: int, start: int, end: int) -> bytes | Shared:
         data = read(self._dataset, shard, start, end)
-        if not self._shared:
+        if not self._shared or len(data) < _SMALL:
             return data
         shared = Shared(len(data))
         shared.array()[:] = np.frombuffer(data, np.uint8)

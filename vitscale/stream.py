@@ -18,9 +18,10 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -303,6 +304,8 @@ def _prepare_ahead(
 
             def task(part: slice = part) -> tuple[Chunk, Rows]:
                 data = [of.bytes() if of else None for of in reads[part]]
+                if config.processes:
+                    data = [bytes(of) if isinstance(of, memoryview) else of for of in data]
                 where = Located(*(of[part] for of in located))
                 return Chunk(job.positions[part], job.samples[part], job.keys[part], where, data), rows.part(part.start, part.stop)
 
@@ -312,7 +315,7 @@ def _prepare_ahead(
 
     def finish() -> Batch:
         one = begun.popleft()
-        made = [_result(chunk, pool, one, config.read_timeout) for chunk in one.chunks]
+        made = [_result(chunk, pool, config.read_timeout, partial(_waited_for, one, maker.dataset)) for chunk in one.chunks]
         if quarantine and (faults := [fault for of in made for fault in of.faults]):
             quarantine.add(faults)
         if given_up := next((of.given_up for of in made if of.given_up), ""):
@@ -334,7 +337,7 @@ def _prepare_ahead(
         reader.close()
 
 
-def _result(chunk: Future[Made], pool: WorkerPool, of: _Begun, timeout: float) -> Made:
+def _result(chunk: Future[Made], pool: WorkerPool, timeout: float, waited_for: Callable[[], str]) -> Made:
     """What became of a chunk; a failure of any other one, or too long a wait, is an error."""
     waited = 0.0
     while not chunk.done():
@@ -345,15 +348,19 @@ def _result(chunk: Future[Made], pool: WorkerPool, of: _Begun, timeout: float) -
         except TimeoutError:
             waited += _LOOK_EVERY
             if waited >= timeout:
-                raise StreamError(_stalled(of, timeout)) from None
+                raise StreamError(
+                    f"{waited_for()} has not ended for stream.read_timeout={timeout:g} seconds; is the storage still there? The same "
+                    "command goes on when it is"
+                ) from None
     return chunk.result()
 
 
-def _stalled(of: _Begun, timeout: float) -> str:
-    unread = sorted({one.stretch.shard for one in of.reads if one and not one.stretch.data.done()})
-    shards = ", ".join(unread[:3])
-    what = f"reading {shards}{' and others' if len(unread) > 3 else ''} has not ended" if unread else "no worker has made a micro-batch"
-    return f"{what} for stream.read_timeout={timeout:g} seconds; is the storage still there? The same command goes on when it is"
+def _waited_for(of: _Begun, dataset: Mixture) -> str:
+    """What a micro-batch is not done without."""
+    shards = {one.stretch.shard for one in of.reads if one and not one.stretch.data.done()}
+    work = "reading" if shards else "reading or decoding"
+    shards = shards or {dataset.shard_of(sample) for sample in of.job.samples[of.job.samples >= 0].tolist()}
+    return f"{work} {', '.join(sorted(shards)[:3])}{' and others' if len(shards) > 3 else ''}"
 
 
 def workers(asked: int) -> int:

@@ -19,6 +19,7 @@ from data_tools.config import PackConfig
 from data_tools.dataset import Dataset, header_hash
 from data_tools.pack import pack
 from tests.conftest import write_images
+from vitscale import reading
 from vitscale.config import PreprocessConfig, StreamConfig, choose_order
 from vitscale.mixture import Mixture
 from vitscale.quarantine import QuarantineError
@@ -150,9 +151,12 @@ def test_resume_is_one_integer(datasets: list[Dataset], tmp_path: Path) -> None:
         assert steps(datasets[0], tmp_path, 25 - stop, stop * 12, world_size=2, micro=3, batch=12) == whole[stop:]
 
 
-@pytest.mark.parametrize("reads", ["windows", "samples"])
-def test_threads_and_processes_make_the_same_batches(datasets: list[Dataset], tmp_path: Path, reads: str) -> None:
-    """Bitwise, for one worker and for four, from the start and from the middle of an epoch."""
+@pytest.mark.parametrize(("reads", "small"), [("windows", 0), ("windows", 2**20), ("samples", 2**20)])
+def test_threads_and_processes_make_the_same_batches(
+    datasets: list[Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str, small: int
+) -> None:  # fmt: skip
+    """Bitwise, for one worker and for four, from the start and from the middle of an epoch; windows in shared memory and in messages."""
+    monkeypatch.setattr(reading, "_SMALL", small)
     config = StreamConfig(lanes=4, window=5, workers=1, reads=reads)
     whole = steps(datasets[0], tmp_path, 25, world_size=1, micro=12, batch=12, config=config)
     for workers, processes, stop in ((4, False, 7), (1, True, 0), (4, True, 7), (4, True, 11)):
