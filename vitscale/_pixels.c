@@ -46,7 +46,7 @@ typedef struct {
     int begin, end;    /* the inputs that all of them touch */
     int *first, *used; /* count; used >= 1 */
     int32_t *weights;  /* count x size */
-    int16_t *halves;   /* for rows_avx2: of every four weights the high halves, then the low halves */
+    int32_t *halves;   /* for rows_avx2, two of 16 bits in one: of every four weights the high halves, then the low halves */
 } Weights;
 
 static double bilinear(double x) {
@@ -69,51 +69,56 @@ static void free_weights(Weights *w) {
     free(w->halves);
 }
 
-/* Pillow's precompute_coeffs for the outputs offset .. offset + count of out_size; mirrored: the last one first. 0 where memory is short. */
+/* Pillow's precompute_coeffs for the outputs offset .. offset + count of out_size; mirrored: the last one first. 0 where memory is short;
+ * free_weights may be called in any case. */
 static int make_weights(Weights *w, int in_size, double in0, double in1, int out_size, int offset, int count, int cubic, int mirrored) {
     double scale = (in1 - in0) / out_size, filterscale = scale < 1.0 ? 1.0 : scale;
     double support = (cubic ? 2.0 : 1.0) * filterscale, ss = 1.0 / filterscale;
-    int taps = (int)ceil(support) * 2 + 1;
+    int most = 1;
     memset(w, 0, sizeof *w);
     w->count = count;
-    w->size = (taps + 3) / 4 * 4;
     w->begin = in_size;
     w->first = calloc(2 * (size_t)count, sizeof(int));
+    if (!w->first) return 0;
     w->used = w->first + count;
-    w->weights = calloc((size_t)count * w->size, sizeof(int32_t));
-    w->halves = calloc((size_t)count * w->size * 2, sizeof(int16_t));
-    double *k = malloc(taps * sizeof(double));
-    if (!w->first || !w->weights || !w->halves || !k) {
-        free(k);
-        free_weights(w);
-        return 0;
-    }
     for (int i = 0; i < count; i++) {
         int at = mirrored ? count - 1 - i : i;
-        double center = in0 + (offset + i + 0.5) * scale, total = 0.0;
+        double center = in0 + (offset + i + 0.5) * scale;
         int xmin = (int)(center - support + 0.5), xmax = (int)(center + support + 0.5);
         if (xmin < 0) xmin = 0;
         if (xmax > in_size) xmax = in_size;
-        int used = xmax - xmin;
-        if (used > taps) used = taps;
+        w->first[at] = xmin;
+        w->used[at] = xmax - xmin;
+        if (xmax - xmin > most) most = xmax - xmin;
+        if (xmin < w->begin) w->begin = xmin;
+        if (xmax > w->end) w->end = xmax;
+    }
+    w->size = (most + 3) / 4 * 4;
+    w->weights = calloc((size_t)count * w->size, sizeof(int32_t));
+    w->halves = calloc((size_t)count * w->size, sizeof(int32_t));
+    double *k = malloc(most * sizeof(double));
+    if (!w->weights || !w->halves || !k) {
+        free(k);
+        return 0;
+    }
+    for (int i = 0; i < count; i++) {
+        int at = mirrored ? count - 1 - i : i, used = w->used[at];
+        double center = in0 + (offset + i + 0.5) * scale, total = 0.0;
         for (int x = 0; x < used; x++) {
-            double place = (x + xmin - center + 0.5) * ss;
+            double place = (x + w->first[at] - center + 0.5) * ss; /* in Pillow's order, as each step rounds */
             k[x] = cubic ? bicubic(place) : bilinear(place);
             total += k[x];
         }
         int32_t *weights = w->weights + (size_t)at * w->size;
-        int16_t *halves = w->halves + (size_t)at * w->size * 2;
+        int32_t *halves = w->halves + (size_t)at * w->size;
         for (int x = 0; x < used; x++) {
             if (total != 0.0) k[x] /= total;
             int32_t fixed = (int)((k[x] < 0 ? -0.5 : 0.5) + k[x] * (1 << BITS));
             weights[x] = fixed;
-            halves[x / 4 * 8 + x % 4] = (int16_t)((fixed - (fixed & LOW)) / (LOW + 1));
-            halves[x / 4 * 8 + x % 4 + 4] = (int16_t)(fixed & LOW);
+            int shift = 16 * (x % 2);
+            halves[x / 4 * 4 + x % 4 / 2] |= (int32_t)(((uint32_t)(fixed >> LOW_BITS) & 0xFFFF) << shift);
+            halves[x / 4 * 4 + x % 4 / 2 + 2] |= (fixed & LOW) << shift;
         }
-        w->first[at] = xmin;
-        w->used[at] = used;
-        if (xmin < w->begin) w->begin = xmin;
-        if (xmax > w->end) w->end = xmax;
     }
     free(k);
     return 1;
@@ -182,22 +187,21 @@ AVX2 static inline void add_four(const uint8_t *a, const uint8_t *b, const int32
 
 /* As rows_plain, four rows at a time; reads up to 3 * w->size + 4 bytes behind a row, which mean nothing, and writes one behind each of `out`. */
 AVX2 static void rows_avx2(const Weights *w, const uint8_t *rows, size_t stride, uint8_t *out, size_t out_stride, int count) {
+    const int outputs = w->count, size = w->size, begin = w->begin, *first = w->first; /* `out` might be taken for an alias of them */
     for (int y = 0; y < count; y += 4) {
+        const int32_t *halves = w->halves;
         const uint8_t *in[4];
         uint8_t *to[4];
         for (int j = 0; j < 4; j++) { /* the last one again where there are no four */
             in[j] = rows + (y + j < count ? y + j : count - 1) * stride;
             to[j] = out + (y + j < count ? y + j : count - 1) * out_stride;
         }
-        for (int i = 0; i < w->count; i++) {
-            size_t at = 3 * (size_t)(w->first[i] - w->begin);
-            const int16_t *halves = w->halves + (size_t)i * w->size * 2;
+        for (int i = 0; i < outputs; i++, halves += size) {
+            size_t at = 3 * (size_t)(first[i] - begin);
             __m256i high01 = _mm256_setzero_si256(), high23 = high01, low01 = _mm256_set1_epi32(1 << (BITS - 1)), low23 = low01;
-            for (int x = 0; x < w->size; x += 4, at += 12, halves += 8) {
-                int32_t pairs[4];
-                memcpy(pairs, halves, sizeof pairs);
-                add_four(in[0] + at, in[1] + at, pairs, &high01, &low01);
-                add_four(in[2] + at, in[3] + at, pairs, &high23, &low23);
+            for (int x = 0; x < size; x += 4, at += 12) {
+                add_four(in[0] + at, in[1] + at, halves + x, &high01, &low01);
+                add_four(in[2] + at, in[3] + at, halves + x, &high23, &low23);
             }
             __m256i p01 = _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(high01, LOW_BITS), low01), BITS);
             __m256i p23 = _mm256_srai_epi32(_mm256_add_epi32(_mm256_slli_epi32(high23, LOW_BITS), low23), BITS);
@@ -295,14 +299,8 @@ static int prepare(Cut *cut, int decoded_width) {
     memset(&cut->columns, 0, sizeof cut->columns);
     memset(&cut->rows, 0, sizeof cut->rows);
     cut->batch = cut->kept = NULL;
-    if (!make_weights(&cut->columns, w, cut->x0, cut->x1, cut->width, cut->x, cut->out_width, cut->cubic, cut->mirrored)) {
-        memset(&cut->columns, 0, sizeof cut->columns);
-        return 0;
-    }
-    if (!make_weights(&cut->rows, h, cut->y0, cut->y1, cut->height, cut->y, cut->out_height, cut->cubic, 0)) {
-        memset(&cut->rows, 0, sizeof cut->rows);
-        return 0;
-    }
+    if (!make_weights(&cut->columns, w, cut->x0, cut->x1, cut->width, cut->x, cut->out_width, cut->cubic, cut->mirrored)) return 0;
+    if (!make_weights(&cut->rows, h, cut->y0, cut->y1, cut->height, cut->y, cut->out_height, cut->cubic, 0)) return 0;
     int width = cut->rows_first ? cut->out_width : cut->columns.end - cut->columns.begin;
     int widest = decoded_width > cut->out_width ? decoded_width : cut->out_width;
     cut->batch_stride = 3 * (size_t)widest + PAD;
