@@ -149,7 +149,7 @@ TASKS = {
         crop_scale=(0.6, 1.0), steps=800,
     ),
     "photographs": Task(
-        write_photographs, (4_000, 1_500), ViTConfig(depth=4, width=64, mlp_dim=128, num_heads=4, patch_size=8, image_size=(48, 48)),
+        write_photographs, (2_600, 1_040), ViTConfig(depth=4, width=64, mlp_dim=128, num_heads=4, patch_size=8, image_size=(48, 48)),
         crop_scale=(0.3, 1.0), steps=800,
     ),
 }  # fmt: skip

@@ -115,10 +115,9 @@ def test_speed_and_workers(data: loader_systems.Data, tmp_path: Path) -> None:
 
 def test_stages_training_and_memory(data: loader_systems.Data, tmp_path: Path) -> None:
     result, _ = bench(tmp_path, "loader.py", "--parts", "stages", "training", "memory")
-    for stages in result["stages"].values():
-        for mode in ("exact", "fast"):
-            parts = list(stages[mode].values())[: list(stages[mode]).index("of it decoding, at most")]
-            assert sum(parts) == pytest.approx(stages[mode]["the stream's stages together"])
+    for stages in [of[mode] for of in result["stages"].values() for mode in ("exact", "fast")]:
+        parts = itertools.takewhile(lambda stage: stage[0] != "of it decoding, at most", stages.items())
+        assert sum(ms for _, ms in parts) == pytest.approx(stages["the stream's stages together"])
     for case in result["training"].values():
         assert case["expected"] <= 1
         assert case["fed_to_ready"] == pytest.approx(case["fed"] / case["ready"])
