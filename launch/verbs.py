@@ -105,7 +105,7 @@ class EvaluateFlags:
     weights: Weights = "average"
     batch_size: int = 64
     workers: int = 0
-    """Threads that read and decode; 0 takes the cores there are, at most 8."""
+    """Workers that decode; 0 takes the cores there are, at most 8."""
     stage: str = ""
     """As of `pretrain`."""
     cache: str = ""

@@ -32,7 +32,7 @@ class Evaluation:
     samples: int
     """That were evaluated."""
     skipped: int
-    """That could not be read."""
+    """That could not be used: damaged, or not decodable."""
     removed: int
     """That an overlay removes."""
 

@@ -118,11 +118,6 @@ class Mixture:
         dataset, own = self.find(sample)
         return dataset.overlay.is_removed(own)
 
-    def read(self, sample: int) -> bytes:
-        """The image's bytes as they were packed. Raises SampleError where they are damaged or removed, and OSError."""
-        dataset, own = self.find(sample)
-        return dataset.read(own)
-
     def read_range(self, shard: int, start: int, end: int) -> bytes:
         """The bytes [start, end) of a tar, unchecked. Raises OSError."""
         c = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
@@ -147,11 +142,6 @@ class Mixture:
         """Where a tar lies."""
         c = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
         return f"{self.components[c].path}/{self.components[c].shard_names[shard - int(self.first_shards[c])]}"
-
-    def key(self, sample: int) -> str:
-        """The sample's key."""
-        dataset, own = self.find(sample)
-        return dataset.key(own)
 
     def find(self, sample: int) -> tuple[Dataset, int]:
         """The dataset that holds a sample, and its number there."""

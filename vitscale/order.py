@@ -146,10 +146,6 @@ class RunOrder:
                 found.append(self._position_of(c, epoch * size + self._epoch_order(c, epoch).positions_of(own)))
         return np.sort(np.concatenate(found))
 
-    def components_at(self, positions: Int64) -> Int64:
-        """The component whose sample stands at each position."""
-        return self._components_at(np.asarray(positions, dtype=np.int64))[0]
-
     def _components_at(self, positions: Int64) -> tuple[Int64, Int64]:
         """The component of each position, and how many positions before it are the component's.
 

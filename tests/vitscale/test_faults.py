@@ -60,8 +60,6 @@ def mutate(small: Path, copy: Path, rng: random.Random) -> None:
 
 def walk_mutations(small: Path, tmp_path: Path, seeds: range) -> None:
     """Each sample whose bytes are whole is used where it stands, each other one is told of, and another one stands in for it."""
-    whole = epoch(Dataset.open(small), tmp_path, StreamConfig(workers=1))
-    at = dict(zip(whole.samples_B.tolist(), whole.images_BHWC, strict=True))
     for seed in seeds:
         rng = random.Random(seed)
         copy = tmp_path / f"mutation-{seed}"
@@ -83,7 +81,6 @@ def walk_mutations(small: Path, tmp_path: Path, seeds: range) -> None:
                 assert sample == expected, seed
                 assert np.array_equal(found.images_BHWC[place], same_order.images_BHWC[place]), seed
         shutil.rmtree(copy)
-    assert len(at) == 30
 
 
 def test_mutated_shards_lose_what_is_damaged_and_nothing_else(small: Path, tmp_path: Path) -> None:

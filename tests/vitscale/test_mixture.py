@@ -51,13 +51,11 @@ def everyone(mixture: Mixture) -> Iterator[tuple[int, Dataset, int]]:
 def test_a_number_leads_to_its_dataset(mixture: Mixture) -> None:
     for opened in (mixture, pickle.loads(pickle.dumps(mixture))):
         for number, dataset, own in everyone(opened):
-            assert opened.read(number) == dataset.read(own)
-            assert opened.key(number) == dataset.key(own)
             assert opened.name_of(number) == (dataset.name, dataset.shard_of(own), dataset.key(own))
     assert number + 1 == mixture.num_samples
     for beyond in (-1, mixture.num_samples):
         with pytest.raises(IndexError):
-            mixture.read(beyond)
+            mixture.find(beyond)
         with pytest.raises(IndexError):
             mixture.locate(np.array([0, beyond]))
 

@@ -271,7 +271,7 @@ def test_every_step_is_the_specified_one_under_every_split(run: Run, data: st.Da
 def test_every_epoch_of_every_component_is_exact(run: Run) -> None:
     order = run.fast
     positions = np.arange(4 * sum(order.sizes) * max(1, round(max(order.weights) / min(order.weights) / 20)))[:20_000]
-    samples, components = order.samples_at(positions), order.components_at(positions)
+    samples, components = order.samples_at(positions), order.windows_at(positions)[:, 0]
     for c, size in enumerate(order.sizes):
         own = samples[components == c] - order.first_samples[c]
         for epoch in range(len(own) // size):
@@ -416,7 +416,7 @@ def test_sizes_of_any_dataset_are_weights() -> None:
     assert huge[2] == 1
     order = RunOrder([[2_000_000_001], [1_000_000_000]], None, 0, 1, 1000)
     position = 10**12 + 1
-    component = int(order.components_at(np.array([position]))[0])
+    component = int(order.windows_at(np.array([position]))[0, 0])
     before = [position // 2 * 2_000_000_001 // 3_000_000_001, 0]
     before[1] = position // 2 - before[0]
     assert component == int((position // 2 + 1) * 2_000_000_001 // 3_000_000_001 == before[0])
