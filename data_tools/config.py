@@ -38,6 +38,13 @@ def parse_bytes(text: str) -> int:
 
 BYTES = PrimitiveConstructorSpec(
     nargs=1,
+    metavar="BYTES",
+    instance_from_str=lambda words: parse_bytes(words[0]),
+    is_instance=lambda value: isinstance(value, int),
+    str_from_instance=lambda value: [str(value)],
+)
+MAYBE_BYTES = PrimitiveConstructorSpec(
+    nargs=1,
     metavar="{None}|BYTES",
     instance_from_str=lambda words: None if words[0] == "None" else parse_bytes(words[0]),
     is_instance=lambda value: value is None or isinstance(value, int),
@@ -68,7 +75,7 @@ class PackConfig:
     samples_per_shard: int | None = None
     """Samples planned for each tar. Rejected images leave their tar shorter. None: 10,000, or what shard_bytes takes."""
 
-    shard_bytes: Annotated[int | None, BYTES] = None
+    shard_bytes: Annotated[int | None, MAYBE_BYTES] = None
     """The most bytes planned for each tar (1GB, 500MB, 64MiB or a number), by the sizes of images as they come. None: any."""
 
     shuffle_seed: int | None = 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from tyro.conf import Positional
 
-from data_tools.config import IndexConfig, PackConfig
+from data_tools.config import BYTES, IndexConfig, PackConfig
 from data_tools.storage import location
 from launch.flags import UsageError, given, parse
 from launch.terminal import Json, Verb, VerbError, print_json, progress_bar
@@ -273,7 +273,7 @@ class StatsFlags:
     """With --for-world, as of a run; 0 chooses as a run does."""
     window: int = 0
     """With --for-world, as of a run; 0 chooses as a run does."""
-    buffer_bytes: int = 2**30
+    buffer_bytes: Annotated[int, BYTES] = 2**30
     """With --for-world, as of a run: bytes of windows that a rank may hold."""
     json: Json = False
 

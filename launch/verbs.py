@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional
 
-from data_tools.config import BYTES
+from data_tools.config import MAYBE_BYTES
 from launch.data_verbs import DATA_VERBS
 from launch.flags import UsageError, given, parse, take_recipe
 from launch.local import run_ranks, visible_gpus
@@ -110,7 +110,7 @@ class EvaluateFlags:
     """As of `pretrain`."""
     cache: str = ""
     """As of `pretrain`."""
-    cache_bytes: Annotated[int | None, BYTES] = None
+    cache_bytes: Annotated[int | None, MAYBE_BYTES] = None
     """As of `pretrain`."""
     eval_protocol: EvalProtocol | None = None
     """Another evaluation preprocessing than the run's (docs/data.md, "Evaluation")."""

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import tyro
 
-from data_tools.config import BYTES
+from data_tools.config import BYTES, MAYBE_BYTES
 from data_tools.errors import UserError
 
 Decode = Literal["exact", "fast"]
@@ -149,9 +149,9 @@ class StreamConfig:
     """Micro-batches a rank that are prepared ahead."""
     reads: Literal["auto", "windows", "samples"] = "auto"
     """Whole windows of a lane in one read, or each sample by itself; auto takes windows where a rank has lanes and room for them."""
-    buffer_bytes: int = 2**30
-    """Bytes of windows that a rank may hold."""
-    readers: int = 16
+    buffer_bytes: Annotated[int, BYTES] = 2**30
+    """Bytes of windows that a rank may hold: 500MB, 4GiB."""
+    read_threads: int = 16
     """Reads of windows, or of samples in object storage, that a rank has under way at once."""
     read_timeout: float = 300.0
     """Seconds without a micro-batch after which a run ends, telling what it waits for."""
@@ -276,7 +276,7 @@ class RunConfig:
     a URL copies them to $VITSCALE_CACHE or ~/.cache/vitscale."""
     cache: str = ""
     """Folder on each machine's own disk for what was read of tars that lie far away; all ranks and runs may share it. Empty: none."""
-    cache_bytes: Annotated[int | None, BYTES] = None
+    cache_bytes: Annotated[int | None, MAYBE_BYTES] = None
     """The most that all runs together may keep there: 200GB, 2TB."""
     out: str = ""
     """Run directory; empty takes runs/RECIPE."""
@@ -491,7 +491,7 @@ def _check_ranges(config: TrainConfig) -> None:
     least = {
         "global_batch_size": 1, "micro_batch_size": 1, "log_every": 1, "eval_every": 0, "checkpoint_every": 1, "keep_checkpoints": 0,
         "epochs": 0, "steps": 0, "seed": 0, "stream.lanes": 0, "stream.window": 0, "stream.workers": 0, "stream.prefetch": 1,
-        "stream.buffer_bytes": 0, "stream.readers": 1, "stream.read_timeout": 1, "stream.max_unusable": 0,
+        "stream.buffer_bytes": 0, "stream.read_threads": 1, "stream.read_timeout": 1, "stream.max_unusable": 0,
         "stream.max_unusable_per_shard": 0, "optimizer.peak_lr": 0,
         "optimizer.weight_decay": 0, "optimizer.grad_clip": 0, "schedule.warmup_steps": 0,
         "schedule.cooldown_steps": 0, "schedule.end_lr": 0, "schedule.timescale": 1, "engine.checkpoint_every_n_blocks": 0,
@@ -544,8 +544,8 @@ def _listed(numbers: tuple[float, ...]) -> str:
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
 MAY_CHANGE = (
     "data", "eval_data", "stage", "cache", "cache_bytes", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every",
-    "keep_checkpoints", "stream.workers", "stream.processes", "stream.prefetch", "stream.reads", "stream.buffer_bytes", "stream.readers",
-    "stream.read_timeout", "stream.max_unusable", "stream.max_unusable_per_shard", "engine.zero_stage",
+    "keep_checkpoints", "stream.workers", "stream.processes", "stream.prefetch", "stream.reads", "stream.buffer_bytes",
+    "stream.read_threads", "stream.read_timeout", "stream.max_unusable", "stream.max_unusable_per_shard", "engine.zero_stage",
     "engine.checkpoint_every_n_blocks", "engine.deepspeed.zero_optimization", "init.folder",
 )  # fmt: skip
 

@@ -110,7 +110,7 @@ class TrainStream:
         reader = Reader(
             self._dataset, self.order if self.locality.reads == "windows" else None,
             lambda positions: self.order.preferred_ranks(positions, self.global_batch_size, self.world_size) == self.rank,
-            shared=self._config.processes, threads=self._config.readers,
+            shared=self._config.processes, threads=self._config.read_threads,
         )  # fmt: skip
         return _prepare_ahead(self._jobs(samples_seen, end), self._maker, reader, self._config, self._quarantine)
 
@@ -155,7 +155,9 @@ def evaluation_batches(
             samples[samples >= 0] = np.where(dataset.removed(samples[samples >= 0]), -1, samples[samples >= 0])
             yield _Job(samples, samples, np.zeros(batch_size, dtype=np.uint64))
 
-    reader = Reader(dataset, None, lambda positions: np.zeros(len(positions), np.bool_), shared=config.processes, threads=config.readers)
+    reader = Reader(
+        dataset, None, lambda positions: np.zeros(len(positions), np.bool_), shared=config.processes, threads=config.read_threads
+    )
     return _prepare_ahead(jobs(), Maker(dataset, None, image_size, preprocess, "exact"), reader, config, None)
 
 

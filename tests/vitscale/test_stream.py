@@ -118,7 +118,7 @@ def test_a_step_is_the_same_under_every_split(datasets: list[Dataset], spoiled: 
         micro = data.draw(st.sampled_from([m for m in range(1, batch + 1) if (batch // world_size) % m == 0]))
         split = StreamConfig(
             lanes, config.window, workers=data.draw(st.integers(1, 4)), prefetch=data.draw(st.integers(1, 5)),
-            reads=data.draw(st.sampled_from(["auto", "windows", "samples"])), readers=data.draw(st.integers(1, 3)),
+            reads=data.draw(st.sampled_from(["auto", "windows", "samples"])), read_threads=data.draw(st.integers(1, 3)),
         )  # fmt: skip
         found = steps(dataset, tmp_path, count, samples_seen + first * batch, world_size=world_size, micro=micro, config=split, **run)
         assert found == reference[first : first + count]
