@@ -61,11 +61,16 @@ def in_processes(count: int, work: Work[Item], todo: Sequence[Item], tell: Calla
             process.join()
 
 
+def die_with(parent: int) -> None:
+    """Lets this process be killed when the one that started it ends, so that nobody is left behind who writes on."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it died before this line
+        os._exit(1)
+
+
 def _work(told: Connection, parent: int, following: Any, work: Work[Item], todo: Sequence[Item]) -> None:
     """One process: does the items that it gets hold of."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed parent leaves nobody behind who writes on
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends all
     warnings.filterwarnings("ignore", module="PIL")
     counts = [0, 0]

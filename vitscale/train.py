@@ -7,10 +7,8 @@ Follow one batch from here: `stream.py` (which samples, and their pixels) -> `mi
 """
 
 import contextlib
-import ctypes
 import math
 import os
-import signal
 import sys
 import time
 import traceback
@@ -23,6 +21,7 @@ import torch.distributed as dist
 from data_tools.cache import cache_advice
 from data_tools.dataset import Dataset
 from data_tools.errors import UserError
+from data_tools.processes import die_with
 from vitscale import checkpoint, keyed
 from vitscale.checkpoint import CheckpointError
 from vitscale.config import TrainConfig, ViTConfig, grad_accum_steps, total_steps
@@ -274,7 +273,7 @@ def _device_name() -> str:
 
 def main() -> None:
     """The entry of a rank; what ends it early goes to VITSCALE_ERROR_FILE, where the launcher finds it."""
-    _die_with_parent()
+    die_with(int(os.environ.get("VITSCALE_LAUNCHER_PID", os.getppid())))  # a run that is started again has no second writer
     try:
         config = read_config(Path(sys.argv[1]))
         init_distributed()
@@ -292,14 +291,6 @@ def main() -> None:
     # and then abort the interpreter's exit ("terminate called without an active exception"). All files are closed and committed by now.
     sys.stdout.flush()
     os._exit(status)
-
-
-def _die_with_parent() -> None:
-    """A launcher that is killed takes its ranks along, so that none goes on writing into a run that is started again."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    launcher = os.environ.get("VITSCALE_LAUNCHER_PID")
-    if launcher and os.getppid() != int(launcher):  # it died before this line
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ told of with what ended it; nothing outlives the process that started it, and no
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import pickle
@@ -32,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.errors import UserError
+from data_tools.processes import die_with
 
 Uint8 = npt.NDArray[np.uint8]
 Work = Callable[..., Any]
@@ -212,9 +212,7 @@ class _Process:
 def main() -> None:
     """One worker process: the first message is the work, each other one a task, and the end of the pipe is the end."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with(parent)
     for number in _SHIELDED:
         signal.signal(number, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module="PIL")
