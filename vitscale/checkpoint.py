@@ -71,6 +71,8 @@ class Description:
     samples_seen: int
     step: int
     tensors: tuple[TensorEntry, ...] = ()
+    cursor: int = 0
+    """Of a run on tars without an index: the shards, counted through epochs, that all ranks have used up (`foreign.py`)."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -190,6 +192,7 @@ def describe(folder: Path) -> Description:
                 TensorEntry(t["name"], t["kind"], tuple(t["shape"]), tuple(Piece(**piece) for piece in t["pieces"]))
                 for t in values["tensors"]
             ),
+            cursor=values.get("cursor", 0),  # which checkpoints of before had not
         )
     except (OSError, KeyError, TypeError, ConfigError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{file} cannot be read as a checkpoint ({type(error).__name__}: {error})") from None

@@ -33,6 +33,8 @@ class Purpose(IntEnum):
     COMPONENT = 6  # the seed of a dataset among several
     RANDAUGMENT = 7
     MIXING = 8  # mixup and CutMix
+    FOREIGN_SHARDS = 9  # the order of tars without an index
+    FOREIGN_SHUFFLE = 10  # and of the samples that were read of them
 
 
 def mix(values: npt.ArrayLike) -> UInt64:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from data_tools.errors import UserError
 
+REMEDY = "`vitscale data repair` makes it good, `vitscale data overlay` gives it up"
+
 
 class QuarantineError(UserError):
     """Too much of the data cannot be used; the message is one line for the user."""
@@ -37,10 +39,11 @@ class Quarantine:
 
     Args:
         max_samples, max_per_shard: how many distinct samples may be unusable.
+        remedy: what can be done about a bad shard.
     """
 
-    def __init__(self, file: Path, rank: int, *, max_samples: int, max_per_shard: int) -> None:
-        self._file, self._rank = file, rank
+    def __init__(self, file: Path, rank: int, *, max_samples: int, max_per_shard: int, remedy: str = REMEDY) -> None:
+        self._file, self._rank, self._remedy = file, rank, remedy
         self._max_samples, self._max_per_shard = max_samples, max_per_shard
         self._read_to = 0
         self._known: set[int] = set()
@@ -64,8 +67,8 @@ class Quarantine:
         shard, most = max(self._in_shard.items(), key=lambda item: item[1])
         if most > self._max_per_shard:
             raise QuarantineError(
-                f"{most} unusable samples in {shard} are over stream.max_unusable_per_shard={self._max_per_shard}; `vitscale data repair` "
-                f"makes it good, `vitscale data overlay` gives it up; {self._file} names them"
+                f"{most} unusable samples in {shard} are over stream.max_unusable_per_shard={self._max_per_shard}; {self._remedy}; "
+                f"{self._file} names them"
             )
         if len(self._known) > self._max_samples:
             raise QuarantineError(

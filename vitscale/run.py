@@ -25,7 +25,7 @@ from data_tools.durable import replace_file
 from data_tools.errors import UserError
 from data_tools.overlay import overlay_names
 from data_tools.storage import Location, Url, exists, location
-from vitscale import checkpoint
+from vitscale import checkpoint, foreign
 from vitscale.config import (
     ConfigError,
     FinetuneConfig,
@@ -40,6 +40,7 @@ from vitscale.config import (
     to_dict,
     total_steps,
 )
+from vitscale.foreign import Tars, named_tars
 from vitscale.mixture import Mixture
 
 FORMAT_VERSION = 1
@@ -58,6 +59,8 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
     if not all(asked.datasets) or not asked.datasets:
         raise ConfigError("no dataset is given; --data DATASET names the directory of a training split, as `vitscale pack` writes it")
     stage, cache = stage_of(asked), cache_of(asked)
+    if tars := named_tars(asked.datasets):
+        return _resolve_tars(asked, tars, world_size)
     dataset = Mixture([Dataset.open_checked(path, stage=stage, cache=cache) for path in asked.datasets])
     config = _with_checkpoint(asked, dataset.num_classes) if isinstance(asked, FinetuneConfig) else asked
     check_config(config, world_size)
@@ -72,7 +75,66 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
             raise DatasetError(f"{of.path} holds no samples{' that its overlays leave' if len(of) else ''}; a run needs at least one")
         if config.objective.soft_targets:
             _check_scores(of)
-    steps = total_steps(config, dataset.num_samples)
+    _check_schedule(config, total_steps(config, dataset.num_samples))
+    eval_data = _eval_data(config, dataset, stage)
+    return dataclasses.replace(
+        config,
+        eval_data=eval_data,
+        model=dataclasses.replace(config.model, num_classes=classes),
+        stream=choose_order(_begun_order(config), dataset.num_samples, config.global_batch_size, remote=not dataset.is_local),
+    )
+
+
+def _resolve_tars(asked: TrainConfig | FinetuneConfig, tars: Tars, world_size: int) -> TrainConfig:
+    """As `resolve`, for tars without an index, of which nothing is known but their names."""
+    named = f"{' '.join(asked.datasets)} has no index"
+    instead = "`vitscale data index` makes one, and then it is known"
+    if isinstance(asked, FinetuneConfig):
+        raise ConfigError(f"{named} that tells its classes, which a new head is made for; {instead}")
+    check_config(asked, world_size)
+    if not asked.model.num_classes:
+        raise ConfigError(f"{named} that tells its classes; give --model.num-classes, or {instead}")
+    if not asked.steps:
+        raise ConfigError(f"{named} that tells how long {asked.epochs:g} epochs are; give --steps, or {instead}")
+    if asked.data_weights or asked.cache:
+        raise ConfigError(f"{named}, which {'data_weights' if asked.data_weights else 'cache'} needs; leave it out, or {instead}")
+    _check_schedule(asked, asked.steps)
+    held_out = "none"
+    if asked.eval_data not in ("", "none"):
+        found = Dataset.open_checked(location(asked.eval_data), stage=stage_of(asked))
+        if found.num_classes != asked.model.num_classes:
+            raise DatasetError(
+                f"{found.path} has {found.num_classes} classes, and model.num_classes={asked.model.num_classes}; give its own"
+            )
+        if asked.objective.soft_targets:
+            _check_scores(found)
+        held_out = str(found.path)
+    stream = _begun_order(asked)
+    return dataclasses.replace(
+        asked, eval_data=held_out, stream=dataclasses.replace(stream, lanes=stream.lanes or 1, window=stream.window or foreign.WINDOW)
+    )
+
+
+def open_data(config: TrainConfig) -> Mixture | Tars:
+    """What a rank of the run trains on, as the newest start found it."""
+    run = Path(config.out)
+    if is_of_tars(read_record(run)):
+        tars = named_tars(config.datasets)
+        if tars is None:
+            raise RunError(f"{' '.join(config.datasets)} were tars without an index when the run started and are no more; start it again")
+        return tars
+    overlays = used_overlays(run)
+    of_each = [overlays[name] for name in overlay_fields(len(config.datasets))]
+    return Mixture.open(config.datasets, of_each, stage_of(config), cache_of(config))
+
+
+def is_of_tars(record: dict[str, Any]) -> bool:
+    """Whether run.json is of a run on tars without an index."""
+    return "tars" in (of.get("kind") for of in trained_datasets(record))
+
+
+def _check_schedule(config: TrainConfig, steps: int) -> None:
+    """Warm-up and cool-down fit the run. Raises ConfigError."""
     if config.schedule.warmup_steps >= steps:
         raise ConfigError(
             f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of the run's {steps} steps; "
@@ -84,13 +146,6 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
             f"schedule.warmup_steps={warmup} and schedule.cooldown_steps={cooldown} take more than the run's {steps} steps; "
             f"--schedule.cooldown-steps {steps - warmup} works"
         )
-    eval_data = _eval_data(config, dataset, stage)
-    return dataclasses.replace(
-        config,
-        eval_data=eval_data,
-        model=dataclasses.replace(config.model, num_classes=classes),
-        stream=choose_order(_begun_order(config), dataset.num_samples, config.global_batch_size, remote=not dataset.is_local),
-    )
 
 
 def _with_checkpoint(asked: FinetuneConfig, num_classes: int) -> TrainConfig:
@@ -179,7 +234,8 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     Raises RunError where the directory holds something else; it is left as it was.
     """
     run = Path(config.out)
-    trained_on = [_identity(path) for path in config.datasets]
+    tars = named_tars(config.datasets)
+    trained_on = [tars.identity()] if tars else [_identity(path) for path in config.datasets]
     held_out = [] if config.eval_data == "none" else [_identity(config.eval_data)]
     changed: dict[str, str] = {}
     if (run / "run.json").is_file():
@@ -201,7 +257,7 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
             "format_version": FORMAT_VERSION,
             "dataset": trained_on[0] if len(trained_on) == 1 else trained_on,
             "held_out": held_out[0] if held_out else None,
-            "total_steps": total_steps(config, sum(of["samples"] for of in trained_on)),
+            "total_steps": total_steps(config, sum(of.get("samples", 0) for of in trained_on)),
             "starts": [],
         }
     if is_finished(run, config.eval_data):
@@ -236,11 +292,15 @@ def _check_same(run: Path, flag: str, before: list[dict[str, Any]], now: list[di
         raise RunError(f"{run} was begun with {len(before)} datasets, --{flag} {paths}, and is now given {len(now)}; give the same")
     for was, is_now in zip(before, now, strict=True):
         if was["hash"] != is_now["hash"]:
-            told, told_now = (f"{of['name']} ({of['samples']:,} samples, hash {of['hash'][:12]})" for of in (was, is_now))
+            told, told_now = (f"{of['name']} ({_extent(of)}, hash {of['hash'][:12]})" for of in (was, is_now))
             order = ", in the same order" if len(now) > 1 else ""
             raise RunError(
                 f"{run} was begun with --{flag} {was['path']}, {told}; {is_now['path']} is {told_now}; give the same dataset{order}"
             )
+
+
+def _extent(of: dict[str, Any]) -> str:
+    return f"{of['samples']:,} samples" if "samples" in of else f"{of['shards']:,} tars without an index, {of['bytes']:,} bytes"
 
 
 def trained_datasets(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -255,11 +315,12 @@ def _several(of: dict[str, Any] | list[dict[str, Any]] | None) -> list[dict[str,
 def _overlays(run: Path, record: dict[str, Any], config: TrainConfig) -> dict[str, list[str]]:
     """The overlays that a start uses, of each dataset: all that are there. Raises RunError where one that was used before is not."""
     paths = dict(zip(overlay_fields(len(config.datasets)), config.datasets, strict=True)) | {"eval_data": config.eval_data}
-    used = {name: [] if path == "none" else list(overlay_names(location(path))) for name, path in paths.items()}
+    without = {"none"} | (set(config.datasets) if is_of_tars(record) else set())
+    used = {name: [] if path in without else list(overlay_names(location(path))) for name, path in paths.items()}
     before = record["starts"][-1].get("overlays", {}) if record["starts"] else {}  # which runs of before had not
     for name, now in used.items():
         path = paths[name]
-        if path != "none" and (gone := [overlay for overlay in before.get(name, []) if overlay not in now]):
+        if path not in without and (gone := [overlay for overlay in before.get(name, []) if overlay not in now]):
             raise RunError(f"{run} used the overlay {gone[0]}, which is no more in {path}; put it back (a later one can undo what it says)")
     return used
 

@@ -23,7 +23,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,7 @@ _LOOK_EVERY = 0.5  # seconds between looks at whether a worker has died, while w
 
 # What decoding damaged bytes raises.
 UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+R = TypeVar("R")
 
 
 class StreamError(UserError):
@@ -100,6 +101,10 @@ class TrainStream:
         )  # fmt: skip
         self._maker = Maker(dataset, self.order, image_size, preprocess, config.decode)
         self._quarantine = Quarantine(quarantine, rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard)
+
+    def epoch(self, samples_seen: int) -> float:
+        """Passes over the data."""
+        return samples_seen / self._dataset.num_samples
 
     def micro_batches(self, samples_seen: int, end: int | None = None) -> Iterator[Batch]:
         """Micro-batches of this rank from `samples_seen` on, in order, up to `end` (a whole number of steps) or without end.
@@ -317,7 +322,7 @@ def _prepare_ahead(
 
     def finish() -> Batch:
         one = begun.popleft()
-        made = [_result(chunk, pool, config.read_timeout, partial(_waited_for, one, maker.dataset)) for chunk in one.chunks]
+        made = [result(chunk, pool, config.read_timeout, partial(_waited_for, one, maker.dataset)) for chunk in one.chunks]
         if quarantine and (faults := [fault for of in made for fault in of.faults]):
             quarantine.add(faults)
         if given_up := next((of.given_up for of in made if of.given_up), ""):
@@ -339,7 +344,7 @@ def _prepare_ahead(
         reader.close()
 
 
-def _result(chunk: Future[Made], pool: WorkerPool, timeout: float, waited_for: Callable[[], str]) -> Made:
+def result(chunk: Future[R], pool: WorkerPool, timeout: float, waited_for: Callable[[], str]) -> R:
     """What became of a chunk; a failure of any other one, or too long a wait, is an error."""
     waited = 0.0
     while not chunk.done():
@@ -350,11 +355,15 @@ def _result(chunk: Future[Made], pool: WorkerPool, timeout: float, waited_for: C
         except TimeoutError:
             waited += _LOOK_EVERY
             if waited >= timeout:
-                raise StreamError(
-                    f"{waited_for()} has not ended for stream.read_timeout={timeout:g} seconds; is the storage still there? The same "
-                    "command goes on when it is"
-                ) from None
+                raise stalled(waited_for(), timeout) from None
     return chunk.result()
+
+
+def stalled(what: str, timeout: float) -> StreamError:
+    """The error of a stream that has waited too long for something."""
+    return StreamError(
+        f"{what} has not ended for stream.read_timeout={timeout:g} seconds; is the storage still there? The same command goes on when it is"
+    )
 
 
 def _waited_for(of: _Begun, dataset: Mixture) -> str:

@@ -29,6 +29,7 @@ from vitscale.engine import Engine, device, init_distributed
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
 from vitscale.flops import peak_flops, train_flops
+from vitscale.foreign import ForeignStream, open_stream
 from vitscale.metrics import Metrics, counted, progress_line
 from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
@@ -38,7 +39,7 @@ from vitscale.run import (
     cache_of,
     cut_back,
     note_begin,
-    overlay_fields,
+    open_data,
     read_config,
     read_metrics,
     stage_of,
@@ -67,7 +68,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     # -- Data -------------------------------------------------------------------------------------------------------------------------
     overlays = used_overlays(run)  # as the start found them: one that comes while ranks start must not reach some of them
     stage, cache = stage_of(config), cache_of(config)
-    dataset = Mixture.open(config.datasets, [overlays[name] for name in overlay_fields(len(config.datasets))], stage, cache)
+    dataset = open_data(config)
     held_out = None
     if config.eval_data != "none":
         # Without check_shards, as above: every rank would ask the file system for every tar.
@@ -109,18 +110,16 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         for of in dataset.components:
             if of.path_hides_overlays:
                 metrics.say(f"warning: {of.path} is on the web, where overlays are not seen: what one removes is trained on")
-        if cache:
+        if cache and isinstance(dataset, Mixture):
             for said in cache_advice(cache.limit, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1):
                 metrics.say(said)
         if names := [name for of in dataset.components for name in of.overlay.names]:  # which may be others at the next start
             relabelled = sum(len(of.overlay.samples) for of in dataset.components)
             line = {"step": step, "samples_seen": samples_seen, "overlays": names}
             metrics.log(line, f"overlays: {relabelled:,} samples relabelled, {dataset.num_removed:,} removed")
-    stream = TrainStream(
-        dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
-        weights=config.data_weights,
-    )  # fmt: skip
+    stream = open_stream(
+        dataset, config, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl", cursor=resumed.cursor if resumed else 0
+    )
     if metrics:
         metrics.say(stream.describe())
     batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size), device(), config.mix)
@@ -157,7 +156,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
             if metrics:
                 rate = (step - since_step) * config.global_batch_size / (time.perf_counter() - since_time)
                 line = {
-                    "step": step, "samples_seen": samples_seen, "epoch": samples_seen / dataset.num_samples, "loss": mean_loss, "lr": lr,
+                    "step": step, "samples_seen": samples_seen, "epoch": stream.epoch(samples_seen), "loss": mean_loss, "lr": lr,
                     "grad_norm": engine.grad_norm(), "images_per_second": rate,
                     "seconds_left": (last_step - step) * config.global_batch_size / rate,
                 }  # fmt: skip
@@ -167,8 +166,9 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
             since_time, since_step = time.perf_counter(), step
         if saves:  # before the evaluation, which may be long
             about = checkpoint.Description(
-                run, config.model, config.preprocess, config.objective, dataset.class_names, samples_seen=samples_seen, step=step
-            )
+                run, config.model, config.preprocess, config.objective, dataset.class_names, samples_seen=samples_seen, step=step,
+                cursor=_used_up_by_all(stream),
+            )  # fmt: skip
             saved = checkpoint.save(run, engine, about)
             if metrics:
                 checkpoint.prune(run, config.keep_checkpoints, step)
@@ -209,6 +209,15 @@ def _take_up(config: TrainConfig) -> tuple[Path | None, list[str], bool]:
         found = [(folder, faults, bool(description and was_evaluated(run, description.step)))]
     dist.broadcast_object_list(found, src=0, device=device())
     return found[0]
+
+
+def _used_up_by_all(stream: TrainStream | ForeignStream) -> int:
+    """The cursor of a run on tars without an index, the lowest of all ranks; a dataset's position follows from the samples seen."""
+    if isinstance(stream, TrainStream):
+        return 0
+    lowest = torch.tensor(stream.cursor, device=device())
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    return int(lowest)
 
 
 def _due(step: int, last_step: int, every: int) -> bool:

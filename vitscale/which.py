@@ -26,6 +26,7 @@ from vitscale.mixture import Mixture
 from vitscale.order import Int64, RunOrder
 from vitscale.run import (
     RunError,
+    is_of_tars,
     overlay_fields,
     reached,
     read_config,
@@ -157,6 +158,10 @@ class _Past:
 
     def __init__(self, run: Path, data: Sequence[str]) -> None:
         self.run, self.record = run, read_record(run)
+        if is_of_tars(self.record):
+            raise RunError(
+                f"{run} was trained on tars without an index, whose order cannot be told; `vitscale data index` makes one for other runs"
+            )
         self.config: TrainConfig = read_config(run)
         self._paths = self._found(data)
         self._mixture = lru_cache(maxsize=8)(self._open)

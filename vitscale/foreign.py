@@ -1,0 +1,593 @@
+"""Tars that others made and that have no index, read as streams: from front to back, as the webdataset library groups their members.
+
+    named_tars     which tars `--data` names: a folder or a prefix with tars and no dataset.json, a tar, or a pattern with braces
+    _read_tar      the samples of one, each with its image and labels or with why it cannot be used
+    _Feed          a thread that reads one tar ahead
+    _Drawn         a rank's samples: of two tars in turns, shuffled in windows
+    ForeignStream  batches of them, as `stream.TrainStream` has them
+
+Where it stands: in place of `stream.py`'s order and reads, where there is no index to look a sample up in; workers and pixels are the same.
+The shards of an epoch are in a keyed random order; the k-th of the run, counted through epochs, is read by rank k mod world size. How many
+samples there are is known to nobody, so ranks go at their own pace and every one of them has equally many batches, for ever.
+
+Guarantees are weaker than a dataset's: the order is a function of seed, world size, where the run was taken up and, where images are
+damaged, batch sizes and `prefetch`, not of `samples_seen` alone; a run is taken up at the beginning of a shard (`cursor`), and what
+was drawn of later shards comes again; a sample comes once in each epoch of its shard, but epochs overlap.
+
+Invariants: nothing is unpickled, no command is run, no decoder of webdataset's is used; a sample that cannot be used is written to
+quarantine.jsonl and left out, never in silence; what is held is bounded by `stream.buffer_bytes`; no wait is longer than `read_timeout`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.config import PackConfig, PackError
+from data_tools.dataset import Dataset
+from data_tools.errors import UserError
+from data_tools.images import MAX_IMAGE_BYTES
+from data_tools.index import COMPRESSED_SUFFIXES
+from data_tools.members import OpenTar, TarError, read_samples
+from data_tools.storage import Location, Missing, RemoteFile, Url, entries, exists, location, sequential
+from data_tools.tars import IMAGE_MEMBERS, labels_of
+from vitscale import images, keyed
+from vitscale.config import Decode, PreprocessConfig, StreamConfig, TrainConfig
+from vitscale.mixture import Mixture
+from vitscale.order import Int64
+from vitscale.quarantine import Fault, Quarantine
+from vitscale.stream import UNDECODABLE, Batch, StreamError, TrainStream, result, stalled, workers
+from vitscale.workers import Rows, WorkerPool
+
+WINDOW = 2048  # samples shuffled together, unless stream.window says how many
+_FIRST = 256  # in the first window; each one after it may have twice as many
+_OPEN = 2  # tars of a rank that are read in turns
+_BARREN = 64  # tars in a row without a usable sample, at least, before a rank gives up; at least as many as there are
+_ATTEMPTS = 64  # samples tried for one position, beyond those that one shard may have that are unusable
+_CHUNK = 16  # samples that a worker gets at once, at most
+_ASKED_AT_ONCE = 16  # objects whose sizes are asked for
+_PER_SHARD = 32  # bits of a sample's number that count within its tar
+_REMEDY = "`vitscale data index` tells what else is wrong with it, and --data may leave it out"
+
+Reasons = list[str | None]
+
+
+class ForeignError(UserError):
+    """Tars that cannot be trained on as asked; the message is one line for the user."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Which tars
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tars:
+    """Tars without an index; what it knows of a dataset it says by the names of `mixture.Mixture`."""
+
+    said: tuple[str, ...]
+    """The words that named them."""
+    shards: tuple[Location, ...]
+    num_samples: int = 0
+    """Nobody knows: a run on them has its length in steps."""
+    num_removed: int = 0
+    components: tuple[Dataset, ...] = ()
+    class_names: tuple[str, ...] | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What a run remembers of them. Raises ForeignError where one is not there."""
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+            sizes = list(pool.map(_size, self.shards))
+        listed = json.dumps([(shard.name, size) for shard, size in zip(self.shards, sizes, strict=True)])
+        path, content = " ".join(self.said), hashlib.sha256(listed.encode()).hexdigest()
+        return {"kind": "tars", "path": path, "name": path, "hash": content, "shards": len(sizes), "bytes": sum(sizes)}
+
+    def guarantees(self, world_size: int, window: int) -> str:
+        """What a run on them can and cannot promise, and how it could promise more, in some lines."""
+        remote = any(isinstance(shard, Url) for shard in self.shards)
+        path = " ".join(self.said)
+        index = (
+            f"download them, and `vitscale data index TARS` or `vitscale pack {path} OUT`" if remote else f"`vitscale data index {path}`"
+        )
+        lines = [
+            f"{path}: {len(self.shards):,} tars without an index, read as streams: ordered by seed and shard, shuffled among {window:,} "
+            "samples; a resume begins at a shard's beginning, so samples come again; every rank has equally many batches",
+            f"{index} makes a dataset of them: each sample exactly once an epoch, and an exact resume at any number of ranks",
+        ]
+        if len(self.shards) < world_size:
+            lines.append(f"warning: {len(self.shards):,} tars are fewer than {world_size} ranks, some of which read the same tars at once")
+        return "\n".join(lines)
+
+
+def named_tars(words: tuple[str, ...]) -> Tars | None:
+    """The tars that `--data` names; None where it names datasets, or nothing that can be told.
+
+    Raises ForeignError where it names tars that cannot be read as streams, StorageError where a bucket cannot be asked.
+    """
+    found = {word: _shards(word) for word in words}
+    tars = [shard for shards in found.values() for shard in shards or ()]
+    if not tars:
+        return None
+    if datasets := [word for word, shards in found.items() if shards is None]:
+        raise ForeignError(
+            f"--data {' '.join(words)} mixes tars without an index and {datasets[0]}; `vitscale data index` makes datasets of tars, "
+            "which can be mixed"
+        )
+    names = Counter(str(shard) for shard in tars)
+    if twice := [name for name, times in names.items() if times > 1]:
+        raise ForeignError(f"--data names {twice[0]} twice; name each tar once")
+    return Tars(words, tuple(tars))
+
+
+def _shards(word: str) -> list[Location] | None:
+    """The tars that one word names; None where it is no name of tars."""
+    if word.startswith("pipe:"):
+        raise ForeignError(f"--data {word} would run a command, which vitscale never does; name the tars, on a disk, s3:// or https://")
+    if "{" not in word or Path(word).exists():
+        place = location(word)
+        if place.name.lower().endswith(".tar") and (isinstance(place, Url) or not place.is_dir()):
+            return [place]
+        return _tars_in(place)
+    from webdataset.shardlists import expand_urls
+
+    try:
+        expanded = [location(name) for name in expand_urls(word)]
+    except ValueError as error:  # braces that do not close
+        raise ForeignError(f"--data {word} cannot be expanded ({error}); tars/{{000..099}}.tar would work") from None
+    for place in expanded:
+        if place.name.lower().endswith(COMPRESSED_SUFFIXES):
+            raise ForeignError(f"{place} of --data {word} is compressed; unpack it first")
+        if not place.name.lower().endswith(".tar") or str(place).startswith("pipe:"):
+            raise ForeignError(f"{place} of --data {word} is no tar by its name; tars/{{000..099}}.tar would work")
+    return expanded
+
+
+def _tars_in(folder: Location) -> list[Location] | None:
+    """The tars right in a folder that is no dataset; None where there are none."""
+    if isinstance(folder, Url):
+        if folder.on_web or exists(folder / "dataset.json"):
+            return None
+        try:
+            names = entries(folder)[1]
+        except Missing:
+            return None
+        return [folder / name for name in names if name.lower().endswith(".tar")] or None
+    if not folder.is_dir() or (folder / "dataset.json").is_file():
+        return None
+    return sorted((path for path in folder.iterdir() if path.name.lower().endswith(".tar")), key=os.fsencode) or None  # type: ignore[return-value]
+
+
+def _size(shard: Location) -> int:
+    if isinstance(shard, Url):
+        try:
+            return RemoteFile(shard).size
+        except Missing as error:
+            raise ForeignError(f"{shard} cannot be read ({error.why}); put it there, or name the tars that are there") from None
+    try:
+        status = shard.stat()
+    except OSError as error:
+        raise ForeignError(f"{shard} cannot be read ({error.strerror}); put it there, or name the tars that are there") from None
+    if not stat.S_ISREG(status.st_mode):  # a named pipe, say, which would be waited for
+        raise ForeignError(f"{shard} is not a plain file; name tars")
+    return status.st_size
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# What is in them
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Sample(NamedTuple):
+    """One sample as it was read, or why it, or the rest of its tar, cannot be used."""
+
+    ordinal: int
+    """Of its shard in the run."""
+    shard: int
+    number: int
+    """In its tar."""
+    key: str
+    data: bytes = b""
+    labels: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    reason: str = ""
+    """Why it cannot be used."""
+
+    @property
+    def global_number(self) -> int:
+        """Its number among the samples of all the tars."""
+        return self.shard << _PER_SHARD | self.number
+
+
+class Usable(NamedTuple):
+    """What a run asks of the labels of a sample."""
+
+    num_classes: int
+    """Labels must be below."""
+    soft_targets: bool = False
+    """Whether scores must lie in [0, 1]."""
+
+
+def _read_tar(tar: Location, ordinal: int, shard: int, usable: Usable) -> Generator[_Sample]:
+    """The samples of a tar, front to back; a last one without data where it is damaged. Raises OSError and StorageError."""
+    number = -1
+    try:
+        with sequential(tar) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            opened = OpenTar(file, str(tar), size, hashed=False)
+            for number, (key, members) in enumerate(read_samples(opened, (*IMAGE_MEMBERS, "json", "cls"), MAX_IMAGE_BYTES)):
+                image = next((members[suffix][1] for suffix in IMAGE_MEMBERS if suffix in members), b"")
+                try:
+                    labels, scores = _labels({"__key__": key} | {s: m[1] for s, m in members.items()}, tar, usable)
+                except PackError as error:
+                    yield _Sample(ordinal, shard, number, key, reason=str(error))
+                    continue
+                reason = ""
+                if not image:
+                    reason = f"no member of the sample is {', '.join(IMAGE_MEMBERS)}" if image == b"" else "the image is too large"
+                yield _Sample(ordinal, shard, number, key, image or b"", labels, scores, reason)
+    except TarError as error:
+        yield _Sample(ordinal, shard, (1 << _PER_SHARD) - 1, "", reason=f"the tar after its sample {number}: {error}")
+
+
+def _labels(sample: dict[str, object], tar: Location, usable: Usable) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Labels of a sample, none twice, and a score for each. Raises PackError where it has none that can be used."""
+    for suffix in ("json", "cls"):
+        if suffix in sample and sample[suffix] is None:
+            raise PackError(f"its {suffix} is too large")
+    try:
+        labels, scores = labels_of(sample, tar, _AS_PACKED)
+    except RecursionError:
+        raise PackError("its json is nested too deeply") from None
+    if not labels:
+        raise PackError("it has no label")
+    for label in labels:
+        if type(label) is not int or not 0 <= label < usable.num_classes:
+            raise PackError(f"its label {str(label)[:80]!r} is no whole number from 0 to model.num_classes - 1 = {usable.num_classes - 1}")
+    if len(set(labels)) < len(labels):
+        raise PackError(f"a label is given twice: {labels[:20]}")
+    scores = scores or [1.0] * len(labels)
+    if len(scores) != len(labels) or not all(type(score) in (int, float) and abs(score) <= _LARGEST for score in scores):
+        raise PackError("its scores are not a number for each label")
+    if usable.soft_targets and not all(0 <= score <= 1 for score in scores):
+        raise PackError("its scores are not all in [0, 1], as soft_targets needs them")
+    return tuple(labels), tuple(map(float, scores))
+
+
+_AS_PACKED = PackConfig(sources=(), out="")  # the fields that labels have where nothing else is said
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class _Feed:
+    """The samples of one tar, read ahead by a thread.
+
+    Args:
+        ordinal: of the tar in the run.
+        room: bytes that may be held, though one sample always may.
+    """
+
+    def __init__(self, ordinal: int, tar: Location, samples: Generator[_Sample], room: int) -> None:
+        self.ordinal, self.tar, self._room = ordinal, tar, room
+        self._held = 0
+        self._read: deque[_Sample | BaseException | None] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        threading.Thread(target=self._serve, args=(samples,), name=f"tar-{tar.name}", daemon=True).start()
+
+    def take(self, timeout: float) -> _Sample | None:
+        """The next sample; None where the tar has no more. Raises StreamError where none comes in time, or what ended the reading."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: bool(self._read), timeout):
+                raise stalled(f"reading {self.tar}", timeout)
+            sample = self._read.popleft()
+            if isinstance(sample, Missing | FileNotFoundError):
+                raise StreamError(f"{self.tar} is not there any more; put it back, and the same command goes on")
+            if isinstance(sample, OSError):
+                raise StreamError(f"{self.tar} cannot be read ({sample.strerror or sample}); the same command goes on when it can")
+            if isinstance(sample, BaseException):
+                raise sample
+            self._held -= len(sample.data) if sample else 0
+            self._changed.notify_all()
+        return sample
+
+    def close(self) -> None:
+        """Ends the reading, without waiting for a read under way."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _serve(self, samples: Generator[_Sample]) -> None:
+        last: BaseException | None = None
+        try:
+            with closing(samples):
+                for sample in samples:
+                    if not self._put(sample, len(sample.data)):
+                        return
+        except BaseException as error:
+            last = error
+        self._put(last, 0)
+
+    def _put(self, item: _Sample | BaseException | None, size: int) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or not self._held or self._held + size <= self._room)
+            self._held += size
+            self._read.append(item)
+            self._changed.notify_all()
+            return not self._closed
+
+
+class _Drawn:
+    """The samples of one rank, for ever: those of its tars, some tars at a time in turns, shuffled in windows.
+
+    While a window is drawn from, in a keyed order, the next one is filled as fast, so that as many samples as a window has are held; the
+    first ones are smaller, so that a run need not wait for a whole one.
+
+    Args:
+        cursor: the shards of the run, counted through epochs, that are used up.
+        unusable: is told of samples that are left out.
+    """
+
+    def __init__(
+        self, tars: Tars, config: StreamConfig, usable: Usable, *, seed: int, cursor: int, rank: int, world_size: int,
+        unusable: Callable[[_Sample], None],
+    ) -> None:  # fmt: skip
+        self._tars, self._config, self._usable, self._seed, self._world_size = tars, config, usable, seed, world_size
+        self._unusable = unusable
+        self._next_ordinal = cursor + rank
+        self._window, self._room = config.window or WINDOW, config.buffer_bytes // 2
+        self._drawing: list[_Sample] = []
+        self._filling: list[_Sample] = []
+        self._target = min(_FIRST, self._window)  # samples in the window that is being filled
+        self._bytes = self._windows = self._barren = 0
+        self._key = keyed.key(keyed.Purpose.FOREIGN_SHUFFLE, seed, cursor, rank)
+        self._feeds = deque(self._open() for _ in range(_OPEN))
+
+    @property
+    def floor(self) -> int:
+        """The first shard of this rank's, counted through epochs, of which not all samples have been drawn."""
+        return min([feed.ordinal for feed in self._feeds] + [sample.ordinal for sample in self._drawing + self._filling])
+
+    def draw(self) -> _Sample:
+        """The next sample. Raises StreamError, StorageError and whatever `unusable` does."""
+        if not self._drawing:
+            while self._fill():
+                pass
+            order = keyed.permute(np.arange(len(self._filling)), len(self._filling), keyed.key(self._key, self._windows))
+            self._drawing, self._filling = [self._filling[place] for place in order.tolist()], []
+            self._windows += 1
+            self._target = min(2 * self._target, self._window)
+        sample = self._drawing.pop()
+        self._bytes -= len(sample.data)
+        for _ in range(2):
+            if len(self._drawing) + len(self._filling) < self._target:
+                self._fill()
+        return sample
+
+    def close(self) -> None:
+        """Ends all reading."""
+        for feed in self._feeds:
+            feed.close()
+
+    def _fill(self) -> bool:
+        """Reads a sample into the next window, unless that or the memory is full; one sample always has room."""
+        if len(self._filling) >= self._target or (self._filling and self._bytes >= self._room):
+            return False
+        self._filling.append(self._read())
+        self._bytes += len(self._filling[-1].data)
+        return True
+
+    def _read(self) -> _Sample:
+        """The next usable sample of the tars that are open."""
+        while True:
+            sample = self._feeds[0].take(self._config.read_timeout)
+            if sample is None:
+                self._feeds[0] = self._open()
+                self._barren += 1
+                if self._barren > max(_BARREN, len(self._tars.shards)):
+                    raise StreamError(
+                        f"{' '.join(self._tars.said)}: {self._barren} tars in a row held no sample that can be used; a sample is an image "
+                        f"({', '.join(IMAGE_MEMBERS)}) and a `cls` or `json` of one name, and RUN/quarantine.jsonl tells what is wrong"
+                    )
+                continue
+            self._feeds.rotate(-1)
+            if not sample.reason:
+                self._barren = 0
+                return sample
+            self._unusable(sample)
+
+    def _open(self) -> _Feed:
+        shards, ordinal = self._tars.shards, self._next_ordinal
+        self._next_ordinal += self._world_size
+        shard = shard_at(self._seed, ordinal, len(shards))
+        return _Feed(ordinal, shards[shard], _read_tar(shards[shard], ordinal, shard, self._usable), self._room // _OPEN)
+
+
+def shard_at(seed: int, ordinal: int, shards: int) -> int:
+    """The shard that comes at a place in the run, counted through epochs."""
+    epoch, place = divmod(ordinal, shards)
+    return int(keyed.permute(place, shards, keyed.key(keyed.Purpose.FOREIGN_SHARDS, seed, epoch)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Painter:
+    """Makes pixels of images; all that a worker knows, and picklable."""
+
+    image_size: tuple[int, int]
+    preprocess: PreprocessConfig
+    decode: Decode
+
+    def __call__(self, data: list[bytes], keys: keyed.UInt64, rows: Rows) -> Reasons:
+        """Fills the rows, and tells of each image why it cannot be used, or None."""
+        reasons: Reasons = [None] * len(data)
+        for i, (image, key, draws, row_HWC) in enumerate(zip(data, keys.tolist(), images.draws(keys), rows.array, strict=True)):
+            try:
+                images.training_view(image, self.image_size, key, draws, self.preprocess, self.decode, row_HWC)
+            except UNDECODABLE as error:
+                reasons[i] = f"{type(error).__name__}: {error}"
+        return reasons
+
+
+@dataclass
+class _Begun:
+    """A micro-batch in the making."""
+
+    positions: Int64
+    keys: keyed.UInt64
+    samples: list[_Sample]
+    floor: int
+    """The rank's first shard that is not used up once this micro-batch is."""
+    rows: Rows
+    chunks: list[Future[Reasons]] = field(default_factory=list)
+
+
+class ForeignStream:
+    """A rank's share of the training batches, of tars without an index; its arguments are those of `stream.TrainStream`.
+
+    Args:
+        usable: what is asked of labels.
+        cursor: the shards, counted through epochs, that all ranks have used up.
+    """
+
+    def __init__(
+        self, tars: Tars, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, *, seed: int,
+        global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, quarantine: Path, usable: Usable, cursor: int = 0,
+    ) -> None:  # fmt: skip
+        self.seed, self.global_batch_size, self.micro_batch_size, self.rank, self.world_size = (
+            seed, global_batch_size, micro_batch_size, rank, world_size,
+        )  # fmt: skip
+        self.cursor = cursor
+        """This rank's, of the micro-batch before the one that was given last: that one may be on its way to the device yet."""
+        self._tars, self._config, self._usable = tars, config, usable
+        self._painter = _Painter(image_size, preprocess, config.decode)
+        self._quarantine = Quarantine(
+            quarantine, rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard, remedy=_REMEDY
+        )  # fmt: skip
+        self._position = 0  # that a sample is being looked for
+
+    def describe(self) -> str:
+        """What can and cannot be promised, for people."""
+        held = f"in memory a rank at most {self._config.buffer_bytes / 1e6:,.0f} MB of samples, or a few of them where they are larger"
+        return f"{self._tars.guarantees(self.world_size, self._config.window or WINDOW)}\n{held}"
+
+    def epoch(self, samples_seen: int) -> float:
+        """Passes over the tars, about; nobody knows how many samples they have."""
+        return self.cursor / len(self._tars.shards)
+
+    def micro_batches(self, samples_seen: int, end: int | None = None) -> Iterator[Batch]:
+        """Micro-batches of this rank from the position `samples_seen` on, and from the cursor's shard, up to `end` or without end.
+
+        Raises QuarantineError or StreamError where too many samples are unusable or a tar is gone, StorageError where one cannot be read,
+        WorkerError where a worker dies.
+        """
+        pool = WorkerPool(self._painter, workers(self._config.workers), processes=self._config.processes)
+        drawn = _Drawn(
+            self._tars, self._config, self._usable, seed=self.seed, cursor=self.cursor, rank=self.rank,
+            world_size=self.world_size, unusable=lambda sample: self._leave_out(sample, sample.reason),
+        )  # fmt: skip
+        begun: deque[_Begun] = deque()
+        given = self.cursor  # once the micro-batch that was given last is used
+        try:
+            for positions in self._positions(samples_seen, end):
+                begun.append(self._begin(positions, drawn, pool))
+                if len(begun) > self._config.prefetch:
+                    self.cursor, given = given, begun[0].floor
+                    yield self._finish(begun.popleft(), drawn, pool)
+            while begun:
+                self.cursor, given = given, begun[0].floor
+                yield self._finish(begun.popleft(), drawn, pool)
+        finally:
+            pool.close()
+            drawn.close()
+
+    def _positions(self, samples_seen: int, end: int | None) -> Iterator[Int64]:
+        share = self.global_batch_size // self.world_size
+        while end is None or samples_seen < end:
+            first = samples_seen + self.rank * share
+            yield from np.arange(first, first + share, dtype=np.int64).reshape(-1, self.micro_batch_size)
+            samples_seen += self.global_batch_size
+
+    def _begin(self, positions: Int64, drawn: _Drawn, pool: WorkerPool) -> _Begun:
+        samples = []
+        for self._position in positions.tolist():
+            samples.append(drawn.draw())
+        size = len(samples)
+        rows = Rows((size, *self._painter.image_size, 3), shared=self._config.processes)
+        keys = keyed.key(keyed.Purpose.SAMPLE, self.seed, positions)
+        begun = _Begun(positions, keys, samples, drawn.floor, rows)
+        for first in range(0, size, step := max(1, min(_CHUNK, -(-size // workers(self._config.workers))))):
+            begun.chunks.append(self._submit(begun, first, min(first + step, size), pool))
+        return begun
+
+    def _submit(self, of: _Begun, first: int, end: int, pool: WorkerPool) -> Future[Reasons]:
+        data = [sample.data for sample in of.samples[first:end]]
+        return pool.submit(partial(tuple, (data, of.keys[first:end], of.rows.part(first, end))))
+
+    def _finish(self, of: _Begun, drawn: _Drawn, pool: WorkerPool) -> Batch:
+        """The batch, once each of its samples that cannot be decoded has given its place to the next one drawn."""
+        reasons = [reason for chunk in of.chunks for reason in self._result(chunk, pool)]
+        for place, reason in enumerate(reasons):
+            tried = 1
+            while reason is not None:
+                self._position = int(of.positions[place])
+                self._leave_out(of.samples[place], reason)
+                if (tried := tried + 1) > _ATTEMPTS + self._config.max_unusable_per_shard:
+                    raise StreamError(
+                        f"{tried - 1} samples tried for position {self._position} were all unusable; quarantine.jsonl names them"
+                    )
+                of.samples[place] = drawn.draw()
+                (reason,) = self._result(self._submit(of, place, place + 1, pool), pool)
+        labels_BL, scores_BL = _padded(of.samples)
+        samples_B = np.array([sample.global_number for sample in of.samples], dtype=np.int64)
+        return Batch(of.rows.array, labels_BL, scores_BL, of.keys.view(np.int64), np.ones(len(samples_B), np.bool_), samples_B)
+
+    def _result(self, chunk: Future[Reasons], pool: WorkerPool) -> Reasons:
+        return result(chunk, pool, self._config.read_timeout, lambda: "decoding a micro-batch")
+
+    def _leave_out(self, sample: _Sample, reason: str) -> None:
+        """Writes a sample down that cannot be used. Raises QuarantineError where a budget is spent."""
+        tar = self._tars.shards[sample.shard]
+        self._quarantine.add([Fault(self._position, sample.global_number, str(tar.parent), tar.name, sample.key, reason)])
+
+
+def _padded(samples: list[_Sample]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    shape = (len(samples), max(len(sample.labels) for sample in samples))
+    labels_BL, scores_BL = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+    for row, sample in enumerate(samples):
+        labels_BL[row, : len(sample.labels)] = sample.labels
+        scores_BL[row, : len(sample.scores)] = sample.scores
+    return labels_BL, scores_BL
+
+
+def open_stream(
+    data: Mixture | Tars, config: TrainConfig, *, rank: int, world_size: int, quarantine: Path, cursor: int
+) -> TrainStream | ForeignStream:  # fmt: skip
+    """The training batches of a run, of datasets or of tars without an index."""
+    if isinstance(data, Tars):
+        return ForeignStream(
+            data, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
+            micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=quarantine,
+            usable=Usable(config.model.num_classes, config.objective.soft_targets), cursor=cursor,
+        )  # fmt: skip
+    return TrainStream(
+        data, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=quarantine, weights=config.data_weights,
+    )  # fmt: skip
