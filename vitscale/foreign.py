@@ -137,7 +137,7 @@ def _shards(word: str) -> list[Location] | None:
     """The tars that one word names; None where it is no name of tars."""
     if word.startswith("pipe:"):
         raise ForeignError(f"--data {word} would run a command, which vitscale never does; name the tars, on a disk, s3:// or https://")
-    if "{" not in word or Path(word).exists():
+    if "{" not in word or os.path.exists(word):
         place = location(word)
         if place.name.lower().endswith(".tar") and (isinstance(place, Url) or not place.is_dir()):
             return [place]
@@ -146,7 +146,7 @@ def _shards(word: str) -> list[Location] | None:
 
     try:
         expanded = [location(name) for name in expand_urls(word)]
-    except ValueError as error:  # braces that do not close
+    except (ValueError, AssertionError) as error:  # braces that do not close, a variable that is not set
         raise ForeignError(f"--data {word} cannot be expanded ({error}); tars/{{000..099}}.tar would work") from None
     for place in expanded:
         if place.name.lower().endswith(COMPRESSED_SUFFIXES):

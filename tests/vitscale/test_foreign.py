@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -22,6 +23,7 @@ from webdataset import TarWriter
 from data_tools.errors import UserError
 from data_tools.storage import Url
 from tests.data_tools.conftest import Server, bucket, make_image, process, server, upload  # noqa: F401 - fixtures
+from tests.data_tools.test_mutations import mutated
 from tests.launch.test_command import SMALL, VITSCALE, vitscale
 from tests.vitscale.test_stream import IMAGE_SIZE, PREPROCESS
 from vitscale.config import FinetuneConfig, StreamConfig, TrainConfig
@@ -241,6 +243,35 @@ def test_a_tar_that_ends_early_gives_what_was_read(tmp_path: Path) -> None:
     assert any(re.search(r"the tar after its sample \d+: .* cannot be read", line["reason"]) for line in told(tmp_path))
 
 
+def test_mutated_tars_lose_what_is_damaged_and_nothing_else(tars: Path, tmp_path: Path) -> None:
+    """Samples of whole tars come as ever; what is lost of the others is told of, or ends the run in one line."""
+    first = np.cumsum([0, *SIZES])
+    said: list[str] = []
+    for seed in range(40):
+        rng = random.Random(seed)
+        copy = Path(shutil.copytree(tars, tmp_path / f"{seed}"))
+        spoiled = rng.sample(range(len(SIZES)), rng.randint(1, 3))
+        for shard in spoiled:
+            file = copy / f"part-{shard:03d}.tar"
+            content = file.read_bytes()
+            file.write_bytes(
+                rng.choice([mutated(content, rng), mutated(content, rng), bytes(len(content)), rng.randbytes(3000), content * 2])
+            )
+        try:
+            batches = take(stream(found(copy), copy, config=StreamConfig(workers=2, window=8)), 60)
+        except (QuarantineError, StreamError) as error:
+            said.append(str(error))
+            continue
+        came = {label for batch in batches for label in batch.labels_BL[:, 0].tolist()}
+        for shard in set(range(len(SIZES))) - set(spoiled):
+            assert set(range(first[shard], first[shard + 1])) <= came, seed
+        for shard in spoiled:
+            if not came & set(range(first[shard], first[shard + 1])) and (copy / f"part-{shard:03d}.tar").read_bytes().strip(b"\0"):
+                assert f"part-{shard:03d}.tar" in {line["shard"] for line in told(copy)}, seed
+    assert len(said) < 20
+    assert not any("\n" in line for line in said)
+
+
 def test_budgets_and_sets_without_any_sample_end_in_one_line(tmp_path: Path) -> None:
     damaged = found(write_damaged(tmp_path / "tars"))
     with pytest.raises(QuarantineError, match=r"4 unusable samples in .*/tars/part-900.tar are over .*=3; `vitscale data index`"):
@@ -321,6 +352,8 @@ def test_names(tars: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("{pipe:touch owned,x}.tar",): "is no tar by its name",
         ("x-{0..3}.tar.gz",): "is compressed",
         ("x-{0..3}.zip",): "is no tar by its name",
+        ("x-{0..3.tar",): "cannot be expanded",
+        ("x-{0..3}-${NOT_SET_ANYWHERE}.tar",): "cannot be expanded",
         ("part-000.tar", "./part-000.tar"): "twice",
         (str(tars), str(dataset / "train")): "mixes tars",
     }.items():
