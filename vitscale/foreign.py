@@ -60,6 +60,7 @@ _BARREN = 64  # tars in a row without a usable sample, at least, before a rank g
 _ATTEMPTS = 64  # samples tried for one position, beyond those that one shard may have that are unusable
 _CHUNK = 16  # samples that a worker gets at once, at most
 _ASKED_AT_ONCE = 16  # objects whose sizes are asked for
+_BLOCK = 1 << 20
 _PER_SHARD = 32  # bits of a sample's number that count within its tar
 _REMEDY = "`vitscale data index` tells what else is wrong with it, and --data may leave it out"
 
@@ -240,6 +241,11 @@ def _read_tar(tar: Location, ordinal: int, shard: int, usable: Usable) -> Genera
                 if not image:
                     reason = f"no member of the sample is {', '.join(IMAGE_MEMBERS)}" if image == b"" else "the image is too large"
                 yield _Sample(ordinal, shard, number, key, image or b"", labels, scores, reason)
+            if number < 0:
+                raise TarError(f"{tar} holds no sample")
+            file.seek(opened.end)
+            if any(block.strip(b"\0") for block in iter(partial(file.read, _BLOCK), b"")):
+                raise TarError(f"{tar} goes on behind its end mark at byte {opened.end}, where no reader looks; write it again")
     except TarError as error:
         yield _Sample(ordinal, shard, (1 << _PER_SHARD) - 1, "", reason=f"the tar after its sample {number}: {error}")
 

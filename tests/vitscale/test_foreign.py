@@ -144,6 +144,10 @@ def test_workers_change_no_byte(tars: Path, tmp_path: Path, damaged: bool) -> No
     for workers, processes in ((4, False), (1, True), (4, True)):
         other = dataclasses.replace(config, workers=workers, processes=processes)
         assert bytes_of(take(stream(found(tars), tmp_path, config=other), 40)) == whole
+    if not damaged:  # how much is begun at once decides only where the next sample stands in for another one
+        other = dataclasses.replace(config, prefetch=1, buffer_bytes=2**20)
+        cut = take(stream(found(tars), tmp_path, micro=6, config=other), 13)
+        assert labels(cut) == labels(take(stream(found(tars), tmp_path, config=config), 39))
 
 
 def test_a_resume_begins_at_a_shard_and_loses_nothing(tars: Path, tmp_path: Path) -> None:
@@ -151,7 +155,7 @@ def test_a_resume_begins_at_a_shard_and_loses_nothing(tars: Path, tmp_path: Path
     first = np.cumsum([0, *SIZES])
     for stop in range(1, 30, 4):
         before = [stream(found(tars), tmp_path, rank=rank, world_size=2) for rank in range(2)]
-        came = Counter(label for one in before for label in labels(take(one, stop)))
+        came = Counter(label for one in before for label in labels(take(one, stop)[:-1]))  # the last is on its way to the device yet
         cursor = min(one.cursor for one in before)
         for ordinal in range(cursor):
             shard = shard_at(3, ordinal, len(SIZES))
@@ -230,16 +234,19 @@ def test_a_tar_that_ends_early_gives_what_was_read(tmp_path: Path) -> None:
     cut = tars / "part-002.tar"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     (tars / "part-003.tar").write_bytes(b"")
+    (tars / "part-001.tar").write_bytes(bytes((tars / "part-001.tar").stat().st_size))  # a tar's end, and nothing before it
+    (tars / "part-000.tar").write_bytes((tars / "part-000.tar").read_bytes() * 2)  # whose second half no reader sees
     flipped = bytearray((tars / "part-004.tar").read_bytes())
     flipped[len(flipped) // 2 // 512 * 512 : len(flipped) // 2 // 512 * 512 + 2048] = b"\x07" * 2048
     (tars / "part-004.tar").write_bytes(flipped)
     came = set(labels_used := [label for batch in take(stream(found(tars), tmp_path), 90) for label in batch.labels_BL[:, 0].tolist()])
     first = np.cumsum([0, *SIZES])
-    assert set(range(first[2])) <= came
+    assert set(range(first[1])) <= came
     assert came & set(range(first[2], first[3]))
     assert not came & set(range(first[3], first[4]))
     assert len(labels_used) == 180
-    assert {"part-002.tar", "part-003.tar", "part-004.tar"} == {line["shard"] for line in told(tmp_path)}
+    assert {line["shard"] for line in told(tmp_path)} == {path.name for path in tars.iterdir()}
+    assert {line["shard"] for line in told(tmp_path) if "behind its end mark" in line["reason"]} == {"part-000.tar"}
     assert any(re.search(r"the tar after its sample \d+: .* cannot be read", line["reason"]) for line in told(tmp_path))
 
 
@@ -266,7 +273,7 @@ def test_mutated_tars_lose_what_is_damaged_and_nothing_else(tars: Path, tmp_path
         for shard in set(range(len(SIZES))) - set(spoiled):
             assert set(range(first[shard], first[shard + 1])) <= came, seed
         for shard in spoiled:
-            if not came & set(range(first[shard], first[shard + 1])) and (copy / f"part-{shard:03d}.tar").read_bytes().strip(b"\0"):
+            if not came >= set(range(first[shard], first[shard + 1])):
                 assert f"part-{shard:03d}.tar" in {line["shard"] for line in told(copy)}, seed
     assert len(said) < 20
     assert not any("\n" in line for line in said)
