@@ -23,6 +23,7 @@ from data_tools.config import MAX_PIXELS
 PILLOW_NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 ACCEPTED = "accepted: jpeg, png, webp"
 MAX_IMAGE_BYTES = 2**30
+UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what `decode` raises on bytes that are none
 
 
 @dataclass(frozen=True)

@@ -46,11 +46,12 @@ from data_tools.members import OpenTar, TarError, read_samples
 from data_tools.storage import Location, Missing, RemoteFile, Url, entries, exists, location, sequential
 from data_tools.tars import IMAGE_MEMBERS, labels_of
 from vitscale import images, keyed
-from vitscale.config import Decode, PreprocessConfig, StreamConfig, TrainConfig
+from vitscale.config import PreprocessConfig, StreamConfig, TrainConfig
+from vitscale.decoding import View
 from vitscale.mixture import Mixture
 from vitscale.order import Int64
 from vitscale.quarantine import Fault, Quarantine
-from vitscale.stream import UNDECODABLE, Batch, StreamError, TrainStream, result, stalled, workers
+from vitscale.stream import Batch, StreamError, TrainStream, result, stalled, workers
 from vitscale.workers import Rows, WorkerPool
 
 WINDOW = 2048  # samples shuffled together, unless stream.window says how many
@@ -434,22 +435,15 @@ def shard_at(seed: int, ordinal: int, shards: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Painter:
+class _Decoder:
     """Makes pixels of images; all that a worker knows, and picklable."""
 
-    image_size: tuple[int, int]
-    preprocess: PreprocessConfig
-    decode: Decode
+    view: View
 
     def __call__(self, data: list[bytes], keys: keyed.UInt64, rows: Rows) -> Reasons:
         """Fills the rows, and tells of each image why it cannot be used, or None."""
-        reasons: Reasons = [None] * len(data)
-        for i, (image, key, draws, row_HWC) in enumerate(zip(data, keys.tolist(), images.draws(keys), rows.array, strict=True)):
-            try:
-                images.training_view(image, self.image_size, key, draws, self.preprocess, self.decode, row_HWC)
-            except UNDECODABLE as error:
-                reasons[i] = f"{type(error).__name__}: {error}"
-        return reasons
+        drawn = images.draws(keys)
+        return [self.view.fill(*of) for of in zip(data, keys.tolist(), drawn, rows.array, strict=True)]
 
 
 @dataclass
@@ -483,7 +477,7 @@ class ForeignStream:
         self.cursor = cursor
         """This rank's, of the micro-batch before the one that was given last: that one may be on its way to the device yet."""
         self._tars, self._config, self._usable = tars, config, usable
-        self._painter = _Painter(image_size, preprocess, config.decode)
+        self._decoder = _Decoder(View(image_size, preprocess, config.decode, training=True))
         self._quarantine = Quarantine(
             quarantine, rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard, remedy=_REMEDY
         )  # fmt: skip
@@ -504,7 +498,7 @@ class ForeignStream:
         Raises QuarantineError or StreamError where too many samples are unusable or a tar is gone, StorageError where one cannot be read,
         WorkerError where a worker dies.
         """
-        pool = WorkerPool(self._painter, workers(self._config.workers), processes=self._config.processes)
+        pool = WorkerPool(self._decoder, workers(self._config.workers), processes=self._config.processes)
         drawn = _Drawn(
             self._tars, self._config, self._usable, seed=self.seed, cursor=self.cursor, rank=self.rank,
             world_size=self.world_size, unusable=lambda sample: self._leave_out(sample, sample.reason),
@@ -536,7 +530,7 @@ class ForeignStream:
         for self._position in positions.tolist():
             samples.append(drawn.draw())
         size = len(samples)
-        rows = Rows((size, *self._painter.image_size, 3), shared=self._config.processes)
+        rows = Rows((size, *self._decoder.view.image_size, 3), shared=self._config.processes)
         keys = keyed.key(keyed.Purpose.SAMPLE, self.seed, positions)
         begun = _Begun(positions, keys, samples, drawn.floor, rows)
         for first in range(0, size, step := max(1, min(_CHUNK, -(-size // workers(self._config.workers))))):

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from data_tools.cache import Cache
 from data_tools.dataset import Dataset, DatasetError, Located
+from vitscale.locality import Size
 
 Int64 = npt.NDArray[np.int64]
 
@@ -70,6 +71,12 @@ class Mixture:
     def is_local(self) -> bool:
         """Whether all of them lie in file systems of this machine."""
         return all(of.is_local for of in self.components)
+
+    @property
+    def size(self) -> Size:
+        """What the arithmetic of reading needs of it."""
+        shards = sum(len(of.shard_names) for of in self.components)
+        return Size(self.num_samples, shards, self.num_bytes, len(self.components), remote=not self.is_local)
 
     @property
     def num_bytes(self) -> int:

@@ -27,6 +27,7 @@ from vitscale.keyed import Purpose
 
 Int64 = npt.NDArray[np.int64]
 
+MAX_DRAWS = 2**16  # candidates for a position; removed ones are skipped unread, so this may be large: a lost shard removes thousands
 _MAX_WEIGHT = math.isqrt(2**63 - 1) - 1024  # the sum of whole-number weights: its square must fit into 64 bits
 _EPOCHS_KEPT = 4  # of each component: a step may cross from one epoch into the next, and batches are prepared ahead
 

@@ -41,6 +41,7 @@ from vitscale.config import (
     total_steps,
 )
 from vitscale.foreign import Tars, named_tars
+from vitscale.locality import locality
 from vitscale.mixture import Mixture
 
 FORMAT_VERSION = 1
@@ -76,13 +77,17 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
         if config.objective.soft_targets:
             _check_scores(of)
     _check_schedule(config, total_steps(config, dataset.num_samples))
-    eval_data = _eval_data(config, dataset, stage)
-    return dataclasses.replace(
-        config,
-        eval_data=eval_data,
-        model=dataclasses.replace(config.model, num_classes=classes),
-        stream=choose_order(_begun_order(config), dataset.num_samples, config.global_batch_size, remote=not dataset.is_local),
+    stream = choose_order(_begun_order(config), dataset.num_samples, config.global_batch_size, remote=not dataset.is_local)
+    reads = locality(
+        dataset.size, stream, global_batch_size=config.global_batch_size, world_size=world_size, images_per_second_per_rank=1.0
     )
+    if reads.buffered_bytes_per_rank > stream.buffer_bytes:
+        raise ConfigError(
+            f"stream.reads=windows would hold {reads.buffered_bytes_per_rank:,} bytes of windows a rank, over "
+            f"stream.buffer_bytes={stream.buffer_bytes:,}; --stream.reads auto works"
+        )
+    eval_data = _eval_data(config, dataset, stage)
+    return dataclasses.replace(config, eval_data=eval_data, model=dataclasses.replace(config.model, num_classes=classes), stream=stream)
 
 
 def _resolve_tars(asked: TrainConfig | FinetuneConfig, tars: Tars, world_size: int) -> TrainConfig:

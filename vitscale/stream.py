@@ -2,9 +2,9 @@
 
     order.py    which sample stands at a position, and which positions are this rank's
     reading.py  its bytes: whole windows ahead, or sample by sample
-    images.py   what is done to them: decoded, cropped, resized, augmented
-    workers.py  threads or processes that do it, several micro-batches ahead
-    here        all of it put together, substitutes for what cannot be used, labels
+    decoding.py checked, decoded, cropped, resized and augmented (images.py), or replaced by a substitute
+    workers.py  in threads or processes, several micro-batches ahead
+    here        all of it put together, and the labels
 
 A batch is a pure function of the config and `samples_seen`: not of ranks, of threads or processes, or of how often the run was stopped. A
 sample that cannot be used is replaced by the substitute that the order names and written to quarantine.jsonl; one that an overlay removes
@@ -15,7 +15,6 @@ Axes: B batch, H height, W width, C channels, L labels of a sample.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -27,33 +26,29 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from data_tools.dataset import Located, SampleError
+from data_tools.dataset import Located
 from data_tools.errors import UserError
-from vitscale import images, keyed
-from vitscale.config import Decode, PreprocessConfig, StreamConfig
-from vitscale.locality import Size, locality
+from vitscale import keyed
+from vitscale.config import PreprocessConfig, StreamConfig
+from vitscale.decoding import Decoded, Decoder, Task, View
+from vitscale.locality import locality
 from vitscale.metrics import counted
 from vitscale.mixture import Mixture
 from vitscale.order import Int64, RunOrder
-from vitscale.pixels import Pixels, path_in_use
-from vitscale.quarantine import Fault, Quarantine
-from vitscale.reading import Awaited, Bytes, Reader, load, read
+from vitscale.pixels import path_in_use
+from vitscale.quarantine import Quarantine
+from vitscale.reading import Awaited, Reader
 from vitscale.workers import Rows, WorkerPool
 
-_ATTEMPTS = 64  # samples read for one position
-_DRAWS = 2**16  # and drawn for it: those that an overlay removes cost no reading, and a shard that is lost has thousands
 _CHUNK = 16  # samples that a worker gets at once, at most: enough that handing them over costs nothing
 _LOOK_EVERY = 0.5  # seconds between looks at whether a worker has died, while waiting for another one
 
-# What decoding damaged bytes raises.
-UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 R = TypeVar("R")
 
 
 class StreamError(UserError):
-    """The data cannot carry the run any further; the message is one line for the user."""
+    """The stream cannot go on; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +89,10 @@ class TrainStream:
             seed, global_batch_size, micro_batch_size, rank, world_size,
         )  # fmt: skip
         self._dataset, self._config = dataset, config
-        shards = sum(len(of.shard_names) for of in dataset.components)
         self.locality = locality(
-            Size(dataset.num_samples, shards, dataset.num_bytes, len(dataset.components), remote=not dataset.is_local), config,
-            global_batch_size=global_batch_size, world_size=world_size, images_per_second_per_rank=1.0,
-        )  # fmt: skip
-        self._maker = Maker(dataset, self.order, image_size, preprocess, config.decode)
+            dataset.size, config, global_batch_size=global_batch_size, world_size=world_size, images_per_second_per_rank=1.0
+        )
+        self._decoder = Decoder(dataset, View(image_size, preprocess, config.decode, training=True), self.order)
         self._quarantine = Quarantine(quarantine, rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard)
 
     def epoch(self, samples_seen: int) -> float:
@@ -117,14 +110,14 @@ class TrainStream:
             lambda positions: self.order.preferred_ranks(positions, self.global_batch_size, self.world_size) == self.rank,
             shared=self._config.processes, threads=self._config.read_threads,
         )  # fmt: skip
-        return _prepare_ahead(self._jobs(samples_seen, end), self._maker, reader, self._config, self._quarantine)
+        return _prepare_ahead(self._jobs(samples_seen, end), self._decoder, reader, self._config, self._quarantine)
 
     def describe(self) -> str:
         """How a rank reads and decodes, and the memory that it takes for it, in a line."""
-        height, width = self._maker.image_size
+        height, width = self._decoder.view.image_size
         batches = (self._config.prefetch + 2) * self.micro_batch_size * height * width * 3
         kind = "process" if self._config.processes else "thread"
-        reads = f"in windows of {self.locality.window_bytes / 1e6:,.1f} MB" if not self.locality.why else f"singly, as {self.locality.why}"
+        reads = f"one by one ({self.locality.why})" if self.locality.why else f"in windows of {self.locality.window_bytes / 1e6:,.1f} MB"
         return (
             f"samples are read {reads}; {counted(workers(self._config.workers), kind)} a rank, decoding {self._config.decode} by "
             f"{path_in_use()}; in memory a rank at most {self.locality.buffered_bytes_per_rank / 1e6:,.0f} MB of windows and "
@@ -137,7 +130,7 @@ class TrainStream:
             for positions in share.reshape(-1, self.micro_batch_size):
                 samples = self.order.samples_at(positions)
                 for i in np.flatnonzero(self._dataset.removed(samples)).tolist():
-                    samples[i] = next(self._maker.candidates(int(positions[i]), int(samples[i])))
+                    samples[i] = next(self._decoder.candidates(int(positions[i]), int(samples[i])))
                 yield _Job(positions, samples, keyed.key(keyed.Purpose.SAMPLE, self.seed, positions))
             samples_seen += self.global_batch_size
 
@@ -163,108 +156,7 @@ def evaluation_batches(
     reader = Reader(
         dataset, None, lambda positions: np.zeros(len(positions), np.bool_), shared=config.processes, threads=config.read_threads
     )
-    return _prepare_ahead(jobs(), Maker(dataset, None, image_size, preprocess, "exact"), reader, config, None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# What a worker does
-# ---------------------------------------------------------------------------------------------------------------------------------------
-
-
-class Chunk(NamedTuple):
-    """Some samples of a micro-batch, as a worker gets them."""
-
-    positions: Int64
-    samples: Int64
-    """-1: there is none."""
-    keys: keyed.UInt64
-    located: Located
-    """Of the samples that there are."""
-    data: list[Bytes]
-
-
-class Made(NamedTuple):
-    """What became of a chunk, its pixels apart."""
-
-    samples: Int64
-    """Those that were used."""
-    valid: npt.NDArray[np.bool_]
-    faults: list[Fault]
-    given_up: str = ""
-    """Why a position has no sample at all."""
-
-
-class Maker:
-    """Makes pixels of samples; all that a worker knows, and picklable.
-
-    Args:
-        order: names substitutes; None leaves out what cannot be used (evaluation).
-    """
-
-    def __init__(
-        self, dataset: Mixture, order: RunOrder | None, image_size: tuple[int, int], preprocess: PreprocessConfig, decode: Decode
-    ) -> None:
-        self.dataset, self.order, self.image_size, self.preprocess, self.decode = dataset, order, image_size, preprocess, decode
-
-    def __call__(self, chunk: Chunk, rows: Rows) -> Made:
-        """Fills the rows."""
-        samples, valid, faults, draws = chunk.samples.copy(), chunk.samples >= 0, [], images.draws(chunk.keys)
-        for i in np.flatnonzero(valid).tolist():
-            for attempt, (sample, data, located, row) in enumerate(self._tried(chunk, i)):
-                reason = self._fill(sample, data, located, row, int(chunk.keys[i]), draws[i], rows.array[i])
-                if reason is None:
-                    samples[i] = sample
-                    break
-                faults.append(self._fault(int(chunk.positions[i]), sample, reason))
-                if attempt == _ATTEMPTS - 1:
-                    given_up = f"{_ATTEMPTS} samples tried for position {chunk.positions[i]} were all unusable"
-                    return Made(samples, valid, faults, given_up)
-            else:
-                valid[i] = False
-        rows.array[~valid] = 0
-        return Made(samples, valid, faults)
-
-    def candidates(self, position: int, sample: int) -> Iterator[int]:
-        """The sample at a position and its substitutes, in the order in which they are tried, without those that overlays remove."""
-        assert self.order is not None
-        for drawn in itertools.islice(itertools.chain([sample], self.order.substitutes(position)), _DRAWS):
-            if not self.dataset.is_removed(drawn):
-                yield drawn
-        raise StreamError(f"overlays remove all of the {_DRAWS} samples drawn for position {position}; too little of the dataset is left")
-
-    def _tried(self, chunk: Chunk, i: int) -> Iterator[tuple[int, bytes | memoryview, Located, int]]:
-        """The i-th sample of a chunk and its bytes, then its substitutes and theirs."""
-        sample, data = int(chunk.samples[i]), load(chunk.data[i])
-        if data is None:
-            data = read(self.dataset, int(chunk.located.shards[i]), *chunk.located.range(i))
-        yield sample, data, chunk.located, i
-        if self.order is not None:
-            position = int(chunk.positions[i])
-            first = int(self.order.samples_at(chunk.positions[i : i + 1])[0])
-            for substitute in itertools.islice(self.candidates(position, first), 1, None):  # the first is the one above
-                located = self.dataset.locate(np.array([substitute]))
-                yield substitute, read(self.dataset, int(located.shards[0]), *located.range(0)), located, 0
-
-    def _fill(
-        self, sample: int, data: bytes | memoryview, located: Located, row: int, key: int, draws: images.Draws, out_HWC: Pixels
-    ) -> str | None:
-        """Writes a sample's pixels, or tells why it cannot be used."""
-        try:
-            data = self.dataset.checked(sample, data, located, row)
-        except SampleError as error:
-            return error.reason
-        try:
-            if self.order is None:
-                images.evaluation_view(data, self.image_size, self.preprocess, out_HWC)
-            else:
-                images.training_view(data, self.image_size, key, draws, self.preprocess, self.decode, out_HWC)
-        except UNDECODABLE as error:
-            return f"{type(error).__name__}: {error}"
-        return None
-
-    def _fault(self, position: int, sample: int, reason: str) -> Fault:
-        dataset, shard, key = self.dataset.name_of(sample)
-        return Fault(position, sample, dataset, shard, key, reason)
+    return _prepare_ahead(jobs(), Decoder(dataset, View(image_size, preprocess, "exact", training=False), None), reader, config, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -287,34 +179,34 @@ class _Begun(NamedTuple):
     job: _Job
     rows: Rows
     reads: list[Awaited | None]
-    chunks: list[Future[Made]]
+    chunks: list[Future[Decoded]]
 
 
 def _prepare_ahead(
-    jobs: Iterator[_Job], maker: Maker, reader: Reader, config: StreamConfig, quarantine: Quarantine | None
+    jobs: Iterator[_Job], decoder: Decoder, reader: Reader, config: StreamConfig, quarantine: Quarantine | None
 ) -> Iterator[Batch]:
     """Batches in the order of the jobs, `prefetch` of them in the making while one is used."""
-    pool = WorkerPool(maker, workers(config.workers), processes=config.processes)
+    pool = WorkerPool(decoder, workers(config.workers), processes=config.processes)
     begun: deque[_Begun] = deque()
 
     def begin(job: _Job) -> None:
         size = len(job.samples)
         there = np.flatnonzero(job.samples >= 0)
-        rows = Rows((size, *maker.image_size, 3), shared=config.processes)
+        rows = Rows((size, *decoder.view.image_size, 3), shared=config.processes)
         reads: list[Awaited | None] = [None] * size
         for place, awaited in zip(there.tolist(), reader.start(job.positions[there], job.samples[there]), strict=True):
             reads[place] = awaited
-        located = maker.dataset.locate(np.maximum(job.samples, 0))
+        located = decoder.dataset.locate(np.maximum(job.samples, 0))
         chunks = []
         for first in range(0, size, step := max(1, min(_CHUNK, -(-size // workers(config.workers))))):
             part = slice(first, min(first + step, size))
 
-            def task(part: slice = part) -> tuple[Chunk, Rows]:
+            def task(part: slice = part) -> tuple[Task, Rows]:
                 data = [of.bytes() if of else None for of in reads[part]]
                 if config.processes:
                     data = [bytes(of) if isinstance(of, memoryview) else of for of in data]
                 where = Located(*(of[part] for of in located))
-                return Chunk(job.positions[part], job.samples[part], job.keys[part], where, data), rows.part(part.start, part.stop)
+                return Task(job.positions[part], job.samples[part], job.keys[part], where, data), rows.part(part.start, part.stop)
 
             needed = {id(of.stretch): of.stretch.data for of in reads[part] if of}
             chunks.append(pool.submit(task, after=list(needed.values())))
@@ -322,14 +214,14 @@ def _prepare_ahead(
 
     def finish() -> Batch:
         one = begun.popleft()
-        made = [result(chunk, pool, config.read_timeout, partial(_waited_for, one, maker.dataset)) for chunk in one.chunks]
-        if quarantine and (faults := [fault for of in made for fault in of.faults]):
+        done = [result(chunk, pool, config.read_timeout, partial(_waited_for, one, decoder.dataset)) for chunk in one.chunks]
+        if quarantine and (faults := [fault for of in done for fault in of.faults]):
             quarantine.add(faults)
-        if given_up := next((of.given_up for of in made if of.given_up), ""):
+        if given_up := next((of.given_up for of in done if of.given_up), ""):
             raise StreamError(f"{given_up}; quarantine.jsonl names them")
-        samples_B, valid_B = np.concatenate([of.samples for of in made]), np.concatenate([of.valid for of in made])
+        samples_B, valid_B = np.concatenate([of.samples for of in done]), np.concatenate([of.valid for of in done])
         samples_B = np.where(valid_B, samples_B, 0)
-        labels_BL, scores_BL = maker.dataset.labels(samples_B)
+        labels_BL, scores_BL = decoder.dataset.labels(samples_B)
         return Batch(one.rows.array, labels_BL, scores_BL, one.job.keys.view(np.int64), valid_B, samples_B)
 
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_tools.cache import cache_advice
+from data_tools.cache import Cache, cache_advice
 from data_tools.dataset import Dataset
 from data_tools.errors import UserError
 from data_tools.processes import die_with
@@ -29,7 +29,7 @@ from vitscale.engine import Engine, device, init_distributed
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
 from vitscale.flops import peak_flops, train_flops
-from vitscale.foreign import ForeignStream, open_stream
+from vitscale.foreign import ForeignStream, Tars, open_stream
 from vitscale.metrics import Metrics, counted, progress_line
 from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
@@ -71,7 +71,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     dataset = open_data(config)
     held_out = None
     if config.eval_data != "none":
-        # Without check_shards, as above: every rank would ask the file system for every tar.
+        # Without check_shards: every rank would ask the file system for every tar.
         held_out = Dataset.open(config.eval_data, overlays=overlays["eval_data"], stage=stage, cache=cache, check_shards=False)
     last_step = total_steps(config, dataset.num_samples)
 
@@ -85,7 +85,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         model.load_state_dict(checkpoint.read_weights(resumed, checkpoint.WEIGHT, shapes))
     elif init := config.init:
         source = checkpoint.describe(Path(init.folder))  # rank 0 has checked that it is whole
-        origin = _origin(source, config.model)
+        origin = f"\n{_origin(source, config.model)}"
         model.load_state_dict(fine_tuned_weights(source, init.weights, config.model, init.position_interpolation, config.seed))
     else:
         initialize(model, config.seed)
@@ -97,31 +97,22 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         checkpoint.check_tensors(resumed, shapes, engine.kinds)
         engine.load(checkpoint.TensorReader(resumed).stretch, resumed.samples_seen // config.global_batch_size)
 
-    # -- The loop ---------------------------------------------------------------------------------------------------------------------
+    # -- Stream -----------------------------------------------------------------------------------------------------------------------
     samples_seen = resumed.samples_seen if resumed else 0
     step = samples_seen // config.global_batch_size
+    stream = open_stream(
+        dataset, config, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl", cursor=resumed.cursor if resumed else 0
+    )
     metrics = Metrics(run, step) if rank == 0 else None
     if metrics:
         for fault in faults:
             metrics.say(f"warning: {fault}; {f'{folder.name} is used' if folder else 'the run starts anew'}")
-        metrics.say(_headline(config, step, last_step, world_size, accumulate, sum(math.prod(s) for s in shapes.values())))
-        if origin:
-            metrics.say(origin)
-        for of in dataset.components:
-            if of.path_hides_overlays:
-                metrics.say(f"warning: {of.path} is on the web, where overlays are not seen: what one removes is trained on")
-        if cache and isinstance(dataset, Mixture):
-            for said in cache_advice(cache.limit, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1):
-                metrics.say(said)
-        if names := [name for of in dataset.components for name in of.overlay.names]:  # which may be others at the next start
-            relabelled = sum(len(of.overlay.samples) for of in dataset.components)
-            line = {"step": step, "samples_seen": samples_seen, "overlays": names}
-            metrics.log(line, f"overlays: {relabelled:,} samples relabelled, {dataset.num_removed:,} removed")
-    stream = open_stream(
-        dataset, config, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl", cursor=resumed.cursor if resumed else 0
-    )
-    if metrics:
+        parameters = sum(math.prod(shape) for shape in shapes.values())
+        metrics.say(_headline(config, step, last_step, world_size, accumulate, parameters) + origin)
         metrics.say(stream.describe())
+        _say_of_data(metrics, dataset, config, cache, step, samples_seen)
+
+    # -- The loop ---------------------------------------------------------------------------------------------------------------------
     batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size), device(), config.mix)
     if held_out and step > 0 and _due(step, last_step, config.eval_every) and not evaluated:  # the last start ended before it was
         _evaluate(engine, held_out, config, metrics, step, samples_seen)
@@ -218,6 +209,20 @@ def _used_up_by_all(stream: TrainStream | ForeignStream) -> int:
     lowest = torch.tensor(stream.cursor, device=device())
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     return int(lowest)
+
+
+def _say_of_data(metrics: Metrics, dataset: Mixture | Tars, config: TrainConfig, cache: Cache | None, step: int, samples_seen: int) -> None:
+    """Warnings, what the cache holds, and the overlays in use, which may be others at the next start."""
+    for component in dataset.components:
+        if component.path_hides_overlays:
+            metrics.say(f"warning: {component.path} is on the web, where overlays are not seen: what one removes is trained on")
+    if cache and isinstance(dataset, Mixture):
+        for said in cache_advice(cache.limit, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1):
+            metrics.say(said)
+    if names := [name for component in dataset.components for name in component.overlay.names]:
+        relabelled = sum(len(component.overlay.samples) for component in dataset.components)
+        line = {"step": step, "samples_seen": samples_seen, "overlays": names}
+        metrics.log(line, f"overlays: {relabelled:,} samples relabelled, {dataset.num_removed:,} removed")
 
 
 def _due(step: int, last_step: int, every: int) -> bool:

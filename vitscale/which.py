@@ -23,7 +23,7 @@ from data_tools.errors import UserError
 from vitscale import checkpoint
 from vitscale.config import TrainConfig
 from vitscale.mixture import Mixture
-from vitscale.order import Int64, RunOrder
+from vitscale.order import MAX_DRAWS, Int64, RunOrder
 from vitscale.run import (
     RunError,
     is_of_tars,
@@ -35,8 +35,6 @@ from vitscale.run import (
     start_of_step,
     trained_datasets,
 )
-
-_DRAWS = 2**16  # as many as the stream draws for a position before it gives up
 
 
 @dataclass(frozen=True)
@@ -179,14 +177,14 @@ class _Past:
         mixture, unusable = self._mixture(self._overlays(start)), self._unusable.get(position, {})
         first = int(self.order.samples_at(np.array([position]))[0])
         before: dict[int, str] = {}
-        for sample in itertools.islice(itertools.chain([first], self.order.substitutes(position)), _DRAWS):
+        for sample in itertools.islice(itertools.chain([first], self.order.substitutes(position)), MAX_DRAWS):
             if mixture.is_removed(sample):
                 before[sample] = "an overlay removes it"
             elif sample in unusable:
                 before[sample] = unusable[sample]
             else:
                 return sample, list(before.items())
-        raise RunError(f"none of {_DRAWS} samples drawn for position {position} of {self.run} can be used; the run ends there")
+        raise RunError(f"none of {MAX_DRAWS} samples drawn for position {position} of {self.run} can be used; the run ends there")
 
     def positions_that_saw(self, sample: int, end: int) -> dict[int, bool]:
         """Positions below `end` that saw a sample, each with whether the sample stands there itself."""

@@ -126,14 +126,14 @@ def test_16_bit_grey_is_scaled() -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(50)])
 def test_what_is_no_image_raises_what_the_stream_expects(damage: bytes) -> None:
-    from vitscale.stream import UNDECODABLE
+    from data_tools.images import UNDECODABLE
 
     with pytest.raises(UNDECODABLE):
         decode(damage)
 
 
 def test_a_truncated_image_raises_what_the_stream_expects() -> None:
-    from vitscale.stream import UNDECODABLE
+    from data_tools.images import UNDECODABLE
 
     buffer = io.BytesIO()
     noise(60, 60).save(buffer, "JPEG")

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from data_tools.images import decode
+from data_tools.images import UNDECODABLE, decode
 from vitscale import images, pixels
 from vitscale.config import PreprocessConfig
 from vitscale.pixels import INTERPOLATIONS, Cut, Pixels
@@ -27,7 +27,6 @@ WAYS = ["native", "native resize, plain C", "simplejpeg", "simplejpeg, Pillow re
 SAMPLINGS = ["4:4:4", "4:2:2", "4:2:0", "4:4:0", "grey"]
 ImageFile.MAXBLOCK = 2**20  # Pillow writes no progressive JPEG that is larger, and noise is large
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class On:

@@ -148,6 +148,16 @@ def test_another_held_out_set_is_refused(config: TrainConfig, dataset: Path, tmp
         begin(replace(config, eval_data=str(other.path)))
 
 
+def test_windows_that_do_not_fit_are_refused_where_they_are_asked_for(config: TrainConfig) -> None:
+    """Where nobody asks, single samples are read."""
+    stream = replace(config.stream, lanes=4, window=16, buffer_bytes=20_000)
+    assert resolve(replace(config, stream=stream), 1).stream == stream
+    with pytest.raises(
+        ConfigError, match=r"stream.reads=windows would hold \S+ bytes of windows a rank, over stream.buffer_bytes=20,000; "
+    ):
+        resolve(replace(config, stream=replace(stream, reads="windows")), 1)
+
+
 def test_a_record_of_another_version_is_not_touched(config: TrainConfig) -> None:
     begin(config)
     file = Path(config.out) / "run.json"

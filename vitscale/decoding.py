@@ -1,0 +1,144 @@
+"""What a worker does with its part of a micro-batch: the bytes of each sample checked, decoded, cropped, resized and augmented.
+
+Where it stands: `stream.py` makes tasks of positions and of where their bytes are; `images.py` has the views. A sample whose bytes are
+damaged or do not decode is replaced by the first of its substitutes (`order.py`) that can be used, or, in evaluation, left out; each is
+told of.
+No torch: worker processes start with this.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.dataset import Located, SampleError
+from data_tools.errors import UserError
+from data_tools.images import UNDECODABLE
+from vitscale import images, keyed
+from vitscale.config import Decode, PreprocessConfig
+from vitscale.mixture import Mixture
+from vitscale.order import MAX_DRAWS, Int64, RunOrder
+from vitscale.pixels import ImageBytes, Pixels
+from vitscale.quarantine import Fault
+from vitscale.reading import Bytes, load, read
+from vitscale.workers import Rows
+
+_ATTEMPTS = 64  # samples read for one position
+
+
+class SubstituteError(UserError):
+    """A position for which there is no sample; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What of an image the model sees."""
+
+    image_size: tuple[int, int]
+    """Height and width in pixels."""
+    preprocess: PreprocessConfig
+    decode: Decode
+    training: bool
+    """A random view, or that of evaluation."""
+
+    def fill(self, data: ImageBytes, key: int, draws: images.Draws, out_HWC: Pixels) -> str | None:
+        """Writes an image's pixels, or tells why it cannot be used. `draws` are the key's."""
+        try:
+            if self.training:
+                images.training_view(data, self.image_size, key, draws, self.preprocess, self.decode, out_HWC)
+            else:
+                images.evaluation_view(data, self.image_size, self.preprocess, out_HWC)
+        except UNDECODABLE as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+
+class Task(NamedTuple):
+    """Some samples of a micro-batch, as a worker gets them."""
+
+    positions: Int64
+    samples: Int64
+    """-1: there is none."""
+    keys: keyed.UInt64
+    located: Located
+    """Of the samples that there are."""
+    data: list[Bytes]
+
+
+class Decoded(NamedTuple):
+    """What became of a task, its pixels apart."""
+
+    samples: Int64
+    """Those that were used."""
+    valid: npt.NDArray[np.bool_]
+    faults: list[Fault]
+    given_up: str = ""
+    """Why a position has no sample at all."""
+
+
+class Decoder:
+    """Does tasks; all that a worker knows, and picklable.
+
+    Args:
+        order: names substitutes; None leaves out what cannot be used (evaluation).
+    """
+
+    def __init__(self, dataset: Mixture, view: View, order: RunOrder | None) -> None:
+        self.dataset, self.view, self.order = dataset, view, order
+
+    def __call__(self, task: Task, rows: Rows) -> Decoded:
+        """Fills the rows."""
+        samples, valid, faults, draws = task.samples.copy(), task.samples >= 0, [], images.draws(task.keys)
+        for i in np.flatnonzero(valid).tolist():
+            for attempt, (sample, data, located, row) in enumerate(self._tried(task, i)):
+                reason = self._fill(sample, data, located, row, int(task.keys[i]), draws[i], rows.array[i])
+                if reason is None:
+                    samples[i] = sample
+                    break
+                dataset, shard, name = self.dataset.name_of(sample)
+                faults.append(Fault(int(task.positions[i]), sample, dataset, shard, name, reason))
+                if attempt == _ATTEMPTS - 1:
+                    given_up = f"{_ATTEMPTS} samples tried for position {task.positions[i]} were all unusable"
+                    return Decoded(samples, valid, faults, given_up)
+            else:
+                valid[i] = False
+        rows.array[~valid] = 0
+        return Decoded(samples, valid, faults)
+
+    def candidates(self, position: int, sample: int) -> Iterator[int]:
+        """The sample at a position and its substitutes, in the order in which they are tried, without those that overlays remove."""
+        assert self.order is not None
+        for drawn in itertools.islice(itertools.chain([sample], self.order.substitutes(position)), MAX_DRAWS):
+            if not self.dataset.is_removed(drawn):
+                yield drawn
+        raise SubstituteError(
+            f"overlays remove all of the {MAX_DRAWS} samples drawn for position {position}; too little of the dataset is left"
+        )
+
+    def _tried(self, task: Task, i: int) -> Iterator[tuple[int, bytes | memoryview, Located, int]]:
+        """The i-th sample of a task and its bytes, then its substitutes and theirs."""
+        sample, data = int(task.samples[i]), load(task.data[i])
+        if data is None:
+            data = read(self.dataset, int(task.located.shards[i]), *task.located.range(i))
+        yield sample, data, task.located, i
+        if self.order is not None:
+            position = int(task.positions[i])
+            first = int(self.order.samples_at(task.positions[i : i + 1])[0])
+            for substitute in itertools.islice(self.candidates(position, first), 1, None):  # the first is the one above
+                located = self.dataset.locate(np.array([substitute]))
+                yield substitute, read(self.dataset, int(located.shards[0]), *located.range(0)), located, 0
+
+    def _fill(
+        self, sample: int, data: bytes | memoryview, located: Located, row: int, key: int, draws: images.Draws, out_HWC: Pixels
+    ) -> str | None:
+        """Writes a sample's pixels, or tells why it cannot be used."""
+        try:
+            data = self.dataset.checked(sample, data, located, row)
+        except SampleError as error:
+            return error.reason
+        return self.view.fill(data, key, draws, out_HWC)
