@@ -589,10 +589,11 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
-        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+        kinds = [arg for arg in get_args(hint) if arg is not type(None)]
+        hint = next((kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, list)), kinds[0])
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)  # type: ignore[arg-type]
-    if get_origin(hint) is tuple or (isinstance(value, list) and hint is str):  # one path, or several
+    if get_origin(hint) is tuple:
         return tuple(value)
     return value
 
