@@ -113,7 +113,7 @@ class EvaluateFlags:
     cache_bytes: Annotated[int | None, MAYBE_BYTES] = None
     """As of `pretrain`."""
     eval_protocol: EvalProtocol | None = None
-    """Another evaluation preprocessing than the run's (docs/data.md, "Evaluation")."""
+    """Another evaluation preprocessing than the run's (docs/stream.md, "Evaluation")."""
     json: Json = False
 
 
@@ -187,7 +187,7 @@ class ExportFlags:
     headless: bool = False
     """Leave out the head."""
     eval_protocol: EvalProtocol | None = None
-    """Another evaluation preprocessing than the run's (docs/data.md, "Evaluation")."""
+    """Another evaluation preprocessing than the run's (docs/stream.md, "Evaluation")."""
     weights: Weights = "average"
     json: Json = False
 

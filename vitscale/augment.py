@@ -6,7 +6,7 @@ every split of the work. Pillow only; mixing of samples is `mixing.py`'s, on the
 Operations and magnitudes are big_vision's (google-research/big_vision, pp/autoaugment.py at commit 0127fb6, after the TPU models' file of
 that name), which "How to train your ViT?" (arXiv 2106.10270) and "Better plain ViT baselines" (arXiv 2205.01580) train with; timm and
 torchvision have other lists. At 224 pixels they do what that code does, but for roundings, with what it does not mean to do
-(`_CONTRAST_GREY`, solarize): the published results have it. docs/data.md, "Augmentation", has the table.
+(`_CONTRAST_GREY`, solarize): the published results have it. docs/stream.md, "Augmentation", has the table.
 """
 
 import math

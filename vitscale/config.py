@@ -121,7 +121,7 @@ class ViewConfig:
     """Side of the central evaluation crop over the side the image is resized to; 1 resizes the image to the model's size, squashed."""
     eval_protocol: EvalProtocol = "timm"
     """Whose evaluation, to the pixel: timm's as said above, big_vision's (area, no antialias, never squashed) or the paper's code
-    (the whole image, bilinear without antialias); docs/data.md, "Evaluation"."""
+    (the whole image, bilinear without antialias); docs/stream.md, "Evaluation"."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class MixConfig:
-    """Mixing of the training samples at positions 2j and 2j+1, images and targets (docs/data.md, "Augmentation"); evaluation has none."""
+    """Mixing of the training samples at positions 2j and 2j+1, images and targets (docs/stream.md, "Augmentation"); evaluation has none."""
 
     mixup_alpha: float = 0.0
     """mixup (arXiv 1710.09412) with lambda from Beta(alpha, alpha); 0 turns it off."""

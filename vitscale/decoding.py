@@ -110,10 +110,10 @@ class Decoder:
         rows.array[~valid] = 0
         return Decoded(samples, valid, faults)
 
-    def candidates(self, position: int, sample: int) -> Iterator[int]:
+    def candidates(self, position: int) -> Iterator[int]:
         """The sample at a position and its substitutes, in the order in which they are tried, without those that overlays remove."""
         assert self.order is not None
-        for drawn in itertools.islice(itertools.chain([sample], self.order.substitutes(position)), MAX_DRAWS):
+        for drawn in self.order.candidates(position):
             if not self.dataset.is_removed(drawn):
                 yield drawn
         raise SubstituteError(
@@ -127,9 +127,7 @@ class Decoder:
             data = read(self.dataset, int(task.located.shards[i]), *task.located.range(i))
         yield sample, data, task.located, i
         if self.order is not None:
-            position = int(task.positions[i])
-            first = int(self.order.samples_at(task.positions[i : i + 1])[0])
-            for substitute in itertools.islice(self.candidates(position, first), 1, None):  # the first is the one above
+            for substitute in itertools.islice(self.candidates(int(task.positions[i])), 1, None):  # the first is the one above
                 located = self.dataset.locate(np.array([substitute]))
                 yield substitute, read(self.dataset, int(located.shards[0]), *located.range(0)), located, 0
 

@@ -73,6 +73,11 @@ class RunOrder:
                 samples[at_c[at_e]] = self.first_samples[c] + self._epoch_order(c, e).samples_at(place[at_e])
         return samples
 
+    def candidates(self, position: int) -> Iterator[int]:
+        """The sample at a position, then its substitutes, `MAX_DRAWS` in all: the first that can be used is used."""
+        first = int(self.samples_at(np.array([position]))[0])
+        return itertools.islice(itertools.chain([first], self.substitutes(position)), MAX_DRAWS)
+
     def substitutes(self, position: int) -> Iterator[int]:
         """The samples that may stand in for an unusable one at a position, in the order in which they are tried; without end.
 

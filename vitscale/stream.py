@@ -130,7 +130,7 @@ class TrainStream:
             for positions in share.reshape(-1, self.micro_batch_size):
                 samples = self.order.samples_at(positions)
                 for i in np.flatnonzero(self._dataset.removed(samples)).tolist():
-                    samples[i] = next(self._decoder.candidates(int(positions[i]), int(samples[i])))
+                    samples[i] = next(self._decoder.candidates(int(positions[i])))
                 yield _Job(positions, samples, keyed.key(keyed.Purpose.SAMPLE, self.seed, positions))
             samples_seen += self.global_batch_size
 

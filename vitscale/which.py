@@ -7,7 +7,6 @@ A sample stands at one position of each epoch. Where it was removed or unusable 
 answers: at its own positions, and as a stand-in at those of others. Both are given, which is what a request to take an image down asks for.
 """
 
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -175,9 +174,8 @@ class _Past:
         """The sample that is used at a position, and those tried before it, with what was wrong with each."""
         start = start_of_step(self.record, position // self.config.global_batch_size + 1)
         mixture, unusable = self._mixture(self._overlays(start)), self._unusable.get(position, {})
-        first = int(self.order.samples_at(np.array([position]))[0])
         before: dict[int, str] = {}
-        for sample in itertools.islice(itertools.chain([first], self.order.substitutes(position)), MAX_DRAWS):
+        for sample in self.order.candidates(position):
             if mixture.is_removed(sample):
                 before[sample] = "an overlay removes it"
             elif sample in unusable:
