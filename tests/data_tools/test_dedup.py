@@ -226,7 +226,7 @@ def test_a_tar_that_cannot_be_read_is_no_tar_of_damaged_images(packed: Dataset) 
         dedup(packed.path, dry_run=True)
     tar.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dataset, "_check_shards", lambda self: None)  # as if it went away after the start
+        patch.setattr(Dataset, "_check_shards", lambda self, there: None)  # as if it went away after the start
         with pytest.raises(OSError, match="No such file"):
             dedup(packed.path, dry_run=True)
     tar.write_bytes(whole)
