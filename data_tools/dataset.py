@@ -439,10 +439,16 @@ class Dataset:
         as_packed = np.ones(len(samples), dtype=bool)
         as_packed[changed] = False
         batch_of = np.searchsorted(self._batch_starts, samples, side="right") - 1
+        damaged = f"{self.path / 'index.arrow'} is damaged, as `vitscale data verify` tells: "
         for number in np.unique(batch_of[as_packed]):
             wanted = np.flatnonzero((batch_of == number) & as_packed)
-            _fill(labels, scores, wanted, _lists(self._batches[number]), samples[wanted] - self._batch_starts[number])
+            try:
+                _fill(labels, scores, wanted, _lists(self._batches[number]), samples[wanted] - self._batch_starts[number])
+            except (IndexError, ValueError) as error:
+                raise DatasetError(f"{damaged}its lists of labels do not fit ({error}); restore it") from None
         _fill(labels, scores, changed, self.overlay.lists, rows)
+        if labels.size and not -1 <= labels.min() <= labels.max() < self.num_classes:
+            raise DatasetError(f"{damaged}it has labels beyond its {self.num_classes} classes; restore it")
         return labels, scores
 
     def hash_batches(self) -> Iterator[tuple[int, np.ndarray]]:

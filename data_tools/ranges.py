@@ -16,7 +16,7 @@ import numpy as np
 from data_tools.cache import Cache
 from data_tools.storage import Location, RemoteFile, Url
 
-OPEN_FILES = 256  # file descriptors that are kept open; well below the usual limit of 1,024
+OPEN_FILES = 256  # file descriptors that a process keeps open, of all its datasets; well below the usual limit of 1,024
 KNOWN_OBJECTS = 2**16  # of which the version is kept, at some hundred bytes each; more than there are tars
 
 
@@ -34,7 +34,6 @@ class TarRanges:
     def __init__(self, root: Location, names: tuple[str, ...], sizes: np.ndarray, content_hash: str, cache: Cache | None) -> None:
         self._root, self._names, self._sizes, self._cache = root, names, sizes, cache
         self._content_hash = content_hash
-        self._file = functools.lru_cache(OPEN_FILES)(_OpenFile)
         self._object = functools.lru_cache(KNOWN_OBJECTS)(self._known_object)
 
     def read(self, shard: int, start: int, end: int, *, fresh: bool = False) -> bytes:
@@ -55,7 +54,11 @@ class TarRanges:
     def _fetch(self, shard: int, start: int, end: int) -> bytes:
         if isinstance(self._root, Url):
             return self._object(shard).fetch(start, end)
-        return self._file(str(self._root / self._names[shard])).read(start, end)
+        try:
+            return _open_file(str(self._root / self._names[shard])).read(start, end)
+        except OSError:
+            _open_file.cache_clear()  # a handle may be stale (NFS), or there are too many of them: who tries again opens anew
+            raise
 
     def _known_object(self, shard: int) -> RemoteFile:
         assert isinstance(self._root, Url)
@@ -80,3 +83,6 @@ class _OpenFile:
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
+
+
+_open_file = functools.lru_cache(OPEN_FILES)(_OpenFile)

@@ -400,7 +400,7 @@ class RemoteFile(io.RawIOBase):
     def _get_from_web(self, start: int, end: int, version: str | None) -> tuple[bytes, int, str]:
         def take(answer: Any) -> tuple[bytes, int, str]:
             size, found = _ranged(self.url, answer, start)
-            return answer.read(), size, found
+            return answer.read(end - start + 1), size, found  # an answer without end is too long, not all of this machine's memory
 
         return _from_web(self.url, {"Range": f"bytes={start}-{end - 1}"}, take)  # a version that has changed shows in the answer
 

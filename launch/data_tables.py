@@ -35,7 +35,7 @@ def print_locality(dataset: str, found: Locality, console: Console | None = None
     else:
         held = f"{byte_size(found.buffered_bytes_per_rank)} a rank, {byte_size(found.buffered_bytes_per_node)} a node"
         console.print(
-            f"windows are read whole, the one in use and the next of each lane: {held} (a rank may hold {byte_size(found.buffer_bytes)})"
+            f"windows are read whole; those in use and the next of each lane take {held} (a rank may hold {byte_size(found.buffer_bytes)})"
         )
         if found.in_windows < 1:
             console.print(

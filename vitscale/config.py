@@ -521,13 +521,16 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("objective.label_smoothing", "optimizer.average_decay", "optimizer.momentum"):
         if not 0 <= _lookup(config, name) < 1:
             raise ConfigError(f"{name}={_lookup(config, name):g} must lie in [0, 1)")
-    for name, most in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+    for name, most in (("crop_scale", 1.0), ("crop_ratio", 1000.0)):
         low_end, high_end = getattr(config.preprocess, name)
         if not 0 < low_end <= high_end <= most:
-            rule = "0 < low <= high <= 1, as 0.05 1.0 does" if name == "crop_scale" else "0 < low <= high, as 0.75 1.3333 does"
+            rule = "0 < low <= high <= 1, as 0.05 1.0 does" if name == "crop_scale" else "0 < low <= high <= 1000, as 0.75 1.3333 does"
             raise ConfigError(f"preprocess.{name}=({low_end:g}, {high_end:g}) must satisfy {rule}")
-    if not 0 < config.preprocess.eval_crop <= 1:
-        raise ConfigError(f"preprocess.eval_crop={config.preprocess.eval_crop:g} must lie in (0, 1]")
+    if not 0.1 <= config.preprocess.eval_crop <= 1:
+        raise ConfigError(f"preprocess.eval_crop={config.preprocess.eval_crop:g} must lie in [0.1, 1]")
+    for name in ("lanes", "window"):
+        if getattr(config.stream, name) > 2**40:
+            raise ConfigError(f"stream.{name}={getattr(config.stream, name)} must be at most 2**40")
     if config.preprocess.eval_protocol == "paper" and config.preprocess.eval_crop != 1:
         raise ConfigError(
             f"preprocess.eval_crop={config.preprocess.eval_crop:g} means nothing under eval_protocol=paper, which shows the whole image; "

@@ -8,7 +8,6 @@ No torch: worker processes start with this.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,22 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.dataset import Located, SampleError
-from data_tools.errors import UserError
 from data_tools.images import UNDECODABLE
 from vitscale import images, keyed
 from vitscale.config import Decode, PreprocessConfig
 from vitscale.mixture import Mixture
-from vitscale.order import MAX_DRAWS, Int64, RunOrder
+from vitscale.order import Int64, RunOrder
 from vitscale.pixels import ImageBytes, Pixels
 from vitscale.quarantine import Fault
-from vitscale.reading import Bytes, load, read
+from vitscale.reading import Bytes, load, read, tried
 from vitscale.workers import Rows
-
-_ATTEMPTS = 64  # samples read for one position
-
-
-class SubstituteError(UserError):
-    """A position for which there is no sample; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -86,27 +78,28 @@ class Decoder:
 
     Args:
         order: names substitutes; None leaves out what cannot be used (evaluation).
+        attempts: samples that are tried for a position; one more than a run's budget, so that who counts them ends the run.
     """
 
-    def __init__(self, dataset: Mixture, view: View, order: RunOrder | None) -> None:
-        self.dataset, self.view, self.order = dataset, view, order
+    def __init__(self, dataset: Mixture, view: View, order: RunOrder | None, attempts: int = 1) -> None:
+        self.dataset, self.view, self.order, self.attempts = dataset, view, order, attempts
 
     def __call__(self, task: Task, rows: Rows) -> Decoded:
         """Fills the rows."""
         samples, valid, faults, draws = task.samples.copy(), task.samples >= 0, [], images.draws(task.keys)
         for i in np.flatnonzero(valid).tolist():
-            for attempt, (sample, data, located, row) in enumerate(self._tried(task, i)):
+            for attempt, (sample, data, located, row) in enumerate(self._candidates(task, i), start=1):
                 reason = self._fill(sample, data, located, row, int(task.keys[i]), draws[i], rows.array[i])
                 if reason is None:
                     samples[i] = sample
                     break
                 dataset, shard, name = self.dataset.name_of(sample)
                 faults.append(Fault(int(task.positions[i]), sample, dataset, shard, name, reason))
-                if attempt == _ATTEMPTS - 1:
-                    given_up = f"{_ATTEMPTS} samples tried for position {task.positions[i]} were all unusable"
-                    return Decoded(samples, valid, faults, given_up)
-            else:
-                valid[i] = False
+                if attempt == self.attempts:
+                    break
+            if reason is not None and self.order is not None:
+                return Decoded(samples, valid, faults, f"{attempt} samples tried for position {task.positions[i]} were all unusable")
+            valid[i] = reason is None
         rows.array[~valid] = 0
         return Decoded(samples, valid, faults)
 
@@ -116,18 +109,21 @@ class Decoder:
         for drawn in self.order.candidates(position):
             if not self.dataset.is_removed(drawn):
                 yield drawn
-        raise SubstituteError(
-            f"overlays remove all of the {MAX_DRAWS} samples drawn for position {position}; too little of the dataset is left"
-        )
 
-    def _tried(self, task: Task, i: int) -> Iterator[tuple[int, bytes | memoryview, Located, int]]:
+    def _candidates(self, task: Task, i: int) -> Iterator[tuple[int, bytes | memoryview, Located, int]]:
         """The i-th sample of a task and its bytes, then its substitutes and theirs."""
         sample, data = int(task.samples[i]), load(task.data[i])
         if data is None:
             data = read(self.dataset, int(task.located.shards[i]), *task.located.range(i))
         yield sample, data, task.located, i
         if self.order is not None:
-            for substitute in itertools.islice(self.candidates(int(task.positions[i])), 1, None):  # the first is the one above
+            known = {sample}  # the first candidate, and those that were drawn before
+            for substitute in self.candidates(int(task.positions[i])):
+                if len(known) == self.dataset.num_samples - self.dataset.num_removed:
+                    return
+                if substitute in known:
+                    continue
+                known.add(substitute)
                 located = self.dataset.locate(np.array([substitute]))
                 yield substitute, read(self.dataset, int(located.shards[0]), *located.range(0)), located, 0
 
@@ -136,7 +132,7 @@ class Decoder:
     ) -> str | None:
         """Writes a sample's pixels, or tells why it cannot be used."""
         try:
-            data = self.dataset.checked(sample, data, located, row)
+            data = tried(lambda: self.dataset.checked(sample, data, located, row), self.dataset, int(located.shards[row]))
         except SampleError as error:
             return error.reason
         return self.view.fill(data, key, draws, out_HWC)

@@ -51,7 +51,7 @@ from vitscale.decoding import View
 from vitscale.mixture import Mixture
 from vitscale.order import Int64
 from vitscale.quarantine import Fault, Quarantine
-from vitscale.stream import Batch, StreamError, TrainStream, result, stalled, workers
+from vitscale.stream import Batch, StreamError, TrainStream, results, stalled, workers
 from vitscale.workers import Rows, WorkerPool
 
 WINDOW = 2048  # samples shuffled together, unless stream.window says how many
@@ -543,7 +543,7 @@ class ForeignStream:
 
     def _finish(self, of: _Begun, drawn: _Drawn, pool: WorkerPool) -> Batch:
         """The batch, once each of its samples that cannot be decoded has given its place to the next one drawn."""
-        reasons = [reason for chunk in of.chunks for reason in self._result(chunk, pool)]
+        reasons = [reason for of_chunk in self._results(of.chunks, pool) for reason in of_chunk]
         for place, reason in enumerate(reasons):
             tried = 1
             while reason is not None:
@@ -554,13 +554,13 @@ class ForeignStream:
                         f"{tried - 1} samples tried for position {self._position} were all unusable; quarantine.jsonl names them"
                     )
                 of.samples[place] = drawn.draw()
-                (reason,) = self._result(self._submit(of, place, place + 1, pool), pool)
+                ((reason,),) = self._results([self._submit(of, place, place + 1, pool)], pool)
         labels_BL, scores_BL = _padded(of.samples)
         samples_B = np.array([sample.global_number for sample in of.samples], dtype=np.int64)
         return Batch(of.rows.array, labels_BL, scores_BL, of.keys.view(np.int64), np.ones(len(samples_B), np.bool_), samples_B)
 
-    def _result(self, chunk: Future[Reasons], pool: WorkerPool) -> Reasons:
-        return result(chunk, pool, self._config.read_timeout, lambda: "decoding a micro-batch")
+    def _results(self, chunks: list[Future[Reasons]], pool: WorkerPool) -> list[Reasons]:
+        return results(chunks, pool, self._config.read_timeout, lambda: "decoding a micro-batch")
 
     def _leave_out(self, sample: _Sample, reason: str) -> None:
         """Writes a sample down that cannot be used. Raises QuarantineError where a budget is spent."""

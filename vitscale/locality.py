@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vitscale.config import StreamConfig, choose_order
 
-WINDOWS_HELD = 2  # of each lane: the one in use, and the next
+NEXT_WINDOWS = 2  # of each lane: the one in use, and the next; beside those that micro-batches in the making still need
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Locality:
     buffer_bytes: int
     """The most that a rank may hold."""
     buffered_bytes_per_rank: int
-    """The windows in use and the next of each lane; of single samples none."""
+    """Windows: of each lane the one in use, the next, and those that micro-batches in the making need; of single samples, those of the
+    micro-batches where they come from far away, else none."""
     buffered_bytes_per_node: int
     reads: str
     """`windows` or `samples`."""
@@ -71,17 +72,20 @@ class Locality:
 
 def locality(
     size: Size, stream: StreamConfig, *, global_batch_size: int, world_size: int, images_per_second_per_rank: float,
-    ranks_per_node: int = 8,
+    ranks_per_node: int = 8, micro_batch_size: int | None = None,
 ) -> Locality:  # fmt: skip
-    """The arithmetic; lanes and window are chosen as for a run where they are 0."""
+    """The arithmetic; lanes and window are chosen as for a run where they are 0; a micro-batch is a rank's share where none is given."""
     chosen = choose_order(stream, size.samples, global_batch_size, remote=size.remote)
     per_sample = size.bytes / size.samples
     together = 2 if global_batch_size // world_size % 2 == 0 else 1  # positions that always go to the same rank
     units = -(-chosen.lanes // together)
     each, more = divmod(units, world_size)  # so many ranks have one unit more
     lanes_per_rank = min(chosen.lanes, together * (each + (more > 0))) * size.datasets
-    held = WINDOWS_HELD * lanes_per_rank * round(chosen.window * per_sample)
+    ahead = (chosen.prefetch + 1) * (micro_batch_size or global_batch_size // world_size)  # samples in the making
+    windows_held = NEXT_WINDOWS + -(-ahead // (lanes_per_rank * chosen.window))
+    held = windows_held * lanes_per_rank * round(chosen.window * per_sample)
     why = why_not_windows(chosen, world_size, held)
+    held = held if not why else round(ahead * per_sample) if size.remote else 0
     # A window that begins anywhere in the list of shards touches one, and one more for each seam inside.
     stretches = 1 + (chosen.window - 1) * size.shards / size.samples
     per_read = chosen.window / stretches if not why else 1.0
@@ -103,13 +107,13 @@ def locality(
         lanes_per_rank=lanes_per_rank,
         window_bytes=round(chosen.window * per_sample),
         buffer_bytes=chosen.buffer_bytes,
-        buffered_bytes_per_rank=0 if why else held,
-        buffered_bytes_per_node=0 if why else held * node,
+        buffered_bytes_per_rank=held,
+        buffered_bytes_per_node=held * node,
         reads="samples" if why else "windows",
         why=why,
         paired=together == 2,
         in_windows=in_windows,
-        open_shards_per_rank=min(size.shards, lanes_per_rank * (2 if why else 2 * WINDOWS_HELD)),
+        open_shards_per_rank=min(size.shards, lanes_per_rank * (2 if why else 2 * NEXT_WINDOWS)),
         images_per_second_per_rank=images_per_second_per_rank,
         reads_per_second_per_rank=reads,
         reads_per_second_per_node=reads * node,

@@ -44,6 +44,8 @@ class Mixture:
                     raise DatasetError(
                         f"{other.path} is the same dataset as {twin.path}; give it once, --data-weights says how often it comes"
                     )
+        names = [of.name for of in self.components]
+        self._names = [name if names.count(name) == 1 else f"{name} in {of.path}" for name, of in zip(names, self.components, strict=True)]
         sizes, shards = [of.num_samples for of in self.components], [len(of.shard_names) for of in self.components]
         self.first_samples: Int64 = np.cumsum([0, *sizes[:-1]], dtype=np.int64)
         self.first_shards: Int64 = np.cumsum([0, *shards[:-1]], dtype=np.int64)
@@ -138,7 +140,7 @@ class Mixture:
     def name_of(self, sample: int) -> tuple[str, str, str]:
         """Dataset, shard and key of the sample; the key is "?" where samples/ cannot be read."""
         dataset, own = self.find(sample)
-        return dataset.name, dataset.shard_of(own), dataset.key_or_not(own)
+        return self._names[self.components.index(dataset)], dataset.shard_of(own), dataset.key_or_not(own)
 
     def shard_of(self, sample: int) -> str:
         """The name of the tar that holds the sample."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from data_tools.errors import UserError
 
@@ -80,13 +82,23 @@ class Quarantine:
         try:
             with open(self._file, "rb") as file:
                 file.seek(self._read_to)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    self._read_to += len(line)
-                    fault = json.loads(line)
-                    if fault["sample"] not in self._known:
-                        self._known.add(fault["sample"])
-                        self._in_shard[f"{fault['dataset']}/{fault['shard']}"] += 1
+                whole = file.read()
         except FileNotFoundError:
-            pass
+            return
+        whole = whole[: whole.rfind(b"\n") + 1]  # the last line may be half written
+        self._read_to += len(whole)
+        for fault in parse_lines(whole):
+            if (sample := fault.get("sample")) not in self._known and isinstance(sample, int):
+                self._known.add(sample)
+                self._in_shard[f"{fault.get('dataset')}/{fault.get('shard')}"] += 1
+
+
+def parse_lines(lines: bytes) -> list[dict[str, Any]]:
+    """The lines of a quarantine file, but for those that a full disk or a kill has torn: they must not keep a run from going on."""
+    found = []
+    for line in lines.split(b"\n"):
+        with suppress(ValueError):
+            fault = json.loads(line)
+            if isinstance(fault, dict) and isinstance(fault.get("position"), int):
+                found.append(fault)
+    return found

@@ -11,8 +11,8 @@ gets back is where each sample's bytes will be. Workers check them and decode.
 A read that a file system refuses is tried again some times, and then ends the run in one line: it is the machine's fault, not the sample's,
 and which samples a run sees must not depend on it. Object storage tries again by itself (`data_tools/storage.py`).
 
-Invariants: no more than the windows in use and the next one of each lane are held; a stretch is read once; what cannot be read raises when
-a sample needs it.
+Invariants: of each lane the window in use, the next one, and those that micro-batches in the making need are held; a stretch is read once;
+what cannot be read raises when a sample needs it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,13 +35,17 @@ from vitscale.mixture import Mixture
 from vitscale.order import Int64, RunOrder
 from vitscale.workers import Shared, WorkerPool
 
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN, errno.ENOTCONN}
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENETDOWN, errno.EHOSTDOWN, errno.ENOTCONN, errno.EMFILE,
+    errno.ENFILE,
+}  # fmt: skip
 _WAITS = (0.5, 2.0, 8.0)  # seconds before an error of the kinds above is believed
 
 _SMALL = 1 << 20  # bytes that go to a process with its task, where more is shared with it
 _SLACK = 1 << 20  # bytes that a stretch may have beyond twice its images: other members, or an index that is damaged
 
 Bool = npt.NDArray[np.bool_]
+R = TypeVar("R")
 
 
 class ReadError(UserError):
@@ -101,16 +105,22 @@ def load(data: Bytes) -> bytes | memoryview | None:
 
 def read(dataset: Mixture, shard: int, start: int, end: int) -> bytes:
     """A stretch of a tar. Raises ReadError or StorageError."""
+    return tried(lambda: dataset.read_range(shard, start, end), dataset, shard)
+
+
+def tried(action: Callable[[], R], dataset: Mixture, shard: int) -> R:
+    """What an action that reads a tar gives, tried again where a file system's mood may pass. Raises ReadError."""
     for wait in (*_WAITS, None):
         try:
-            return dataset.read_range(shard, start, end)
+            return action()
         except OSError as error:
             if wait is None or error.errno not in _PASSING:
-                tar = dataset.tar_of(shard)
-                raise ReadError(
-                    f"{tar} cannot be read ({error.strerror or error}); `vitscale data repair` makes a tar again, `vitscale data overlay` "
-                    "gives up its samples; the same command goes on"
-                ) from None
+                mend = "the same command goes on when it can be"
+                if error.errno == errno.ENOENT:
+                    mend = (
+                        "`vitscale data repair` makes a tar again, `vitscale data overlay` gives up its samples; the same command goes on"
+                    )
+                raise ReadError(f"{dataset.tar_of(shard)} cannot be read ({error.strerror or error}); {mend}") from None
             time.sleep(wait * random.uniform(0.5, 1))
     raise AssertionError("the last attempt returns or raises")
 

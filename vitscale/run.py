@@ -43,6 +43,7 @@ from vitscale.config import (
 from vitscale.foreign import Tars, named_tars
 from vitscale.locality import locality
 from vitscale.mixture import Mixture
+from vitscale.quarantine import parse_lines
 
 FORMAT_VERSION = 1
 
@@ -79,9 +80,10 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
     _check_schedule(config, total_steps(config, dataset.num_samples))
     stream = choose_order(_begun_order(config), dataset.num_samples, config.global_batch_size, remote=not dataset.is_local)
     reads = locality(
-        dataset.size, stream, global_batch_size=config.global_batch_size, world_size=world_size, images_per_second_per_rank=1.0
-    )
-    if reads.buffered_bytes_per_rank > stream.buffer_bytes:
+        dataset.size, stream, global_batch_size=config.global_batch_size, world_size=world_size, images_per_second_per_rank=1.0,
+        micro_batch_size=config.micro_batch_size,
+    )  # fmt: skip
+    if reads.reads == "windows" and reads.buffered_bytes_per_rank > stream.buffer_bytes:
         raise ConfigError(
             f"stream.reads=windows would hold {reads.buffered_bytes_per_rank:,} bytes of windows a rank, over "
             f"stream.buffer_bytes={stream.buffer_bytes:,}; --stream.reads auto works"
@@ -444,15 +446,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def read_quarantine(run: Path) -> list[dict[str, Any]]:
     """The lines of quarantine.jsonl: samples that could not be used, and where."""
-    return _read_lines(run / "quarantine.jsonl")
+    file = run / "quarantine.jsonl"
+    return parse_lines(file.read_bytes()) if file.is_file() else []
 
 
 def cut_back(run: Path, step: int, samples_seen: int) -> None:
     """Takes from metrics.jsonl and quarantine.jsonl what a start wrote whose checkpoint never came to be."""
-    for name, field, last in (("metrics.jsonl", "step", step), ("quarantine.jsonl", "position", samples_seen - 1)):
-        file = run / name
+    kept = {
+        run / "metrics.jsonl": [line for line in read_metrics(run) if line["step"] <= step],
+        run / "quarantine.jsonl": [line for line in read_quarantine(run) if line["position"] < samples_seen],
+    }
+    for file, lines in kept.items():
         if file.is_file():
-            replace_file(file, "".join(json.dumps(line) + "\n" for line in _read_lines(file) if line[field] <= last))
+            replace_file(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:

@@ -16,9 +16,10 @@ Axes: B batch, H height, W width, C channels, L labels of a sample.
 from __future__ import annotations
 
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from vitscale.decoding import Decoded, Decoder, Task, View
 from vitscale.locality import locality
 from vitscale.metrics import counted
 from vitscale.mixture import Mixture
-from vitscale.order import Int64, RunOrder
+from vitscale.order import MAX_DRAWS, Int64, RunOrder
 from vitscale.pixels import path_in_use
 from vitscale.quarantine import Quarantine
 from vitscale.reading import Awaited, Reader
@@ -90,9 +91,11 @@ class TrainStream:
         )  # fmt: skip
         self._dataset, self._config = dataset, config
         self.locality = locality(
-            dataset.size, config, global_batch_size=global_batch_size, world_size=world_size, images_per_second_per_rank=1.0
-        )
-        self._decoder = Decoder(dataset, View(image_size, preprocess, config.decode, training=True), self.order)
+            dataset.size, config, global_batch_size=global_batch_size, world_size=world_size, images_per_second_per_rank=1.0,
+            micro_batch_size=micro_batch_size,
+        )  # fmt: skip
+        view = View(image_size, preprocess, config.decode, training=True)
+        self._decoder = Decoder(dataset, view, self.order, attempts=config.max_unusable + 1)
         self._quarantine = Quarantine(quarantine, rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard)
 
     def epoch(self, samples_seen: int) -> float:
@@ -120,7 +123,7 @@ class TrainStream:
         reads = f"one by one ({self.locality.why})" if self.locality.why else f"in windows of {self.locality.window_bytes / 1e6:,.1f} MB"
         return (
             f"samples are read {reads}; {counted(workers(self._config.workers), kind)} a rank, decoding {self._config.decode} by "
-            f"{path_in_use()}; in memory a rank at most {self.locality.buffered_bytes_per_rank / 1e6:,.0f} MB of windows and "
+            f"{path_in_use()}; in memory a rank at most {self.locality.buffered_bytes_per_rank / 1e6:,.0f} MB of what was read and "
             f"{batches / 1e6:,.0f} MB of batches"
         )
 
@@ -130,9 +133,17 @@ class TrainStream:
             for positions in share.reshape(-1, self.micro_batch_size):
                 samples = self.order.samples_at(positions)
                 for i in np.flatnonzero(self._dataset.removed(samples)).tolist():
-                    samples[i] = next(self._decoder.candidates(int(positions[i])))
+                    samples[i] = self._kept_instead(int(positions[i]))
                 yield _Job(positions, samples, keyed.key(keyed.Purpose.SAMPLE, self.seed, positions))
             samples_seen += self.global_batch_size
+
+    def _kept_instead(self, position: int) -> int:
+        """The first candidate for a position that no overlay removes."""
+        for sample in self._decoder.candidates(position):
+            return sample
+        raise StreamError(
+            f"overlays remove all of the {MAX_DRAWS} samples drawn for position {position}; too little of the dataset is left"
+        )
 
 
 def evaluation_batches(
@@ -214,7 +225,7 @@ def _prepare_ahead(
 
     def finish() -> Batch:
         one = begun.popleft()
-        done = [result(chunk, pool, config.read_timeout, partial(_waited_for, one, decoder.dataset)) for chunk in one.chunks]
+        done = results(one.chunks, pool, config.read_timeout, partial(_waited_for, one, decoder.dataset))
         if quarantine and (faults := [fault for of in done for fault in of.faults]):
             quarantine.add(faults)
         if given_up := next((of.given_up for of in done if of.given_up), ""):
@@ -236,19 +247,17 @@ def _prepare_ahead(
         reader.close()
 
 
-def result(chunk: Future[R], pool: WorkerPool, timeout: float, waited_for: Callable[[], str]) -> R:
-    """What became of a chunk; a failure of any other one, or too long a wait, is an error."""
-    waited = 0.0
-    while not chunk.done():
-        if pool.failure is not None:  # perhaps of a later chunk: why wait for its turn?
-            raise pool.failure
-        try:
-            return chunk.result(timeout=min(_LOOK_EVERY, timeout))
-        except TimeoutError:
-            waited += _LOOK_EVERY
-            if waited >= timeout:
-                raise stalled(waited_for(), timeout) from None
-    return chunk.result()
+def results(chunks: Sequence[Future[R]], pool: WorkerPool, timeout: float, waited_for: Callable[[], str]) -> list[R]:
+    """What became of a micro-batch's chunks; a failure of any other one, or too long a wait for all, is an error."""
+    end = time.monotonic() + timeout
+    for chunk in chunks:
+        while not chunk.done():
+            if pool.failure is not None:  # perhaps of a later micro-batch: why wait for its turn?
+                raise pool.failure
+            if time.monotonic() > end:
+                raise stalled(waited_for(), timeout)
+            wait([chunk], timeout=_LOOK_EVERY)
+    return [chunk.result() for chunk in chunks]
 
 
 def stalled(what: str, timeout: float) -> StreamError:

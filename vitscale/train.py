@@ -9,6 +9,7 @@ Follow one batch from here: `stream.py` (which samples, and their pixels) -> `mi
 import contextlib
 import math
 import os
+import resource
 import sys
 import time
 import traceback
@@ -48,6 +49,8 @@ from vitscale.run import (
 )
 from vitscale.stream import TrainStream
 from vitscale.transfer import on_device
+
+_DESCRIPTORS = 65_536  # files that a rank may have open, where the machine lets it
 
 
 class TrainingError(UserError):
@@ -288,6 +291,9 @@ def _device_name() -> str:
 def main() -> None:
     """The entry of a rank; what ends it early goes to VITSCALE_ERROR_FILE, where the launcher finds it."""
     die_with(int(os.environ.get("VITSCALE_LAUNCHER_PID", os.getppid())))  # a run that is started again has no second writer
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # windows in shared memory and tars have a descriptor each
+    if 0 <= soft < _DESCRIPTORS:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS if hard < 0 else min(hard, _DESCRIPTORS), hard))
     try:
         config = read_config(Path(sys.argv[1]))
         init_distributed()

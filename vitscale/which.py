@@ -7,6 +7,7 @@ A sample stands at one position of each epoch. Where it was removed or unusable 
 answers: at its own positions, and as a stand-in at those of others. Both are given, which is what a request to take an image down asks for.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -196,26 +197,34 @@ class _Past:
             of_epoch = windows[:, 1] == target[1]
             reaching = self._reaching(target, {(lane, window) for lane, window in windows[of_epoch, 2:].tolist()})
             for position, (lane, window) in zip(positions[of_epoch].tolist(), windows[of_epoch, 2:].tolist(), strict=True):
-                near = reaching is None or (lane, window) in reaching
+                near = (lane, window) in reaching
                 if near and position < end and position not in seen and self.used(position)[0] == sample:
                     seen[position] = False
         return seen
 
-    def _reaching(self, target: list[int], bad: set[tuple[int, int]]) -> set[tuple[int, int]] | None:
-        """The windows whose positions may have been given a stand-in from a target window; None: any of the epoch.
+    def _reaching(self, target: list[int], bad: set[tuple[int, int]]) -> set[tuple[int, int]]:
+        """The windows (lane, window) whose positions may have been given a substitute from a target window.
 
-        A search for a stand-in leaves a window when all of eight draws were bad, and goes on to the lane's next: so it came from this
-        window, or from one before it with nothing but windows that hold something bad between. After a whole lane it may have come from
-        any other.
+        A search for a substitute leaves a window when all of eight draws were bad, and goes on to the lane's next one, from the last to the
+        first; so it came from this window, or from one before it with nothing but windows that hold something bad between. After a whole
+        lane it goes on to the next lane's first window.
+
+        Args:
+            bad: the windows that hold something bad.
         """
         component, _, lane, window = target
         count = self.order.windows_in(component, lane)
-        reaching = {(lane, window)}
-        for back in range(1, count):
-            if (lane, (window - back) % count) not in bad:
-                return reaching
-            reaching.add((lane, (window - back) % count))
-        return None
+        before = [(lane, (window - back) % count) for back in range(1, count)]
+        reaching = {(lane, window), *itertools.takewhile(bad.__contains__, before)}
+        if all((lane, first) in bad for first in range(window)):
+            lanes = min(self.order.lanes, self.order.sizes[component])
+            for back in range(1, lanes):
+                previous = (lane - back) % lanes
+                whole = {(previous, w) for w in range(self.order.windows_in(component, previous))}
+                if not whole <= bad:
+                    break
+                reaching |= whole
+        return reaching
 
     def _ever_bad(self) -> Int64:
         """All samples that an overlay of any start removed, or that were unusable anywhere, ascending."""

@@ -6,7 +6,8 @@
 `main` is one worker process.
 
 Invariants: a task waits for what it needs without holding a worker; the first failure is known at once (`failure`); a process that dies is
-told of with what ended it; nothing outlives the process that started it, and nobody waits for a thread that is stuck in a read.
+told of with what ended it; nothing outlives the process (worker processes: the thread) that started it, and nobody waits for a thread
+that is stuck in a read.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ class WorkerPool:
 class Shared:
     """Memory that worker processes reach too: no file system holds it, and it goes with the last process that has it mapped."""
 
+    _fd = -1
+
     def __init__(self, size: int) -> None:
         self._fd = os.memfd_create("vitscale")
         os.ftruncate(self._fd, size)
@@ -119,7 +122,8 @@ class Shared:
         return np.frombuffer(self._map, dtype=np.uint8)
 
     def __del__(self) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
 
 class Rows:

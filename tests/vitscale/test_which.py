@@ -10,7 +10,10 @@ import pyarrow as pa
 import pytest
 
 from data_tools.amend import removals, write_overlay
+from data_tools.config import PackConfig
 from data_tools.dataset import Dataset, header_hash
+from data_tools.pack import pack
+from tests.conftest import write_images
 from tests.launch.test_command import SMALL, vitscale
 from tests.vitscale.test_mixture import second as second
 from tests.vitscale.test_run import begin, log
@@ -107,6 +110,21 @@ def test_every_time_that_a_sample_was_seen_is_found(past: tuple[TrainConfig, dic
             assert sorted(line["step"] for line in found.seen) == sorted(step for sample in of_key for step in truth[sample])
             stood_in += sum(line["stood_in"] for line in found.seen)
     assert stood_in > 0
+
+
+def test_a_lane_that_is_gone_sends_its_searches_to_the_next(config: TrainConfig, tmp_path: Path) -> None:
+    """A shard is as long as a lane, so that in some epoch a whole lane is removed."""
+    pack(PackConfig(sources=(str(write_images(tmp_path / "images", 96, 0)),), out=str(tmp_path / "packed"), samples_per_shard=24))
+    path = tmp_path / "packed" / "train"
+    dataset = Dataset.open(path)
+    remove(path, list(range(24, 48)))
+    config = replace(config, data=str(path), stream=LAYOUTS[1], steps=16, schedule=replace(config.schedule, warmup_steps=0))
+    truth: dict[int, set[int]] = {sample: set() for sample in range(96)}
+    for step, ranks in run_steps(config, 0, 16, 1).items():
+        for sample in ranks[0]:
+            truth[sample].add(step)
+    for sample, steps in truth.items():
+        assert {line["step"] for line in which_sample(Path(config.out), dataset.key(sample)).seen} == steps, sample
 
 
 @pytest.mark.parametrize("past", LAYOUTS[1:], indirect=True)
