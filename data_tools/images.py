@@ -23,6 +23,7 @@ from data_tools.config import MAX_PIXELS
 PILLOW_NAMES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 ACCEPTED = "accepted: jpeg, png, webp"
 MAX_IMAGE_BYTES = 2**30
+MAX_SCANS = 256  # of a JPEG: encoders write some ten, and a file of thousands takes minutes to decode
 UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what `decode` raises on bytes that are none
 
 
@@ -61,7 +62,14 @@ def decode(image_bytes: bytes) -> Image.Image:
 
     Raises OSError or ValueError where the bytes are none, SyntaxError on some broken PNGs.
     """
+    if too_many_scans(image_bytes):
+        raise ValueError(f"a JPEG of more than {MAX_SCANS} scans")
     return _rgb(Image.open(io.BytesIO(image_bytes)))
+
+
+def too_many_scans(data: bytes) -> bool:
+    """Whether a JPEG was made to take for ever; no scan's own bytes look like the beginning of another one."""
+    return data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -118,6 +126,8 @@ def _recognized(data: bytes) -> str | Reject:
         return Reject("empty", "0 bytes")
     if len(data) > MAX_IMAGE_BYTES:
         return Reject("too large", f"{len(data)} bytes, the limit is {MAX_IMAGE_BYTES}")
+    if too_many_scans(data):
+        return Reject("damaged", f"a JPEG of more than {MAX_SCANS} scans")
     return _extension(data)
 
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from PIL import Image, features
 from PIL import __version__ as pillow_version
 
-from data_tools.images import decode
+from data_tools.images import decode, too_many_scans
 
 try:
     import simplejpeg
@@ -103,15 +103,16 @@ def plain_jpeg(data: ImageBytes) -> tuple[int, int] | None:
     end = len(view)
     if bytes(view[:2]) != b"\xff\xd8" or b"\xff\xd9" not in bytes(view[-1024:]):
         return None
-    at, size = 2, None
+    at, size, progressive = 2, None, False
     while at + 4 <= end and view[at] == 0xFF:
         marker, length = view[at + 1], view[at + 2] << 8 | view[at + 3]
         if marker == 0xDA:
-            return size
+            return None if progressive and too_many_scans(bytes(view)) else size
         body, at = view[at + 4 : at + 2 + length], at + 2 + length
         if length < 2 or at > end:
             return None
         if marker in _FRAMES:
+            progressive = marker == 0xC2
             if size or length < 11 or body[0] != 8 or length != 8 + 3 * body[5] or bytes(body[7::3]) not in _SAMPLINGS:
                 return None
             size = body[3] << 8 | body[4], body[1] << 8 | body[2]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools.images import decode
+from data_tools.images import MAX_SCANS, UNDECODABLE, Reject, decode, inspect_image
 from vitscale import images, keyed
 from vitscale.config import PreprocessConfig
 
@@ -78,6 +78,20 @@ def test_a_view_is_a_function_of_its_key() -> None:
     assert (views[0] != views[2]).any()
 
 
+def test_a_jpeg_of_thousands_of_scans_is_refused_at_once() -> None:
+    """Decoding one takes minutes; packing and training judge it alike."""
+    file = io.BytesIO()
+    noise(64, 64).convert("RGB").save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data.rindex(b"\xff\xda")
+    bomb = data[:last] + data[last:-2] * (MAX_SCANS + 1) + data[-2:]
+    for what in (lambda: decode(bomb), lambda: images.training_view(bomb, (16, 16), 0, draws(1)[0], CONFIG)):
+        with pytest.raises(UNDECODABLE, match="more than 256 scans"):
+            what()
+    assert inspect_image(bomb, 10**6) == Reject("damaged", "a JPEG of more than 256 scans")
+    assert inspect_image(data, 10**6) == ("jpg", 64, 64)
+
+
 def test_half_of_the_views_are_mirrored() -> None:
     data = png(Image.fromarray(np.tile(np.linspace(0, 255, 32, dtype=np.uint8)[None, :, None], (32, 1, 3))))  # dark to bright
     views = [images.training_view(data, (8, 8), 0, row, CONFIG) for row in images.draws(keyed.mix(np.arange(2000)))]
@@ -126,14 +140,12 @@ def test_16_bit_grey_is_scaled() -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"no image", b"\x89PNG\r\n\x1a\n" + bytes(50)])
 def test_what_is_no_image_raises_what_the_stream_expects(damage: bytes) -> None:
-    from data_tools.images import UNDECODABLE
 
     with pytest.raises(UNDECODABLE):
         decode(damage)
 
 
 def test_a_truncated_image_raises_what_the_stream_expects() -> None:
-    from data_tools.images import UNDECODABLE
 
     buffer = io.BytesIO()
     noise(60, 60).save(buffer, "JPEG")
