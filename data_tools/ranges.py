@@ -34,6 +34,7 @@ class TarRanges:
     def __init__(self, root: Location, names: tuple[str, ...], sizes: np.ndarray, content_hash: str, cache: Cache | None) -> None:
         self._root, self._names, self._sizes, self._cache = root, names, sizes, cache
         self._content_hash = content_hash
+        self._opened = object()  # a dataset that is opened anew, perhaps after a repair, has handles of its own
         self._object = functools.lru_cache(KNOWN_OBJECTS)(self._known_object)
 
     def read(self, shard: int, start: int, end: int, *, fresh: bool = False) -> bytes:
@@ -55,7 +56,7 @@ class TarRanges:
         if isinstance(self._root, Url):
             return self._object(shard).fetch(start, end)
         try:
-            return _open_file(str(self._root / self._names[shard])).read(start, end)
+            return _open_file(str(self._root / self._names[shard]), self._opened).read(start, end)
         except OSError:
             _open_file.cache_clear()  # a handle may be stale (NFS), or there are too many of them: who tries again opens anew
             raise
@@ -70,7 +71,7 @@ class _OpenFile:
 
     fd = -1
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, _: object = None) -> None:
         self.fd = os.open(path, os.O_RDONLY)
 
     def read(self, start: int, end: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import multiprocessing
 import pickle
@@ -131,7 +132,7 @@ def test_labels_are_padded(multi: Dataset) -> None:
 
 
 def test_threads_share_few_file_descriptors(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranges, "OPEN_FILES", 2)
+    monkeypatch.setattr(ranges, "_open_file", functools.lru_cache(2)(ranges._OpenFile))
     dataset = pack_one(photos, out=tmp_path / "out", samples_per_shard=1)
     wanted = [dataset.read(i) for i in range(23)]
     order = np.random.default_rng(0).integers(0, 23, 1000).tolist()

@@ -132,7 +132,7 @@ def test_a_mood_of_the_file_system_passes(small: Path, tmp_path: Path, monkeypat
     handles: Counter[str] = Counter()
 
     class Moody(ranges._OpenFile):
-        def __init__(self, path: str) -> None:
+        def __init__(self, path: str, of: object) -> None:
             super().__init__(path)
             handles[path] += 1
             self.stale = handles[path] == 1
