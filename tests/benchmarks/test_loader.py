@@ -41,7 +41,8 @@ def bench(results: Path, script: str, *flags: str) -> tuple[dict[str, Any], str]
 def data(tmp_path_factory: pytest.TempPathFactory) -> loader_systems.Data:
     folder = tmp_path_factory.mktemp("photographs")
     if not any(photographs._sources(500, 375)):
-        pytest.skip("no photographs here: install Debian's mate-backgrounds and opencv-doc")
+        missing = "no photographs here: install Debian's mate-backgrounds and opencv-doc"
+        pytest.fail(missing) if os.environ.get("VITSCALE_REQUIRE_PHOTOGRAPHS") else pytest.skip(missing)
     photographs.write(folder / "files", 500, 375, count=6, names=2)
     photographs.packed(folder / "files", folder / "packed", samples_per_shard=4)
     return loader_systems.Data(folder)
