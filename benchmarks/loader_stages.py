@@ -64,9 +64,9 @@ def measure(data: Data, count: int, mode: Decode) -> dict[str, float]:
     places = [positions[start : start + BATCH] for start in range(0, count, BATCH)]
     samples = np.concatenate(clock.stage("order: positions to samples", order.samples_at, places))
     located = clock.stage("look-up in the index", lambda place: dataset.locate(samples[place]), places)
-    where = [(located[i // BATCH], i % BATCH) for i in range(count)]
-    encoded = clock.stage("read", lambda of: dataset.read_range(int(of[0].shards[of[1]]), *of[0].range(of[1])), where)
-    clock.stage("check the hash", lambda of: dataset.checked(of[0], of[1], *of[2]), zip(samples.tolist(), encoded, where, strict=True))
+    where = [located[i // BATCH].place(i % BATCH) for i in range(count)]
+    encoded = clock.stage("read", lambda place: dataset.read_range(place.shard, place.start, place.end), where)
+    clock.stage("check the hash", lambda of: dataset.checked(*of), zip(samples.tolist(), encoded, where, strict=True))
     draws = np.concatenate(clock.stage("draw crops and mirrors", lambda place: images.draws(keys[place]), places))
     slots = [np.zeros((BATCH, SIZE, SIZE, 3), np.uint8) for _ in places]
     for slot in slots:

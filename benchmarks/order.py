@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from vitscale import keyed
-from vitscale.config import StreamConfig, choose_order
+from vitscale.config import StreamConfig
+from vitscale.locality import choose_order
 from vitscale.order import Int64, RunOrder
 
 RESULTS = Path(__file__).parent / "results"

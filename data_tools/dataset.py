@@ -113,17 +113,29 @@ class IndexBatch:
     scored: np.ndarray  # bool (m,), whether it has
 
 
+class Place(NamedTuple):
+    """Where an image lies, by the index; nothing of it is checked, so an index that is damaged may say anything."""
+
+    shard: int
+    start: int
+    """Of the image's bytes in its tar."""
+    end: int
+    hash: int
+    """xxh3_64 of the image's bytes."""
+
+
 class Located(NamedTuple):
-    """Where images lie, by the index; nothing of it is checked, so an index that is damaged may say anything."""
+    """Where images lie, as `Place` has it of one."""
 
     shards: np.ndarray  # int64 (n,)
     offsets: np.ndarray  # int64 (n,), of the image's bytes in its tar
     sizes: np.ndarray  # int64 (n,)
     hashes: np.ndarray  # uint64 (n,), xxh3_64 of the image's bytes
 
-    def range(self, row: int) -> tuple[int, int]:
-        """Where the row-th image begins and ends in its tar."""
-        return int(self.offsets[row]), int(self.offsets[row] + self.sizes[row])
+    def place(self, row: int) -> Place:
+        """Where the row-th of them lies."""
+        start = int(self.offsets[row])
+        return Place(int(self.shards[row]), start, start + int(self.sizes[row]), int(self.hashes[row]))
 
 
 @dataclass(frozen=True)
@@ -404,27 +416,26 @@ class Dataset:
         self._check_sample(sample)
         if self.overlay.is_removed(sample):
             raise RemovedError(sample, self.shard_of(sample), self.key_or_not(sample), "an overlay removes it")
-        located = self.locate(np.array([sample]))
-        data = self.read_range(int(located.shards[0]), *located.range(0))  # an OSError is the machine's, not the sample's, and goes on up
-        return bytes(self.checked(sample, data, located, 0))
+        place = self.locate(np.array([sample])).place(0)
+        data = self.read_range(place.shard, place.start, place.end)  # an OSError is the machine's, not the sample's, and goes on up
+        return bytes(self.checked(sample, data, place))
 
-    def checked(self, sample: int, data: bytes | memoryview, located: Located, row: int) -> bytes | memoryview:
+    def checked(self, sample: int, data: bytes | memoryview, place: Place) -> bytes | memoryview:
         """The sample's bytes as they were packed: `data`, or what is there where `data` was spoiled on its way or in the cache.
 
-        The sample is the row-th of those `located`. Raises SampleError where its bytes are damaged, OSError and StorageError.
+        Raises SampleError where its bytes are damaged, OSError and StorageError.
         """
-        offset, size = int(located.offsets[row]), int(located.sizes[row])
-        if not (offset >= 0 and size >= 0):
-            raise self._sample_error(sample, f"the index says offset {offset} and size {size}")
-        right = located.hashes[row]
+        start, size = place.start, place.end - place.start
+        if not (start >= 0 and size >= 0):
+            raise self._sample_error(sample, f"the index says offset {start} and size {size}")
         for _ in range(0 if self.is_local and self._cache is None else _FRESH_READS):
-            if xxhash.xxh3_64_intdigest(data) == right:
+            if xxhash.xxh3_64_intdigest(data) == place.hash:
                 break
-            data = self.read_range(self._shard_number(sample), offset, offset + size, fresh=True)
+            data = self.read_range(self._shard_number(sample), start, place.end, fresh=True)
         if len(data) != size:
-            raise self._sample_error(sample, f"{len(data)} bytes at offset {offset} where the index says {size}")
-        if xxhash.xxh3_64_intdigest(data) != right:
-            raise self._sample_error(sample, f"the {size} bytes at offset {offset} do not have the index's xxh3_64")
+            raise self._sample_error(sample, f"{len(data)} bytes at offset {start} where the index says {size}")
+        if xxhash.xxh3_64_intdigest(data) != place.hash:
+            raise self._sample_error(sample, f"the {size} bytes at offset {start} do not have the index's xxh3_64")
         return data
 
     def labels(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

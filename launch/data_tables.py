@@ -15,25 +15,25 @@ from rich.text import Text
 from data_tools.page import byte_size, printable
 from data_tools.preview import Sheet, Tile, tiles
 from data_tools.stats import FEW, MANY, PERCENTILES, ClassCount, Stats, Summary, findings
-from vitscale.locality import Locality
+from vitscale.locality import Locality, Traffic
 from vitscale.metrics import duration
 
 THUMBNAIL = (16, 8)  # columns and lines of a picture on a terminal, two pixels a line
 BAR = 24
 
 
-def print_locality(dataset: str, found: Locality, console: Console | None = None) -> None:
+def print_locality(dataset: str, found: Locality, asks: Traffic, console: Console | None = None) -> None:
     """How a cluster would read a dataset."""
     console = console or Console(highlight=False)
-    rate = f"{found.images_per_second_per_rank:,.0f} images/s a rank"
-    ranks = f"{found.world_size:,} ranks on {found.nodes:,} nodes of {found.ranks_per_node}"
+    rate = f"{asks.images_per_second_per_rank:,.0f} images/s a rank"
+    ranks = f"{found.world_size:,} ranks on {asks.nodes:,} nodes of {asks.ranks_per_node}"
     console.print(Text(printable(f"{dataset}: {ranks}, global batch {found.global_batch_size:,}, {rate}"), style="bold"))
     lanes = f"{found.lanes:,} lanes, {found.lanes_per_rank:,} a rank; windows of {found.window:,} samples, {byte_size(found.window_bytes)}"
     console.print(f"{lanes}; at most {found.open_shards_per_rank:,} shards open a rank")
     if found.why:
         console.print(f"single samples are read: {found.why}")
     else:
-        held = f"{byte_size(found.buffered_bytes_per_rank)} a rank, {byte_size(found.buffered_bytes_per_node)} a node"
+        held = f"{byte_size(found.buffered_bytes_per_rank)} a rank, {byte_size(asks.buffered_bytes_per_node)} a node"
         console.print(
             f"windows are read whole; those in use and the next of each lane take {held} (a rank may hold {byte_size(found.buffer_bytes)})"
         )
@@ -43,14 +43,14 @@ def print_locality(dataset: str, found: Locality, console: Console | None = None
                 f"they have where {'pairs of lanes' if found.paired else 'lanes'} are a multiple of the ranks"
             )
     table = _table("", "", "a rank", "a node", "the cluster", numeric=(1, 2, 3))
-    reads = (found.reads_per_second_per_rank, found.reads_per_second_per_node, found.reads_per_second)
+    reads = (asks.reads_per_second_per_rank, asks.reads_per_second_per_node, asks.reads_per_second)
     table.add_row("reads a second", *(f"{rate:,.1f}" for rate in reads))
-    of_bytes = (found.bytes_per_second_per_rank, found.bytes_per_second_per_node, found.bytes_per_second)
+    of_bytes = (asks.bytes_per_second_per_rank, asks.bytes_per_second_per_node, asks.bytes_per_second)
     table.add_row("bytes a second", *(byte_size(round(rate)) for rate in of_bytes))
     console.print(table)
     console.print(
-        f"{byte_size(found.bytes_per_read)} a read; a window of a lane lasts {duration(found.seconds_per_window)}, an epoch "
-        f"{duration(found.seconds_per_epoch)}"
+        f"{byte_size(asks.bytes_per_read)} a read; a window of a lane lasts {duration(asks.seconds_per_window)}, an epoch "
+        f"{duration(asks.seconds_per_epoch)}"
     )
 
 

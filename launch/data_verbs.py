@@ -312,7 +312,7 @@ def _stats_for_world(flags: StatsFlags, world_size: int) -> None:
     from data_tools.dataset import Dataset
     from launch.data_tables import print_locality
     from vitscale.config import StreamConfig
-    from vitscale.locality import Size, locality
+    from vitscale.locality import Size, choose_order, locality, traffic
 
     if flags.html is not None:
         raise UsageError("--html shows what is in a dataset; leave out --for-world, or --html")
@@ -327,18 +327,15 @@ def _stats_for_world(flags: StatsFlags, world_size: int) -> None:
     dataset = Dataset.open(flags.dataset, check_shards=False)
     if not dataset.num_samples:
         raise VerbError(f"{flags.dataset} holds no samples")
-    found = locality(
-        Size(dataset.num_samples, len(dataset.shard_names), int(dataset.shard_bytes.sum()), remote=not dataset.is_local),
-        StreamConfig(lanes=flags.lanes, window=flags.window, buffer_bytes=flags.buffer_bytes),
-        global_batch_size=flags.global_batch_size,
-        world_size=world_size,
-        images_per_second_per_rank=flags.images_per_second_per_gpu,
-        ranks_per_node=flags.gpus_per_node,
-    )
+    size = Size(dataset.num_samples, len(dataset.shard_names), int(dataset.shard_bytes.sum()), remote=not dataset.is_local)
+    asked = StreamConfig(lanes=flags.lanes, window=flags.window, buffer_bytes=flags.buffer_bytes)
+    chosen = choose_order(asked, size.samples, flags.global_batch_size, remote=size.remote)
+    found = locality(size, chosen, global_batch_size=flags.global_batch_size, world_size=world_size)
+    asks = traffic(found, flags.images_per_second_per_gpu, flags.gpus_per_node)
     if flags.json:
-        print_json(dataclasses.asdict(found))
+        print_json(dataclasses.asdict(found) | dataclasses.asdict(asks))
     else:
-        print_locality(flags.dataset, found)
+        print_locality(flags.dataset, found, asks)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def finetune(words: list[str]) -> None:
 def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> None:
     """Starts or resumes a run on this machine and waits for its end."""
     from vitscale.checkpoint import committed
-    from vitscale.run import locked, open_run, resolve, status
+    from vitscale.resolve import resolve
+    from vitscale.run import locked, open_run, status
 
     gpus = visible_gpus()
     if nproc < 0 or (gpus and nproc > gpus):
@@ -124,7 +125,7 @@ def evaluate(words: list[str]) -> None:
         raise UsageError(f"batch-size={flags.batch_size} must be at least 1 and workers={flags.workers} at least 0")
     from data_tools.dataset import Dataset
     from vitscale.checkpoint import describe, find_checkpoint
-    from vitscale.run import cache_of, stage_of
+    from vitscale.resolve import cache_of, stage_of
 
     description = describe(find_checkpoint(flags.checkpoint)).evaluated_by(flags.eval_protocol)
     dataset = Dataset.open_checked(flags.data, stage=stage_of(flags), cache=cache_of(flags))

@@ -77,3 +77,11 @@ def config(dataset: Path, tmp_path: Path) -> TrainConfig:
 def with_engine(config: TrainConfig, **changes: object) -> TrainConfig:
     """The config with parts of `engine` replaced."""
     return dataclasses.replace(config, engine=dataclasses.replace(config.engine, **changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of the same classes as `dataset`, with 43 samples in 15 shards."""
+    folder = tmp_path_factory.mktemp("second")
+    pack(PackConfig(sources=(str(write_images(folder / "images", 43, 7)),), out=str(folder / "packed"), samples_per_shard=3))
+    return folder / "packed" / "train"

@@ -26,10 +26,6 @@ Interpolation = Literal["timm", "deit", "timm_npz", "paper"]
 EvalProtocol = Literal["timm", "big_vision", "paper"]
 
 
-WINDOW = 256  # samples
-FEWEST_WINDOWS = 4  # in a lane of a dataset that is far away
-
-
 class ConfigError(UserError):
     """A setting that cannot work; the message is one line for the user."""
 
@@ -336,7 +332,7 @@ class NewModelConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
-    """What a fine-tuning recipe returns; `run.resolve` makes a TrainConfig of it with what the checkpoint says."""
+    """What a fine-tuning recipe returns; `resolve.resolve` makes a TrainConfig of it with what the checkpoint says."""
 
     init: str = ""
     """The checkpoint to start from: a run (its newest durable one), RUN@STEP, a step's folder or an exported folder."""
@@ -382,22 +378,6 @@ def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: 
             f"{micro_batch_size} x {world_size} = {unit}; global_batch_size={nearest} works{other}"
         )
     return global_batch_size // unit
-
-
-def choose_order(stream: StreamConfig, num_samples: int, global_batch_size: int, *, remote: bool = False) -> StreamConfig:
-    """Fills in lanes and window where they are 0 (docs/design.md, "The clock and the order of samples").
-
-    A dataset that is far away is read by windows where it has room for some: each of the reads of a full shuffle would be a request.
-    """
-    power = math.gcd(global_batch_size, 1024)  # a power of two
-    if num_samples < 4_000_000:
-        while remote and power * WINDOW * FEWEST_WINDOWS > num_samples and power > 1:
-            power //= 2
-        lanes = stream.lanes or (power if remote else 1)
-        window = stream.window or (num_samples if lanes == 1 else WINDOW)  # one lane of one window: a full shuffle
-    else:
-        lanes, window = stream.lanes or power, stream.window or WINDOW
-    return dataclasses.replace(stream, lanes=lanes, window=window)
 
 
 def fine_tuned_model(base: ViTConfig, new: NewModelConfig, num_classes: int) -> ViTConfig:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.dataset import Located, SampleError
+from data_tools.dataset import Located, Place, SampleError
 from data_tools.images import UNDECODABLE
 from vitscale import images, keyed
 from vitscale.config import Decode, PreprocessConfig
@@ -88,8 +88,8 @@ class Decoder:
         """Fills the rows."""
         samples, valid, faults, draws = task.samples.copy(), task.samples >= 0, [], images.draws(task.keys)
         for i in np.flatnonzero(valid).tolist():
-            for attempt, (sample, data, located, row) in enumerate(self._candidates(task, i), start=1):
-                reason = self._fill(sample, data, located, row, int(task.keys[i]), draws[i], rows.array[i])
+            for attempt, (sample, data, place) in enumerate(self._candidates(task, i), start=1):
+                reason = self._fill(sample, data, place, int(task.keys[i]), draws[i], rows.array[i])
                 if reason is None:
                     samples[i] = sample
                     break
@@ -110,12 +110,10 @@ class Decoder:
             if not self.dataset.is_removed(drawn):
                 yield drawn
 
-    def _candidates(self, task: Task, i: int) -> Iterator[tuple[int, bytes | memoryview, Located, int]]:
+    def _candidates(self, task: Task, i: int) -> Iterator[tuple[int, bytes | memoryview, Place]]:
         """The i-th sample of a task and its bytes, then its substitutes and theirs."""
-        sample, data = int(task.samples[i]), load(task.data[i])
-        if data is None:
-            data = read(self.dataset, int(task.located.shards[i]), *task.located.range(i))
-        yield sample, data, task.located, i
+        sample, data, place = int(task.samples[i]), load(task.data[i]), task.located.place(i)
+        yield sample, read(self.dataset, place.shard, place.start, place.end) if data is None else data, place
         if self.order is not None:
             known = {sample}  # the first candidate, and those that were drawn before
             for substitute in self.candidates(int(task.positions[i])):
@@ -124,15 +122,13 @@ class Decoder:
                 if substitute in known:
                     continue
                 known.add(substitute)
-                located = self.dataset.locate(np.array([substitute]))
-                yield substitute, read(self.dataset, int(located.shards[0]), *located.range(0)), located, 0
+                place = self.dataset.locate(np.array([substitute])).place(0)
+                yield substitute, read(self.dataset, place.shard, place.start, place.end), place
 
-    def _fill(
-        self, sample: int, data: bytes | memoryview, located: Located, row: int, key: int, draws: images.Draws, out_HWC: Pixels
-    ) -> str | None:
+    def _fill(self, sample: int, data: bytes | memoryview, place: Place, key: int, draws: images.Draws, out_HWC: Pixels) -> str | None:
         """Writes a sample's pixels, or tells why it cannot be used."""
         try:
-            data = tried(lambda: self.dataset.checked(sample, data, located, row), self.dataset, int(located.shards[row]))
+            data = tried(lambda: self.dataset.checked(sample, data, place), self.dataset, place.shard)
         except SampleError as error:
             return error.reason
         return self.view.fill(data, key, draws, out_HWC)

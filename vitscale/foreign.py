@@ -1,6 +1,5 @@
 """Tars that others made and that have no index, read as streams: from front to back, as the webdataset library groups their members.
 
-    named_tars     which tars `--data` names: a folder or a prefix with tars and no dataset.json, a tar, or a pattern with braces
     _read_tar      the samples of one, each with its image and labels or with why it cannot be used
     _Feed          a thread that reads one tar ahead
     _Drawn         a rank's samples: of two tars in turns, shuffled in windows
@@ -20,30 +19,24 @@ quarantine.jsonl and left out, never in silence; what is held is bounded by `str
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import stat
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from data_tools.config import PackConfig, PackError
-from data_tools.dataset import Dataset
-from data_tools.errors import UserError
 from data_tools.images import MAX_IMAGE_BYTES
-from data_tools.index import COMPRESSED_SUFFIXES
 from data_tools.members import OpenTar, TarError, read_samples
-from data_tools.storage import Location, Missing, RemoteFile, Url, entries, exists, location, sequential
+from data_tools.storage import Location, Missing, sequential
 from data_tools.tars import IMAGE_MEMBERS, labels_of
 from vitscale import images, keyed
 from vitscale.config import PreprocessConfig, StreamConfig, TrainConfig
@@ -51,141 +44,19 @@ from vitscale.decoding import View
 from vitscale.mixture import Mixture
 from vitscale.order import Int64
 from vitscale.quarantine import Fault, Quarantine
-from vitscale.stream import Batch, StreamError, TrainStream, results, stalled, workers
+from vitscale.stream import Batch, StreamError, TrainStream, ahead, chunks, results, stalled, workers
+from vitscale.unindexed import WINDOW, Tars
 from vitscale.workers import Rows, WorkerPool
 
-WINDOW = 2048  # samples shuffled together, unless stream.window says how many
 _FIRST = 256  # in the first window; each one after it may have twice as many
 _OPEN = 2  # tars of a rank that are read in turns
 _BARREN = 64  # tars in a row without a usable sample, at least, before a rank gives up; at least as many as there are
 _ATTEMPTS = 64  # samples tried for one position, beyond those that one shard may have that are unusable
-_CHUNK = 16  # samples that a worker gets at once, at most
-_ASKED_AT_ONCE = 16  # objects whose sizes are asked for
 _BLOCK = 1 << 20
 _PER_SHARD = 32  # bits of a sample's number that count within its tar
 _REMEDY = "`vitscale data index` tells what else is wrong with it, and --data may leave it out"
 
 Reasons = list[str | None]
-
-
-class ForeignError(UserError):
-    """Tars that cannot be trained on as asked; the message is one line for the user."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Which tars
-# ---------------------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tars:
-    """Tars without an index; what it knows of a dataset it says by the names of `mixture.Mixture`."""
-
-    said: tuple[str, ...]
-    """The words that named them."""
-    shards: tuple[Location, ...]
-    num_samples: int = 0
-    """Nobody knows: a run on them has its length in steps."""
-    num_removed: int = 0
-    components: tuple[Dataset, ...] = ()
-    class_names: tuple[str, ...] | None = None
-
-    def identity(self) -> dict[str, Any]:
-        """What a run remembers of them. Raises ForeignError where one is not there."""
-        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-            sizes = list(pool.map(_size, self.shards))
-        listed = json.dumps([(shard.name, size) for shard, size in zip(self.shards, sizes, strict=True)])
-        path, content = " ".join(self.said), hashlib.sha256(listed.encode()).hexdigest()
-        return {"kind": "tars", "path": path, "name": path, "hash": content, "shards": len(sizes), "bytes": sum(sizes)}
-
-    def guarantees(self, world_size: int, window: int) -> str:
-        """What a run on them can and cannot promise, and how it could promise more, in some lines."""
-        remote = any(isinstance(shard, Url) for shard in self.shards)
-        path = " ".join(self.said)
-        index = (
-            f"download them, and `vitscale data index TARS` or `vitscale pack {path} OUT`" if remote else f"`vitscale data index {path}`"
-        )
-        lines = [
-            f"{path}: {len(self.shards):,} tars without an index, read as streams: ordered by seed and shard, shuffled among {window:,} "
-            "samples; a resume begins at a shard's beginning, so samples come again; every rank has equally many batches",
-            f"{index} makes a dataset of them: each sample exactly once an epoch, and an exact resume at any number of ranks",
-        ]
-        if len(self.shards) < world_size:
-            lines.append(f"warning: {len(self.shards):,} tars are fewer than {world_size} ranks, some of which read the same tars at once")
-        return "\n".join(lines)
-
-
-def named_tars(words: tuple[str, ...]) -> Tars | None:
-    """The tars that `--data` names; None where it names datasets, or nothing that can be told.
-
-    Raises ForeignError where it names tars that cannot be read as streams, StorageError where a bucket cannot be asked.
-    """
-    found = {word: _shards(word) for word in words}
-    tars = [shard for shards in found.values() for shard in shards or ()]
-    if not tars:
-        return None
-    if datasets := [word for word, shards in found.items() if shards is None]:
-        raise ForeignError(
-            f"--data {' '.join(words)} mixes tars without an index and {datasets[0]}; `vitscale data index` makes datasets of tars, "
-            "which can be mixed"
-        )
-    names = Counter(str(shard) for shard in tars)
-    if twice := [name for name, times in names.items() if times > 1]:
-        raise ForeignError(f"--data names {twice[0]} twice; name each tar once")
-    return Tars(words, tuple(tars))
-
-
-def _shards(word: str) -> list[Location] | None:
-    """The tars that one word names; None where it is no name of tars."""
-    if word.startswith("pipe:"):
-        raise ForeignError(f"--data {word} would run a command, which vitscale never does; name the tars, on a disk, s3:// or https://")
-    if "{" not in word or os.path.exists(word):
-        place = location(word)
-        if place.name.lower().endswith(".tar") and (isinstance(place, Url) or not place.is_dir()):
-            return [place]
-        return _tars_in(place)
-    from webdataset.shardlists import expand_urls
-
-    try:
-        expanded = [location(name) for name in expand_urls(word)]
-    except (ValueError, AssertionError) as error:  # braces that do not close, a variable that is not set
-        raise ForeignError(f"--data {word} cannot be expanded ({error}); tars/{{000..099}}.tar would work") from None
-    for place in expanded:
-        if place.name.lower().endswith(COMPRESSED_SUFFIXES):
-            raise ForeignError(f"{place} of --data {word} is compressed; unpack it first")
-        if not place.name.lower().endswith(".tar") or str(place).startswith("pipe:"):
-            raise ForeignError(f"{place} of --data {word} is no tar by its name; tars/{{000..099}}.tar would work")
-    return expanded
-
-
-def _tars_in(folder: Location) -> list[Location] | None:
-    """The tars right in a folder that is no dataset; None where there are none."""
-    if isinstance(folder, Url):
-        if folder.on_web or exists(folder / "dataset.json"):
-            return None
-        try:
-            names = entries(folder)[1]
-        except Missing:
-            return None
-        return [folder / name for name in names if name.lower().endswith(".tar")] or None
-    if not folder.is_dir() or (folder / "dataset.json").is_file():
-        return None
-    return sorted((path for path in folder.iterdir() if path.name.lower().endswith(".tar")), key=os.fsencode) or None  # type: ignore[return-value]
-
-
-def _size(shard: Location) -> int:
-    if isinstance(shard, Url):
-        try:
-            return RemoteFile(shard).size
-        except Missing as error:
-            raise ForeignError(f"{shard} cannot be read ({error.why}); put it there, or name the tars that are there") from None
-    try:
-        status = shard.stat()
-    except OSError as error:
-        raise ForeignError(f"{shard} cannot be read ({error.strerror}); put it there, or name the tars that are there") from None
-    if not stat.S_ISREG(status.st_mode):  # a named pipe, say, which would be waited for
-        raise ForeignError(f"{shard} is not a plain file; name tars")
-    return status.st_size
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -476,6 +347,7 @@ class ForeignStream:
         )  # fmt: skip
         self.cursor = cursor
         """This rank's, of the micro-batch before the one that was given last: that one may be on its way to the device yet."""
+        self._given = cursor  # the cursor, once the micro-batch that was given last is used
         self._tars, self._config, self._usable = tars, config, usable
         self._decoder = _Decoder(View(image_size, preprocess, config.decode, training=True))
         self._quarantine = Quarantine(
@@ -503,17 +375,10 @@ class ForeignStream:
             self._tars, self._config, self._usable, seed=self.seed, cursor=self.cursor, rank=self.rank,
             world_size=self.world_size, unusable=lambda sample: self._leave_out(sample, sample.reason),
         )  # fmt: skip
-        begun: deque[_Begun] = deque()
-        given = self.cursor  # once the micro-batch that was given last is used
+        self._given = self.cursor
         try:
-            for positions in self._positions(samples_seen, end):
-                begun.append(self._begin(positions, drawn, pool))
-                if len(begun) > self._config.prefetch:
-                    self.cursor, given = given, begun[0].floor
-                    yield self._finish(begun.popleft(), drawn, pool)
-            while begun:
-                self.cursor, given = given, begun[0].floor
-                yield self._finish(begun.popleft(), drawn, pool)
+            begun = ahead((self._begin(positions, drawn, pool) for positions in self._positions(samples_seen, end)), self._config.prefetch)
+            yield from map(partial(self._finish, drawn, pool), begun)
         finally:
             pool.close()
             drawn.close()
@@ -533,31 +398,31 @@ class ForeignStream:
         rows = Rows((size, *self._decoder.view.image_size, 3), shared=self._config.processes)
         keys = keyed.key(keyed.Purpose.SAMPLE, self.seed, positions)
         begun = _Begun(positions, keys, samples, drawn.floor, rows)
-        for first in range(0, size, step := max(1, min(_CHUNK, -(-size // workers(self._config.workers))))):
-            begun.chunks.append(self._submit(begun, first, min(first + step, size), pool))
+        begun.chunks = [self._submit(begun, first, end, pool) for first, end in chunks(size, workers(self._config.workers))]
         return begun
 
-    def _submit(self, of: _Begun, first: int, end: int, pool: WorkerPool) -> Future[Reasons]:
-        data = [sample.data for sample in of.samples[first:end]]
-        return pool.submit(partial(tuple, (data, of.keys[first:end], of.rows.part(first, end))))
+    def _submit(self, begun: _Begun, first: int, end: int, pool: WorkerPool) -> Future[Reasons]:
+        data = [sample.data for sample in begun.samples[first:end]]
+        return pool.submit(partial(tuple, (data, begun.keys[first:end], begun.rows.part(first, end))))
 
-    def _finish(self, of: _Begun, drawn: _Drawn, pool: WorkerPool) -> Batch:
+    def _finish(self, drawn: _Drawn, pool: WorkerPool, begun: _Begun) -> Batch:
         """The batch, once each of its samples that cannot be decoded has given its place to the next one drawn."""
-        reasons = [reason for of_chunk in self._results(of.chunks, pool) for reason in of_chunk]
+        self.cursor, self._given = self._given, begun.floor
+        reasons = [reason for of_chunk in self._results(begun.chunks, pool) for reason in of_chunk]
         for place, reason in enumerate(reasons):
             tried = 1
             while reason is not None:
-                self._position = int(of.positions[place])
-                self._leave_out(of.samples[place], reason)
+                self._position = int(begun.positions[place])
+                self._leave_out(begun.samples[place], reason)
                 if (tried := tried + 1) > _ATTEMPTS + self._config.max_unusable_per_shard:
                     raise StreamError(
                         f"{tried - 1} samples tried for position {self._position} were all unusable; quarantine.jsonl names them"
                     )
-                of.samples[place] = drawn.draw()
-                ((reason,),) = self._results([self._submit(of, place, place + 1, pool)], pool)
-        labels_BL, scores_BL = _padded(of.samples)
-        samples_B = np.array([sample.global_number for sample in of.samples], dtype=np.int64)
-        return Batch(of.rows.array, labels_BL, scores_BL, of.keys.view(np.int64), np.ones(len(samples_B), np.bool_), samples_B)
+                begun.samples[place] = drawn.draw()
+                ((reason,),) = self._results([self._submit(begun, place, place + 1, pool)], pool)
+        labels_BL, scores_BL = _padded(begun.samples)
+        samples_B = np.array([sample.global_number for sample in begun.samples], dtype=np.int64)
+        return Batch(begun.rows.array, labels_BL, scores_BL, begun.keys.view(np.int64), np.ones(len(samples_B), np.bool_), samples_B)
 
     def _results(self, chunks: list[Future[Reasons]], pool: WorkerPool) -> list[Reasons]:
         return results(chunks, pool, self._config.read_timeout, lambda: "decoding a micro-batch")

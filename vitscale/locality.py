@@ -1,13 +1,17 @@
-"""The arithmetic of reading on a cluster: how many lanes and bytes a rank holds, and what it asks of the storage, at a given rate.
+"""How a run reads its tars: lanes and windows, what a rank holds of them, and what that asks of a cluster's storage.
 
-Where it stands: pure functions of a dataset's size and a run's layout; `vitscale data stats --for-world` prints them before there is a run,
-and a run's start for itself. `order.py` has the rules that they follow from.
+Where it stands: pure functions of a dataset's size and a run's layout; `data stats --for-world` prints them before there is a run, and a
+run's start for itself. `order.py` has the rules that they follow from.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
-from vitscale.config import StreamConfig, choose_order
+from vitscale.config import StreamConfig
 
+WINDOW = 256  # samples
+FEWEST_WINDOWS = 4  # in a lane of a dataset that is far away
 NEXT_WINDOWS = 2  # of each lane: the one in use, and the next; beside those that micro-batches in the making still need
 
 
@@ -26,11 +30,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Locality:
-    """How a run reads. Of ranks and nodes that have more than others, those that have the most."""
+    """How a run reads. Of ranks that have more than others, those that have the most."""
 
+    samples: int
     world_size: int
-    nodes: int
-    ranks_per_node: int
     global_batch_size: int
     lanes: int
     """Of each dataset."""
@@ -45,7 +48,6 @@ class Locality:
     buffered_bytes_per_rank: int
     """Windows: of each lane the one in use, the next, and those that micro-batches in the making need; of single samples, those of the
     micro-batches where they come from far away, else none."""
-    buffered_bytes_per_node: int
     reads: str
     """`windows` or `samples`."""
     why: str
@@ -54,13 +56,24 @@ class Locality:
     """Whether samples are dealt in pairs, which is where each rank's share of a step is even."""
     in_windows: float
     """Share of a step's samples that go to the rank that reads their window; the others are read one by one."""
+    samples_per_read: float
+    """Of a window, which is a read for each shard that it touches."""
     open_shards_per_rank: int
     """A shard a lane, and one more while a window lies on the seam of two, both for the window in use and the next."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a run that reads so asks of its storage at a given rate. Of nodes that differ, the one that has the most ranks."""
+
+    nodes: int
+    ranks_per_node: int
+    buffered_bytes_per_node: int
     images_per_second_per_rank: float
     reads_per_second_per_rank: float
     reads_per_second_per_node: float
     reads_per_second: float
-    """Of the whole cluster, as all that follow."""
+    """Of the whole cluster, as `bytes_per_second`."""
     bytes_per_read: int
     bytes_per_second_per_rank: float
     bytes_per_second_per_node: float
@@ -70,12 +83,24 @@ class Locality:
     seconds_per_epoch: float
 
 
-def locality(
-    size: Size, stream: StreamConfig, *, global_batch_size: int, world_size: int, images_per_second_per_rank: float,
-    ranks_per_node: int = 8, micro_batch_size: int | None = None,
-) -> Locality:  # fmt: skip
-    """The arithmetic; lanes and window are chosen as for a run where they are 0; a micro-batch is a rank's share where none is given."""
-    chosen = choose_order(stream, size.samples, global_batch_size, remote=size.remote)
+def choose_order(stream: StreamConfig, num_samples: int, global_batch_size: int, *, remote: bool = False) -> StreamConfig:
+    """Fills in lanes and window where they are 0 (docs/design.md, "The clock and the order of samples").
+
+    A dataset that is far away is read by windows where it has room for some: each of the reads of a full shuffle would be a request.
+    """
+    power = math.gcd(global_batch_size, 1024)  # a power of two
+    if num_samples < 4_000_000:
+        while remote and power * WINDOW * FEWEST_WINDOWS > num_samples and power > 1:
+            power //= 2
+        lanes = stream.lanes or (power if remote else 1)
+        window = stream.window or (num_samples if lanes == 1 else WINDOW)  # one lane of one window: a full shuffle
+    else:
+        lanes, window = stream.lanes or power, stream.window or WINDOW
+    return dataclasses.replace(stream, lanes=lanes, window=window)
+
+
+def locality(size: Size, chosen: StreamConfig, *, global_batch_size: int, world_size: int, micro_batch_size: int | None = None) -> Locality:
+    """How a run reads whose lanes and window are `chosen`; a micro-batch is a rank's share where none is given."""
     per_sample = size.bytes / size.samples
     together = 2 if global_batch_size // world_size % 2 == 0 else 1  # positions that always go to the same rank
     units = -(-chosen.lanes // together)
@@ -85,21 +110,13 @@ def locality(
     windows_held = NEXT_WINDOWS + -(-ahead // (lanes_per_rank * chosen.window))
     held = windows_held * lanes_per_rank * round(chosen.window * per_sample)
     why = why_not_windows(chosen, world_size, held)
-    held = held if not why else round(ahead * per_sample) if size.remote else 0
-    # A window that begins anywhere in the list of shards touches one, and one more for each seam inside.
-    stretches = 1 + (chosen.window - 1) * size.shards / size.samples
-    per_read = chosen.window / stretches if not why else 1.0
     # A rank that prefers more than its share leaves the rest to others, one that prefers less takes some of theirs.
     own = more * min(1 / world_size, (each + 1) / units) + (world_size - more) * min(1 / world_size, each / units)
-    in_windows = 0.0 if why else own
-    alone = 1 - in_windows  # read one by one by a rank, and once more in a window that another reads whole
-    reads = images_per_second_per_rank * (1 if why else 1 / per_read + alone)
-    node = min(ranks_per_node, world_size)
-    rank_bytes = images_per_second_per_rank * per_sample * (1 if why else 1 + alone)
+    # A window that begins anywhere in the list of shards touches one, and one more for each seam inside.
+    stretches = 1 + (chosen.window - 1) * size.shards / size.samples
     return Locality(
+        samples=size.samples,
         world_size=world_size,
-        nodes=-(-world_size // ranks_per_node),
-        ranks_per_node=node,
         global_batch_size=global_batch_size,
         lanes=chosen.lanes,
         window=chosen.window,
@@ -107,23 +124,36 @@ def locality(
         lanes_per_rank=lanes_per_rank,
         window_bytes=round(chosen.window * per_sample),
         buffer_bytes=chosen.buffer_bytes,
-        buffered_bytes_per_rank=held,
-        buffered_bytes_per_node=held * node,
+        buffered_bytes_per_rank=held if not why else round(ahead * per_sample) if size.remote else 0,
         reads="samples" if why else "windows",
         why=why,
         paired=together == 2,
-        in_windows=in_windows,
+        in_windows=0.0 if why else own,
+        samples_per_read=1.0 if why else chosen.window / stretches,
         open_shards_per_rank=min(size.shards, lanes_per_rank * (2 if why else 2 * NEXT_WINDOWS)),
+    )
+
+
+def traffic(of: Locality, images_per_second_per_rank: float, ranks_per_node: int = 8) -> Traffic:
+    """What it asks of the storage at that rate."""
+    alone = 0.0 if of.why else 1 - of.in_windows  # read one by one by a rank, and once more in a window that another reads whole
+    reads = images_per_second_per_rank * (1 / of.samples_per_read + alone)
+    rank_bytes = images_per_second_per_rank * of.bytes_per_sample * (1 + alone)
+    node = min(ranks_per_node, of.world_size)
+    return Traffic(
+        nodes=-(-of.world_size // ranks_per_node),
+        ranks_per_node=node,
+        buffered_bytes_per_node=of.buffered_bytes_per_rank * node,
         images_per_second_per_rank=images_per_second_per_rank,
         reads_per_second_per_rank=reads,
         reads_per_second_per_node=reads * node,
-        reads_per_second=reads * world_size,
+        reads_per_second=reads * of.world_size,
         bytes_per_read=round(rank_bytes / reads),
         bytes_per_second_per_rank=rank_bytes,
         bytes_per_second_per_node=rank_bytes * node,
-        bytes_per_second=rank_bytes * world_size,
-        seconds_per_window=chosen.window * lanes_per_rank / images_per_second_per_rank,
-        seconds_per_epoch=size.samples / (images_per_second_per_rank * world_size),
+        bytes_per_second=rank_bytes * of.world_size,
+        seconds_per_window=of.window * of.lanes_per_rank / images_per_second_per_rank,
+        seconds_per_epoch=of.samples / (images_per_second_per_rank * of.world_size),
     )
 
 

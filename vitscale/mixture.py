@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.cache import Cache
-from data_tools.dataset import Dataset, DatasetError, Located
+from data_tools.dataset import Dataset, DatasetError, Located, Place
 from vitscale.locality import Size
 
 Int64 = npt.NDArray[np.int64]
@@ -132,10 +132,10 @@ class Mixture:
         c = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
         return self.components[c].read_range(shard - int(self.first_shards[c]), start, end)
 
-    def checked(self, sample: int, data: bytes | memoryview, located: Located, row: int) -> bytes | memoryview:
+    def checked(self, sample: int, data: bytes | memoryview, place: Place) -> bytes | memoryview:
         """The sample's bytes as they were packed, as `Dataset.checked` has them. Raises SampleError, OSError and StorageError."""
         dataset, own = self.find(sample)
-        return dataset.checked(own, data, located, row)
+        return dataset.checked(own, data, place)
 
     def name_of(self, sample: int) -> tuple[str, str, str]:
         """Dataset, shard and key of the sample; the key is "?" where samples/ cannot be read."""

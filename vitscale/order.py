@@ -85,7 +85,7 @@ class RunOrder:
         """
         component, count = (int(v) for v in self._components_at(np.asarray(position, dtype=np.int64)))
         epoch, place = divmod(count, self.sizes[component])
-        for _, sample in self._epoch_order(component, epoch).substitutes(place):
+        for sample in self._epoch_order(component, epoch).substitutes(place):
             yield self.first_samples[component] + sample
 
     def windows_at(self, positions: Int64) -> Int64:
@@ -369,8 +369,8 @@ class EpochOrder:
             first, nth = until, nth + 1
         return runs
 
-    def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
-        """The (position, sample) pairs that may stand in for an unusable sample, in the order in which they are tried; without end.
+    def substitutes(self, position: int) -> Iterator[int]:
+        """The samples that may stand in for an unusable one at a position, in the order in which they are tried; without end.
 
         Places of the same window, drawn by (seed, epoch, position, attempt); after eight of them of the lane's next window, and so on; when
         all windows of the lane have been tried, of the next lane's.
@@ -384,8 +384,7 @@ class EpochOrder:
                     lane, first, start = (lane + 1) % min(self.lanes, len(self)), 0, 0
                 _, _, start, length = (int(v) for v in self._geometry.window_at(np.asarray(start * self.lanes + lane)))
             draw = keyed.key(Purpose.SUBSTITUTE, self.seed, self.epoch, position, attempt)
-            stand_in = (start + int(draw % np.uint64(length))) * self.lanes + lane
-            yield stand_in, int(self.samples_at(stand_in))
+            yield int(self.samples_at((start + int(draw % np.uint64(length))) * self.lanes + lane))
 
     def _window_key(self, lane: Int64, window: Int64) -> keyed.UInt64:
         return keyed.key(Purpose.WINDOW, self.seed, self.epoch, lane, window)

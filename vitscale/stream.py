@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +46,7 @@ _CHUNK = 16  # samples that a worker gets at once, at most: enough that handing 
 _LOOK_EVERY = 0.5  # seconds between looks at whether a worker has died, while waiting for another one
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class StreamError(UserError):
@@ -91,9 +92,8 @@ class TrainStream:
         )  # fmt: skip
         self._dataset, self._config = dataset, config
         self.locality = locality(
-            dataset.size, config, global_batch_size=global_batch_size, world_size=world_size, images_per_second_per_rank=1.0,
-            micro_batch_size=micro_batch_size,
-        )  # fmt: skip
+            dataset.size, config, global_batch_size=global_batch_size, world_size=world_size, micro_batch_size=micro_batch_size
+        )
         view = View(image_size, preprocess, config.decode, training=True)
         self._decoder = Decoder(dataset, view, self.order, attempts=config.max_unusable + 1)
         self._quarantine = Quarantine(quarantine, rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard)
@@ -198,66 +198,77 @@ def _prepare_ahead(
 ) -> Iterator[Batch]:
     """Batches in the order of the jobs, `prefetch` of them in the making while one is used."""
     pool = WorkerPool(decoder, workers(config.workers), processes=config.processes)
-    begun: deque[_Begun] = deque()
 
-    def begin(job: _Job) -> None:
+    def begin(job: _Job) -> _Begun:
         size = len(job.samples)
         there = np.flatnonzero(job.samples >= 0)
         rows = Rows((size, *decoder.view.image_size, 3), shared=config.processes)
         reads: list[Awaited | None] = [None] * size
-        for place, awaited in zip(there.tolist(), reader.start(job.positions[there], job.samples[there]), strict=True):
-            reads[place] = awaited
+        for i, awaited in zip(there.tolist(), reader.start(job.positions[there], job.samples[there]), strict=True):
+            reads[i] = awaited
         located = decoder.dataset.locate(np.maximum(job.samples, 0))
-        chunks = []
-        for first in range(0, size, step := max(1, min(_CHUNK, -(-size // workers(config.workers))))):
-            part = slice(first, min(first + step, size))
 
-            def task(part: slice = part) -> tuple[Task, Rows]:
-                data = [of.bytes() if of else None for of in reads[part]]
+        def submit(first: int, end: int) -> Future[Decoded]:
+            part = slice(first, end)
+
+            def task() -> tuple[Task, Rows]:
+                data = [awaited.bytes() if awaited else None for awaited in reads[part]]
                 if config.processes:
-                    data = [bytes(of) if isinstance(of, memoryview) else of for of in data]
-                where = Located(*(of[part] for of in located))
-                return Task(job.positions[part], job.samples[part], job.keys[part], where, data), rows.part(part.start, part.stop)
+                    data = [bytes(found) if isinstance(found, memoryview) else found for found in data]
+                where = Located(*(column[part] for column in located))
+                return Task(job.positions[part], job.samples[part], job.keys[part], where, data), rows.part(first, end)
 
-            needed = {id(of.stretch): of.stretch.data for of in reads[part] if of}
-            chunks.append(pool.submit(task, after=list(needed.values())))
-        begun.append(_Begun(job, rows, reads, chunks))
+            needed = {id(awaited.stretch): awaited.stretch.data for awaited in reads[part] if awaited}
+            return pool.submit(task, after=list(needed.values()))
 
-    def finish() -> Batch:
-        one = begun.popleft()
-        done = results(one.chunks, pool, config.read_timeout, partial(_waited_for, one, decoder.dataset))
-        if quarantine and (faults := [fault for of in done for fault in of.faults]):
+        return _Begun(job, rows, reads, [submit(first, end) for first, end in chunks(size, workers(config.workers))])
+
+    def finish(begun: _Begun) -> Batch:
+        done = results(begun.chunks, pool, config.read_timeout, partial(_waited_for, begun, decoder.dataset))
+        if quarantine and (faults := [fault for decoded in done for fault in decoded.faults]):
             quarantine.add(faults)
-        if given_up := next((of.given_up for of in done if of.given_up), ""):
+        if given_up := next((decoded.given_up for decoded in done if decoded.given_up), ""):
             raise StreamError(f"{given_up}; quarantine.jsonl names them")
-        samples_B, valid_B = np.concatenate([of.samples for of in done]), np.concatenate([of.valid for of in done])
-        samples_B = np.where(valid_B, samples_B, 0)
+        valid_B = np.concatenate([decoded.valid for decoded in done])
+        samples_B = np.where(valid_B, np.concatenate([decoded.samples for decoded in done]), 0)
         labels_BL, scores_BL = decoder.dataset.labels(samples_B)
-        return Batch(one.rows.array, labels_BL, scores_BL, one.job.keys.view(np.int64), valid_B, samples_B)
+        return Batch(begun.rows.array, labels_BL, scores_BL, begun.job.keys.view(np.int64), valid_B, samples_B)
 
     try:
-        for job in jobs:
-            begin(job)
-            if len(begun) > config.prefetch:
-                yield finish()
-        while begun:
-            yield finish()
+        yield from map(finish, ahead(map(begin, jobs), config.prefetch))
     finally:
         pool.close()
         reader.close()
 
 
-def results(chunks: Sequence[Future[R]], pool: WorkerPool, timeout: float, waited_for: Callable[[], str]) -> list[R]:
+def ahead(begun: Iterable[T], count: int) -> Iterator[T]:
+    """Each of what is begun, once `count` more have been; nothing that was given is kept."""
+    waiting: deque[T] = deque()
+    for newest in begun:
+        waiting.append(newest)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
+
+
+def chunks(size: int, workers: int) -> list[tuple[int, int]]:
+    """Where the parts of a micro-batch begin and end that workers get one by one: an equal share each, if that is not too many."""
+    step = max(1, min(_CHUNK, -(-size // workers)))
+    return [(first, min(first + step, size)) for first in range(0, size, step)]
+
+
+def results(of_chunks: Sequence[Future[R]], pool: WorkerPool, timeout: float, waited_for: Callable[[], str]) -> list[R]:
     """What became of a micro-batch's chunks; a failure of any other one, or too long a wait for all, is an error."""
     end = time.monotonic() + timeout
-    for chunk in chunks:
+    for chunk in of_chunks:
         while not chunk.done():
             if pool.failure is not None:  # perhaps of a later micro-batch: why wait for its turn?
                 raise pool.failure
             if time.monotonic() > end:
                 raise stalled(waited_for(), timeout)
             wait([chunk], timeout=_LOOK_EVERY)
-    return [chunk.result() for chunk in chunks]
+    return [chunk.result() for chunk in of_chunks]
 
 
 def stalled(what: str, timeout: float) -> StreamError:
@@ -267,11 +278,11 @@ def stalled(what: str, timeout: float) -> StreamError:
     )
 
 
-def _waited_for(of: _Begun, dataset: Mixture) -> str:
+def _waited_for(begun: _Begun, dataset: Mixture) -> str:
     """What a micro-batch is not done without."""
-    shards = {one.stretch.shard for one in of.reads if one and not one.stretch.data.done()}
+    shards = {awaited.stretch.shard for awaited in begun.reads if awaited and not awaited.stretch.data.done()}
     work = "reading" if shards else "reading or decoding"
-    shards = shards or {dataset.shard_of(sample) for sample in of.job.samples[of.job.samples >= 0].tolist()}
+    shards = shards or {dataset.shard_of(sample) for sample in begun.job.samples[begun.job.samples >= 0].tolist()}
     return f"{work} {', '.join(sorted(shards)[:3])}{' and others' if len(shards) > 3 else ''}"
 
 

@@ -30,25 +30,17 @@ from vitscale.engine import Engine, device, init_distributed
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
 from vitscale.flops import peak_flops, train_flops
-from vitscale.foreign import ForeignStream, Tars, open_stream
+from vitscale.foreign import ForeignStream, open_stream
 from vitscale.metrics import Metrics, counted, progress_line
 from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
-from vitscale.run import (
-    cache_of,
-    cut_back,
-    note_begin,
-    open_data,
-    read_config,
-    read_metrics,
-    stage_of,
-    used_overlays,
-    was_evaluated,
-)
+from vitscale.resolve import cache_of, open_data, stage_of
+from vitscale.run import cut_back, note_begin, read_config, read_metrics, used_overlays, was_evaluated
 from vitscale.stream import TrainStream
 from vitscale.transfer import on_device
+from vitscale.unindexed import Tars
 
 _DESCRIPTORS = 65_536  # files that a rank may have open, where the machine lets it
 
@@ -63,7 +55,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     Raises TrainingError where the run diverges, and what the parts raise; a rank that fails must end, for the others wait for it.
 
     Args:
-        config: resolved (`run.resolve`), of a run directory that exists.
+        config: resolved (`resolve.resolve`), of a run directory that exists.
         stop_at: the step to stop after, with a checkpoint; None runs to the end.
     """
     rank, world_size, run = dist.get_rank(), dist.get_world_size(), Path(config.out)

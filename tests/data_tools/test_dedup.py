@@ -26,7 +26,7 @@ from data_tools.dataset import Dataset, DatasetError
 from data_tools.dedup import ROW, DedupError, Search, bands, dedup, hash_datasets, perceptual_hash
 from data_tools.repair import repair
 from data_tools.verify import verify
-from tests.launch.test_command import vitscale
+from tests.command import vitscale
 
 from .conftest import pack_one, write_files
 

@@ -25,7 +25,7 @@ from data_tools.dataset import Dataset, DatasetError, RemovedError
 from data_tools.overlay import OverlayError
 from data_tools.stats import count
 from data_tools.verify import verify
-from tests.launch.test_command import vitscale
+from tests.command import vitscale
 
 from .conftest import make_image, pack_one, tree, write_files
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from launch.local import visible_gpus
-from tests.launch.test_command import SMALL, VITSCALE, vitscale
+from tests.command import SMALL, VITSCALE, vitscale
 from vitscale.run import read_metrics
 
 LIMIT = 20_000  # bytes: less than a checkpoint has, more than logs and metrics

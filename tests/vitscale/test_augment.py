@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.vitscale.test_images import png
+from tests.vitscale.pictures import png
 from vitscale import augment, images, keyed
 from vitscale.augment import OPS, Draw
 from vitscale.config import PreprocessConfig

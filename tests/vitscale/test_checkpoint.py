@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from tests.data_tools.test_durable import killed_everywhere
+from tests.kills import killed_everywhere
 from vitscale import checkpoint
 from vitscale.checkpoint import CheckpointError, Description, Piece, TensorEntry, TensorReader, check_tensors, describe, find_checkpoint
 from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig

@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.conftest import with_engine
 from tests.distributed import run_on_ranks
-from tests.vitscale.test_zero import STOP, case, losses_of, variant
+from tests.runs import STOP, case, losses_of, variant
 from vitscale import checkpoint
 from vitscale.config import EngineConfig, OptimizerConfig, TrainConfig, ViTConfig, from_dict, to_dict
 from vitscale.engine import Engine, deepspeed_config

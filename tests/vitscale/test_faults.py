@@ -21,11 +21,12 @@ from data_tools import ranges
 from data_tools.config import PackConfig
 from data_tools.dataset import Dataset
 from data_tools.pack import pack
+from tests.command import SMALL, VITSCALE
 from tests.conftest import write_images
-from tests.data_tools.test_mutations import mutated
-from tests.launch.test_command import SMALL, VITSCALE
+from tests.data_tools.mutations import mutated
 from vitscale import reading
-from vitscale.config import StreamConfig, choose_order
+from vitscale.config import StreamConfig
+from vitscale.locality import choose_order
 from vitscale.mixture import Mixture
 from vitscale.quarantine import Fault, Quarantine, QuarantineError
 from vitscale.reading import Reader, ReadError
@@ -45,7 +46,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stream(dataset: Dataset, folder: Path, batch: int, config: StreamConfig) -> TrainStream:
-    from tests.vitscale.test_stream import IMAGE_SIZE, PREPROCESS
+    from tests.vitscale.streams import IMAGE_SIZE, PREPROCESS
 
     return TrainStream(
         Mixture([dataset]), IMAGE_SIZE, PREPROCESS, choose_order(config, dataset.num_samples, batch), seed=1, global_batch_size=batch,
@@ -178,8 +179,9 @@ def test_datasets_of_many_tars_share_the_open_files(tmp_path: Path, monkeypatch:
         mixture = Mixture(made)
         located = mixture.locate(np.arange(mixture.num_samples))
         for sample in range(mixture.num_samples):
-            data = mixture.read_range(int(located.shards[sample]), *located.range(sample))
-            assert mixture.checked(sample, data, located, sample) == data
+            place = located.place(sample)
+            data = mixture.read_range(place.shard, place.start, place.end)
+            assert mixture.checked(sample, data, place) == data
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -218,7 +220,7 @@ def test_no_more_is_held_than_is_told(dataset: Path, tmp_path: Path, monkeypatch
     for lanes, window, micro, prefetch in ((2, 4, 24, 4), (4, 8, 8, 1), (2, 32, 2, 2)):
         Held.alive = Held.most = 0
         config = StreamConfig(lanes=lanes, window=window, workers=2, prefetch=prefetch, reads="windows")
-        from tests.vitscale.test_stream import stream as stream_of
+        from tests.vitscale.streams import stream as stream_of
 
         one = stream_of(opened, tmp_path, batch=24, micro=micro, config=config)
         for _ in one.micro_batches(0, 120):

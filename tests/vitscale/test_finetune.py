@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tests.distributed import run_on_ranks
+from tests.runs import case
 from tests.vitscale.models import random_images, random_vit, write_checkpoint
-from tests.vitscale.test_zero import case
 from vitscale.checkpoint import CheckpointError, describe, find_checkpoint, read_weights
 from vitscale.config import (
     EngineConfig,
@@ -28,7 +28,7 @@ from vitscale.config import (
 )
 from vitscale.finetune import METHODS, fine_tuned_weights, resample, resample_grid
 from vitscale.model import ViT, parameter_shapes
-from vitscale.run import resolve
+from vitscale.resolve import resolve
 
 Matrix = npt.NDArray[np.float64]
 SMALL = ViTConfig(depth=2, width=32, mlp_dim=64, num_heads=4, patch_size=4, image_size=(16, 24), num_classes=7, representation_size=16)

@@ -22,15 +22,17 @@ from webdataset import TarWriter
 
 from data_tools.errors import UserError
 from data_tools.storage import Url
+from tests.command import SMALL, VITSCALE, vitscale
 from tests.data_tools.conftest import Server, bucket, make_image, process, server, upload  # noqa: F401 - fixtures
-from tests.data_tools.test_mutations import mutated
-from tests.launch.test_command import SMALL, VITSCALE, vitscale
-from tests.vitscale.test_stream import IMAGE_SIZE, PREPROCESS
+from tests.data_tools.mutations import mutated
+from tests.vitscale.streams import IMAGE_SIZE, PREPROCESS
 from vitscale.config import FinetuneConfig, StreamConfig, TrainConfig
-from vitscale.foreign import ForeignError, ForeignStream, Tars, Usable, named_tars, shard_at
+from vitscale.foreign import ForeignStream, Usable, shard_at
 from vitscale.quarantine import QuarantineError
-from vitscale.run import locked, open_data, open_run, resolve
+from vitscale.resolve import open_data, resolve
+from vitscale.run import locked, open_run
 from vitscale.stream import Batch, StreamError
+from vitscale.unindexed import Tars, UnindexedError, named_tars
 from vitscale.workers import WorkerError
 
 CLASSES = 200
@@ -299,7 +301,7 @@ def test_a_tar_that_goes_away_ends_the_run(tmp_path: Path) -> None:
     (tars / "part-001.tar").unlink()
     with pytest.raises(StreamError, match=r"part-001.tar is not there any more; put it back"):
         take(stream(named, tmp_path), 60)
-    with pytest.raises(ForeignError, match=r"part-001.tar cannot be read \(No such file"):
+    with pytest.raises(UnindexedError, match=r"part-001.tar cannot be read \(No such file"):
         named.identity()
 
 
@@ -309,7 +311,7 @@ def test_a_read_that_never_ends_ends_the_run(tmp_path: Path) -> None:
     os.mkfifo(tars / "part-001.tar")
     with pytest.raises(StreamError, match=r"reading .*part-001.tar has not ended for stream.read_timeout=1 seconds"):
         take(stream(found(tars), tmp_path, config=StreamConfig(workers=1, read_timeout=1)), 60)
-    with pytest.raises(ForeignError, match="is not a plain file"):
+    with pytest.raises(UnindexedError, match="is not a plain file"):
         found(tars).identity()
 
 
@@ -364,7 +366,7 @@ def test_names(tars: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.Mo
         ("part-000.tar", "./part-000.tar"): "twice",
         (str(tars), str(dataset / "train")): "mixes tars",
     }.items():
-        with pytest.raises(ForeignError, match=line):
+        with pytest.raises(UnindexedError, match=line):
             found(*words)
     assert not (tars / "owned").exists()
 
@@ -380,7 +382,7 @@ def test_a_bucket_that_fails(tars: Path, tmp_path: Path, server: Server, bucket:
         assert sum(server.set()["spoiled"].values()) > 1
     assert found(web).identity()["hash"] == found(bucket / "tars").identity()["hash"] == found(tars).identity()["hash"]
     for word in (str(bucket / "tars" / "part-{000..005}.tar"), web.replace("004", "005")):
-        with pytest.raises(ForeignError, match=r"part-005.tar cannot be read"):
+        with pytest.raises(UnindexedError, match=r"part-005.tar cannot be read"):
             found(word).identity()
         with pytest.raises(StreamError, match=r"part-005.tar is not there any more"):
             take(stream(found(word), tmp_path), 40)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_tools.images import MAX_SCANS, UNDECODABLE, Reject, decode, inspect_image
+from tests.vitscale.pictures import png
 from vitscale import images, keyed
 from vitscale.config import PreprocessConfig
 
@@ -18,12 +19,6 @@ SIDES = st.integers(1, 1000)
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    return file.getvalue()
 
 
 def draws(*keys: int) -> images.Draws:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from data_tools.dataset import Dataset
-from tests.launch.test_command import vitscale
+from tests.command import vitscale
 from vitscale.config import StreamConfig
-from vitscale.locality import Size, locality
+from vitscale.locality import Size, choose_order, locality, traffic
 from vitscale.order import RunOrder
 
 SHARDS, PER_SHARD, BYTES = 3_000, 1_010, 100_000
@@ -26,7 +26,8 @@ def test_what_is_told_is_what_ranks_do(lanes: int, world_size: int) -> None:
     batch = 2 * lanes * world_size // np.gcd(2 * lanes, world_size)
     order = order_of(lanes, 64)
     told = locality(SIZE, StreamConfig(lanes=lanes, window=64, buffer_bytes=2**40), global_batch_size=int(batch),
-                    world_size=world_size, images_per_second_per_rank=500)  # fmt: skip
+                    world_size=world_size)  # fmt: skip
+    bytes_per_read = traffic(told, 500).bytes_per_read
     assert told.reads == "windows"
     own = total = 0
     for rank in range(world_size):
@@ -37,36 +38,39 @@ def test_what_is_told_is_what_ranks_do(lanes: int, world_size: int) -> None:
         own, total = own + np.count_nonzero(mine), total + len(mine)
         runs = [len(order.window_runs(*window)) for window in windows.tolist()]
         if runs and told.in_windows == 1:
-            assert np.mean(runs) == pytest.approx(told.window / (told.bytes_per_read / BYTES), rel=0.1)
+            assert np.mean(runs) == pytest.approx(told.window / (bytes_per_read / BYTES), rel=0.1)
     assert own / total == pytest.approx(told.in_windows, abs=0.01)
 
 
 def test_the_paper_s_cluster() -> None:
     """303 M images of 100 kB in 30 k shards on 256 GPUs: figures that one can follow by hand."""
-    told = locality(Size(303_000_000, 30_000, 303_000_000 * 100_000), StreamConfig(), global_batch_size=4096, world_size=256,
-                    images_per_second_per_rank=1000)  # fmt: skip
-    assert (told.lanes, told.window, told.lanes_per_rank, told.nodes) == (1024, 256, 4, 32)
+    told = locality(
+        Size(303_000_000, 30_000, 303_000_000 * 100_000), choose_order(StreamConfig(), 303_000_000, 4096),
+        global_batch_size=4096, world_size=256,
+    )  # fmt: skip
+    asks = traffic(told, 1000)
+    assert (told.lanes, told.window, told.lanes_per_rank, asks.nodes) == (1024, 256, 4, 32)
     assert told.window_bytes == 25_600_000
     # Of each of four lanes the window in use, the next, and one that the 80 images in the making may still need
     assert told.buffered_bytes_per_rank == 12 * 25_600_000 < told.buffer_bytes
-    assert told.buffered_bytes_per_node == 8 * told.buffered_bytes_per_rank
+    assert asks.buffered_bytes_per_node == 8 * told.buffered_bytes_per_rank
     assert (told.reads, told.in_windows) == ("windows", 1.0)
-    assert told.bytes_per_second == 256 * 1000 * 100_000
-    assert told.reads_per_second_per_rank == pytest.approx(1000 / 256 * (1 + 255 / 10_100))
-    assert told.seconds_per_window == pytest.approx(1.024)
-    assert told.seconds_per_epoch == pytest.approx(303_000_000 / 256_000)
+    assert asks.bytes_per_second == 256 * 1000 * 100_000
+    assert asks.reads_per_second_per_rank == pytest.approx(1000 / 256 * (1 + 255 / 10_100))
+    assert asks.seconds_per_window == pytest.approx(1.024)
+    assert asks.seconds_per_epoch == pytest.approx(303_000_000 / 256_000)
 
 
 @pytest.mark.parametrize(("lanes", "world_size", "buffer_bytes", "said"), [
     (1, 8, 2**30, "one lane"), (64, 128, 2**30, "--stream.lanes 256"), (64, 8, 2**20, "MiB of windows a rank are over the 1 MiB"),
 ])  # fmt: skip
 def test_why_single_samples_are_read(lanes: int, world_size: int, buffer_bytes: int, said: str) -> None:
-    told = locality(SIZE, StreamConfig(lanes=lanes, window=64, buffer_bytes=buffer_bytes), global_batch_size=1024, world_size=world_size,
-                    images_per_second_per_rank=500)  # fmt: skip
+    told = locality(SIZE, StreamConfig(lanes=lanes, window=64, buffer_bytes=buffer_bytes), global_batch_size=1024, world_size=world_size)
+    asks = traffic(told, 500)
     assert told.reads == "samples"
     assert said in told.why
-    assert told.reads_per_second_per_rank == told.images_per_second_per_rank
-    assert told.bytes_per_read == BYTES
+    assert asks.reads_per_second_per_rank == 500
+    assert asks.bytes_per_read == BYTES
     assert told.buffered_bytes_per_rank == 0
 
 

@@ -21,7 +21,8 @@ from vitscale.config import ConfigError, FinetuneConfig, MixConfig, ObjectiveCon
 from vitscale.mixing import Mix, draw_mix, mix_pairs, random_box, symmetric_beta
 from vitscale.model import normalize
 from vitscale.objective import compute_loss, per_sample_loss
-from vitscale.run import open_run, read_metrics, resolve
+from vitscale.resolve import resolve
+from vitscale.run import open_run, read_metrics
 from vitscale.train import train
 
 B, H, W, K = 64, 13, 20, 11

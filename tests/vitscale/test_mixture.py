@@ -18,20 +18,12 @@ from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.pack import pack
 from tests.conftest import write_images
 from tests.distributed import run_on_ranks
-from tests.vitscale.test_run import begin, last_start
-from tests.vitscale.test_zero import TOLERANCE, case, variant
+from tests.runs import TOLERANCE, begin, case, last_start, variant
 from vitscale.config import ConfigError, TrainConfig, from_dict, to_dict, total_steps
 from vitscale.mixture import Mixture
-from vitscale.run import RunError, read_config, read_record, resolve, status, used_overlays
+from vitscale.resolve import resolve
+from vitscale.run import RunError, read_config, read_record, status, used_overlays
 from vitscale.which import which_step
-
-
-@pytest.fixture(scope="session")
-def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of the same classes as `dataset`, with 43 samples in 15 shards."""
-    folder = tmp_path_factory.mktemp("second")
-    pack(PackConfig(sources=(str(write_images(folder / "images", 43, 7)),), out=str(folder / "packed"), samples_per_shard=3))
-    return folder / "packed" / "train"
 
 
 @pytest.fixture
@@ -65,13 +57,14 @@ def test_many_at_once_are_each_alone(mixture: Mixture) -> None:
     located, (labels, scores) = mixture.locate(numbers), mixture.labels(numbers)
     for row, number in enumerate(numbers.tolist()):
         dataset, own = mixture.find(number)
-        data = mixture.read_range(int(located.shards[row]), *located.range(row))
-        assert mixture.checked(number, data, located, row) == data == dataset.read(own)
+        place = located.place(row)
+        data = mixture.read_range(place.shard, place.start, place.end)
+        assert mixture.checked(number, data, place) == data == dataset.read(own)
         of_own, scores_of_own = dataset.labels(np.array([own]))
         assert labels[row, : dataset.max_labels].tolist() == of_own[0].tolist()
         assert scores[row, : dataset.max_labels].tolist() == scores_of_own[0].tolist()
         with pytest.raises(SampleError, match="xxh3"):
-            mixture.checked(number, data[:-1] + bytes([data[-1] ^ 1]), located, row)
+            mixture.checked(number, data[:-1] + bytes([data[-1] ^ 1]), place)
     assert not mixture.is_remote(numbers).any()
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.vitscale.models import random_vit, write_checkpoint
-from tests.vitscale.test_images import png
+from tests.vitscale.pictures import png
 from vitscale import images, protocols
 from vitscale.checkpoint import CheckpointError, describe
 from vitscale.config import ConfigError, PreprocessConfig, TrainConfig, ViTConfig, check_config, from_dict, to_dict

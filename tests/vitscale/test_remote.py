@@ -11,13 +11,14 @@ from data_tools.cache import LEAST, CacheError
 from data_tools.dataset import Dataset, DatasetError
 from data_tools.errors import UserError
 from data_tools.storage import Url
+from tests.command import SMALL, vitscale
 from tests.data_tools.conftest import Server, bucket, process, server, tree, upload  # noqa: F401 - fixtures
-from tests.launch.test_command import SMALL, vitscale
-from tests.vitscale.test_run import begin
-from tests.vitscale.test_stream import steps
+from tests.runs import begin
+from tests.vitscale.streams import steps
 from vitscale import config as config_module
 from vitscale.config import ConfigError, StreamConfig, TrainConfig
-from vitscale.run import read_metrics, resolve
+from vitscale.resolve import resolve
+from vitscale.run import read_metrics
 
 
 @pytest.fixture(autouse=True)

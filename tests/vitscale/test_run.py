@@ -14,28 +14,12 @@ from data_tools.amend import removals, write_overlay
 from data_tools.config import PackConfig
 from data_tools.dataset import Dataset, DatasetError
 from data_tools.pack import pack
+from tests.command import SMALL, vitscale
 from tests.conftest import with_engine, write_images
-from tests.launch.test_command import SMALL, vitscale
+from tests.runs import begin, last_start, log
 from vitscale.config import ConfigError, ObjectiveConfig, TrainConfig, ViTConfig, changes, may_change
-from vitscale.run import RunError, cut_back, is_finished, locked, open_run, read_config, read_metrics, resolve, used_overlays, write_json
-
-
-def begin(config: TrainConfig, world_size: int = 1) -> TrainConfig:
-    """What a start does before its ranks."""
-    config = resolve(config, world_size)
-    with locked(Path(config.out)):
-        open_run(config, world_size)
-    log(config, {"step": 1, "samples_seen": config.global_batch_size, "loss": 1.0})  # from the first step on a run is bound to its settings
-    return config
-
-
-def log(config: TrainConfig, *lines: dict) -> None:
-    with (Path(config.out) / "metrics.jsonl").open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def last_start(config: TrainConfig) -> dict:
-    return json.loads((Path(config.out) / "run.json").read_text())["starts"][-1]
+from vitscale.resolve import resolve
+from vitscale.run import RunError, cut_back, is_finished, read_config, read_metrics, used_overlays, write_json
 
 
 def test_what_changes_on_a_resume_is_remembered(config: TrainConfig) -> None:

@@ -5,7 +5,6 @@ import itertools
 import json
 import shutil
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,46 +18,12 @@ from data_tools.config import PackConfig
 from data_tools.dataset import Dataset, header_hash
 from data_tools.pack import pack
 from tests.conftest import write_images
+from tests.vitscale.streams import IMAGE_SIZE, PREPROCESS, steps, stream
 from vitscale import reading
-from vitscale.config import PreprocessConfig, StreamConfig, choose_order
+from vitscale.config import StreamConfig
 from vitscale.mixture import Mixture
 from vitscale.quarantine import QuarantineError
-from vitscale.stream import Batch, TrainStream, evaluation_batches
-
-IMAGE_SIZE = (8, 12)
-PREPROCESS = PreprocessConfig(crop_scale=(0.3, 1.0))
-
-
-def stream(
-    dataset: Dataset | Mixture, tmp_path: Path, *, rank: int = 0, world_size: int = 1, batch: int = 12, micro: int | None = None,
-    seed: int = 0, config: StreamConfig | None = None, weights: tuple[float, ...] = (),
-) -> TrainStream:  # fmt: skip
-    mixture = Mixture([dataset]) if isinstance(dataset, Dataset) else dataset
-    chosen = choose_order(config or StreamConfig(workers=2), mixture.num_samples, batch)
-    return TrainStream(
-        mixture, IMAGE_SIZE, PREPROCESS, chosen, seed=seed, global_batch_size=batch, micro_batch_size=micro or batch // world_size,
-        rank=rank, world_size=world_size, quarantine=tmp_path / "quarantine.jsonl", weights=weights,
-    )  # fmt: skip
-
-
-def steps(dataset: Dataset, tmp_path: Path, count: int, samples_seen: int = 0, *, world_size: int, micro: int, batch: int, **rest) -> list:
-    """For each step the sorted (key, sample, labels, pixels) of all ranks' micro-batches."""
-    ranks = [
-        stream(dataset, tmp_path, rank=rank, world_size=world_size, batch=batch, micro=micro, **rest).micro_batches(samples_seen)
-        for rank in range(world_size)
-    ]
-    per_rank = batch // world_size // micro
-    result = []
-    for _ in range(count):
-        rows = [row for rank in ranks for micro_batch in itertools.islice(rank, per_rank) for row in rows_of(micro_batch)]
-        result.append(sorted(rows))
-    return result
-
-
-def rows_of(batch: Batch) -> Iterator[tuple[int, int, bytes, bytes]]:
-    assert batch.valid_B.all()
-    for key, sample, labels, image in zip(batch.keys_B, batch.samples_B, batch.labels_BL, batch.images_BHWC, strict=True):
-        yield int(key), int(sample), labels.tobytes(), image.tobytes()
+from vitscale.stream import evaluation_batches
 
 
 @pytest.fixture(scope="session")
@@ -89,10 +54,11 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory, datasets: list[Dataset]) -
         header = json.loads((folder / "dataset.json").read_text()) | {"name": "spoiled"}
         (folder / "dataset.json").write_text(json.dumps(header | {"content_hash": header_hash(header)}))
         located = of.locate(BROKEN)
-        for shard, (start, end) in ((of.shard_names[located.shards[i]], located.range(i)) for i in range(len(BROKEN))):
-            content = bytearray((folder / shard).read_bytes())
+        for shard, start, end, _ in map(located.place, range(len(BROKEN))):
+            tar = folder / of.shard_names[shard]
+            content = bytearray(tar.read_bytes())
             content[(start + end) // 2] ^= 0xFF
-            (folder / shard).write_bytes(content)
+            tar.write_bytes(content)
         made.append(Dataset.open(folder))
     return made
 

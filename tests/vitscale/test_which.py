@@ -13,10 +13,9 @@ from data_tools.amend import removals, write_overlay
 from data_tools.config import PackConfig
 from data_tools.dataset import Dataset, header_hash
 from data_tools.pack import pack
+from tests.command import SMALL, vitscale
 from tests.conftest import write_images
-from tests.launch.test_command import SMALL, vitscale
-from tests.vitscale.test_mixture import second as second
-from tests.vitscale.test_run import begin, log
+from tests.runs import begin, log
 from vitscale.config import StreamConfig, TrainConfig
 from vitscale.mixture import Mixture
 from vitscale.run import RunError, note_begin, overlay_fields, used_overlays

@@ -4,7 +4,6 @@ A process group a world size walks all cases through `train.train`; each case is
 metrics.jsonl. A spy on the engine sums a hash of every image that goes into a step, so that equal sums mean equal sets of images.
 """
 
-import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -17,22 +16,20 @@ import torch.distributed as dist
 import xxhash
 from torch import nn
 
-from tests.conftest import with_engine
 from tests.distributed import run_on_ranks
-from vitscale.config import OptimizerConfig, TrainConfig, from_dict, to_dict
+from tests.runs import STOP, TOLERANCE, case, losses_of, variant
+from vitscale.config import TrainConfig, from_dict
 from vitscale.engine import Engine
 from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import build_optimizer, learning_rate
-from vitscale.run import open_run, read_metrics, resolve
+from vitscale.run import open_run, read_metrics
 from vitscale.stream import TrainStream
 from vitscale.train import train
 
 STEPS = 20
-STOP = 7  # where interrupted runs stop; they go on for STEPS more
 STAGES = (0, 1, 2, 3)
-TOLERANCE = 1e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -43,16 +40,16 @@ TOLERANCE = 1e-5
 def walk(payload: dict[str, Any]) -> dict[str, Any]:
     """Runs each case: {name: {"config", "stop_at", "copy_of"}} to {name: {"losses", "images"}}, by step."""
     results = {}
-    for name, case in payload["cases"].items():
-        config: TrainConfig = from_dict(TrainConfig, case["config"])
+    for name, asked in payload["cases"].items():
+        config: TrainConfig = from_dict(TrainConfig, asked["config"])
         if dist.get_rank() == 0:
-            if case["copy_of"]:
-                shutil.copytree(case["copy_of"], config.out)
+            if asked["copy_of"]:
+                shutil.copytree(asked["copy_of"], config.out)
             Path(config.out).mkdir(exist_ok=True)
             open_run(config, dist.get_world_size())
         dist.barrier()
         with _spy_on_images() as images:
-            train(config, stop_at=case["stop_at"])
+            train(config, stop_at=asked["stop_at"])
         sums = [torch.zeros(2, dtype=torch.int64) for _ in range(dist.get_world_size())]
         counts = torch.tensor([_fold(images), len(images)])
         dist.all_gather(sums, counts)
@@ -115,25 +112,6 @@ def plain_torch(config: TrainConfig, steps: int) -> tuple[list[float], list[floa
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Tests
 # ---------------------------------------------------------------------------------------------------------------------------------------
-
-
-def variant(
-    config: TrainConfig, folder: Path, name: str, *, optimizer: str = "adamw", accumulate: int = 1, world_size: int = 1, **engine: Any
-):
-    """A resolved config of its own run directory."""
-    config = with_engine(config, **engine)
-    if optimizer == "sgd":
-        config = dataclasses.replace(config, optimizer=OptimizerConfig("sgd", peak_lr=0.05, grad_clip=0.3, average_decay=0.9))
-    micro = config.global_batch_size // (world_size * accumulate)
-    return resolve(dataclasses.replace(config, out=str(folder / name), micro_batch_size=micro), world_size)
-
-
-def case(config: TrainConfig, *, stop_at: int | None = None, copy_of: str | None = None) -> dict[str, Any]:
-    return {"config": to_dict(config), "stop_at": stop_at, "copy_of": copy_of}
-
-
-def losses_of(result: dict[str, Any], first: int, last: int) -> np.ndarray:
-    return np.array([result["losses"][str(step)] for step in range(first + 1, last + 1)])
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -1,0 +1,205 @@
+"""What is settled before any process starts: a config that leaves nothing open, and everything that can be known checked.
+
+Where it stands: `launch` resolves what was asked, `run.open_run` writes it down, and each rank opens the data that it names.
+
+Imports no torch: it works on login nodes.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Protocol
+
+from data_tools.cache import Cache
+from data_tools.dataset import Dataset, DatasetError
+from data_tools.storage import Location, Url, exists, location
+from vitscale import checkpoint, unindexed
+from vitscale.config import (
+    ConfigError,
+    FinetuneConfig,
+    StreamConfig,
+    TrainConfig,
+    check_config,
+    fine_tuning_run,
+    total_steps,
+)
+from vitscale.locality import choose_order, locality
+from vitscale.mixture import Mixture
+from vitscale.run import RunError, has_begun, is_of_tars, overlay_fields, read_config, read_record, used_overlays
+from vitscale.unindexed import Tars, named_tars
+
+
+def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig:
+    """Fills in what a config leaves to the dataset and the checkpoint, and checks everything that can be known before a start.
+
+    Writes nothing. Raises ConfigError, DatasetError or CheckpointError.
+    """
+    asked = dataclasses.replace(asked, out=asked.out or f"runs/{asked.recipe}")
+    if not all(asked.datasets) or not asked.datasets:
+        raise ConfigError("no dataset is given; --data DATASET names the directory of a training split, as `vitscale pack` writes it")
+    stage, cache = stage_of(asked), cache_of(asked)
+    if tars := named_tars(asked.datasets):
+        return _resolve_tars(asked, tars, world_size)
+    dataset = Mixture([Dataset.open_checked(path, stage=stage, cache=cache) for path in asked.datasets])
+    config = _with_checkpoint(asked, dataset.num_classes) if isinstance(asked, FinetuneConfig) else asked
+    check_config(config, world_size)
+    classes = config.model.num_classes or dataset.num_classes
+    if classes != dataset.num_classes:
+        raise ConfigError(
+            f"model.num_classes={classes} but {config.datasets[0]} has {dataset.num_classes} classes; "
+            f"--model.num-classes {dataset.num_classes} fits it"
+        )
+    for of in dataset.components:
+        if not of.num_kept:
+            raise DatasetError(f"{of.path} holds no samples{' that its overlays leave' if len(of) else ''}; a run needs at least one")
+        if config.objective.soft_targets:
+            _check_scores(of)
+    _check_schedule(config, total_steps(config, dataset.num_samples))
+    stream = choose_order(_begun_order(config), dataset.num_samples, config.global_batch_size, remote=not dataset.is_local)
+    reads = locality(
+        dataset.size, stream, global_batch_size=config.global_batch_size, world_size=world_size, micro_batch_size=config.micro_batch_size
+    )
+    if reads.reads == "windows" and reads.buffered_bytes_per_rank > stream.buffer_bytes:
+        raise ConfigError(
+            f"stream.reads=windows would hold {reads.buffered_bytes_per_rank:,} bytes of windows a rank, over "
+            f"stream.buffer_bytes={stream.buffer_bytes:,}; --stream.reads auto works"
+        )
+    eval_data = _eval_data(config, dataset, stage)
+    return dataclasses.replace(config, eval_data=eval_data, model=dataclasses.replace(config.model, num_classes=classes), stream=stream)
+
+
+def _resolve_tars(asked: TrainConfig | FinetuneConfig, tars: Tars, world_size: int) -> TrainConfig:
+    """As `resolve`, for tars without an index, of which nothing is known but their names."""
+    named = f"{' '.join(asked.datasets)} has no index"
+    instead = "`vitscale data index` makes one, and then it is known"
+    if isinstance(asked, FinetuneConfig):
+        raise ConfigError(f"{named} that tells its classes, which a new head is made for; {instead}")
+    check_config(asked, world_size)
+    if not asked.model.num_classes:
+        raise ConfigError(f"{named} that tells its classes; give --model.num-classes, or {instead}")
+    if not asked.steps:
+        raise ConfigError(f"{named} that tells how long {asked.epochs:g} epochs are; give --steps, or {instead}")
+    if asked.data_weights or asked.cache:
+        raise ConfigError(f"{named}, which {'data_weights' if asked.data_weights else 'cache'} needs; leave it out, or {instead}")
+    _check_schedule(asked, asked.steps)
+    held_out = "none"
+    if asked.eval_data not in ("", "none"):
+        found = Dataset.open_checked(location(asked.eval_data), stage=stage_of(asked))
+        if found.num_classes != asked.model.num_classes:
+            raise DatasetError(
+                f"{found.path} has {found.num_classes} classes, and model.num_classes={asked.model.num_classes}; give its own"
+            )
+        if asked.objective.soft_targets:
+            _check_scores(found)
+        held_out = str(found.path)
+    stream = _begun_order(asked)
+    return dataclasses.replace(
+        asked, eval_data=held_out, stream=dataclasses.replace(stream, lanes=stream.lanes or 1, window=stream.window or unindexed.WINDOW)
+    )
+
+
+def open_data(config: TrainConfig) -> Mixture | Tars:
+    """What a rank of the run trains on, as the newest start found it."""
+    run = Path(config.out)
+    if is_of_tars(read_record(run)):
+        tars = named_tars(config.datasets)
+        if tars is None:
+            raise RunError(f"{' '.join(config.datasets)} were tars without an index when the run started and are no more; start it again")
+        return tars
+    overlays = used_overlays(run)
+    of_each = [overlays[name] for name in overlay_fields(len(config.datasets))]
+    return Mixture.open(config.datasets, of_each, stage_of(config), cache_of(config))
+
+
+def _check_schedule(config: TrainConfig, steps: int) -> None:
+    """Warm-up and cool-down fit the run. Raises ConfigError."""
+    if config.schedule.warmup_steps >= steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of the run's {steps} steps; "
+            f"--schedule.warmup-steps {steps // 10} works"
+        )
+    warmup, cooldown = config.schedule.warmup_steps, config.schedule.cooldown_steps
+    if warmup + cooldown > steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={warmup} and schedule.cooldown_steps={cooldown} take more than the run's {steps} steps; "
+            f"--schedule.cooldown-steps {steps - warmup} works"
+        )
+
+
+def _with_checkpoint(asked: FinetuneConfig, num_classes: int) -> TrainConfig:
+    """The run that fine-tuning makes of a checkpoint. One that was started before has it written down, and needs the checkpoint no more."""
+    if not asked.init:
+        raise ConfigError("no checkpoint is given; --init CHECKPOINT names a run, RUN@STEP, a step's folder or an exported folder")
+    run = Path(asked.out)
+    base: TrainConfig | checkpoint.Description
+    if (run / "run.json").is_file() and (started := read_config(run)).init is not None:
+        base, folder = started, started.init.folder
+    else:
+        base = checkpoint.describe(checkpoint.find_checkpoint(asked.init))
+        folder = str(base.path)
+    return fine_tuning_run(asked, base.model, base.preprocess, folder, num_classes)
+
+
+class _Places(Protocol):
+    """Where copies of datasets go: of a run's config, or of a verb's flags."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def cache(self) -> str: ...
+    @property
+    def cache_bytes(self) -> int | None: ...
+
+
+def stage_of(config: _Places) -> Path | None:
+    """The folder that a run's indices are mapped from."""
+    return Path(config.stage) if config.stage else None
+
+
+def cache_of(config: _Places) -> Cache | None:
+    """The cache that a run's tars are read through. Raises ConfigError, CacheError."""
+    if bool(config.cache) != (config.cache_bytes is not None):
+        raise ConfigError(
+            f"cache={config.cache!r} and cache_bytes={config.cache_bytes} go together; --cache /local/disk --cache-bytes 200GB"
+        )
+    return Cache(Path(config.cache), config.cache_bytes) if config.cache_bytes is not None else None
+
+
+def _begun_order(config: TrainConfig) -> StreamConfig:
+    """What is asked of the stream, with lanes and window of the run if it has begun: its data may lie elsewhere by now."""
+    run = Path(config.out)
+    if not (run / "run.json").is_file() or not has_begun(run):
+        return config.stream
+    begun = read_config(run).stream
+    return dataclasses.replace(config.stream, lanes=config.stream.lanes or begun.lanes, window=config.stream.window or begun.window)
+
+
+def _eval_data(config: TrainConfig, dataset: Mixture, stage: Path | None) -> str:
+    if config.eval_data == "none":
+        return "none"
+    trained_on = [location(of) for of in config.datasets]
+    path = location(config.eval_data) if config.eval_data else trained_on[0].parent / "val"
+    if not config.eval_data and (not _is_there(path / "dataset.json") or _resolved(path) in map(_resolved, trained_on)):
+        return "none"
+    held_out = Dataset.open_checked(path, stage=stage)
+    if held_out.num_classes != dataset.num_classes or held_out.class_names != dataset.class_names:
+        raise DatasetError(
+            f"{path} has {held_out.num_classes} classes and {config.datasets[0]} has {dataset.num_classes}, or their names differ; "
+            "pack both with the same --class-names, or pass --eval-data none"
+        )
+    if config.objective.soft_targets:
+        _check_scores(held_out)
+    return str(path)
+
+
+def _is_there(file: Location) -> bool:
+    return exists(file) if isinstance(file, Url) else file.is_file()
+
+
+def _resolved(path: Location) -> Location:
+    return path if isinstance(path, Url) else path.resolve()
+
+
+def _check_scores(dataset: Dataset) -> None:
+    low, high = dataset.score_range()
+    if not 0 <= low <= high <= 1:
+        raise ConfigError(f"soft_targets needs scores in [0, 1], {dataset.path} has them in [{low:g}, {high:g}]; scale them and pack again")
