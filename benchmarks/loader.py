@@ -280,7 +280,7 @@ def stages(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
 def training(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:
     """Training on the first core, its stream on the others, against batches that are ready."""
     quick = ["--quick"] if flags.quick else []
-    return child("loader_training.py", folder, "--rounds", flags.rounds, *quick)
+    return child("loader_training.py", folder, "--rounds", 3 * flags.rounds, *quick)
 
 
 def memory(folder: Path, flags: argparse.Namespace) -> dict[str, Any]:

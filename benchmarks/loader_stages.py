@@ -65,7 +65,7 @@ def measure(data: Data, count: int, mode: Decode) -> dict[str, float]:
     samples = np.concatenate(clock.stage("order: positions to samples", order.samples_at, places))
     located = clock.stage("look-up in the index", lambda place: dataset.locate(samples[place]), places)
     where = [located[i // BATCH].place(i % BATCH) for i in range(count)]
-    encoded = clock.stage("read", lambda place: dataset.read_range(place.shard, place.start, place.end), where)
+    encoded = clock.stage("read", lambda place: dataset.read_range(place.shard, place.start, place.end), where, keep=False)
     clock.stage("check the hash", lambda of: dataset.checked(*of), zip(samples.tolist(), encoded, where, strict=True))
     draws = np.concatenate(clock.stage("draw crops and mirrors", lambda place: images.draws(keys[place]), places))
     slots = [np.zeros((BATCH, SIZE, SIZE, 3), np.uint8) for _ in places]
@@ -95,12 +95,16 @@ class Clock:
         self.images = images
         self.milliseconds: dict[str, float] = {}
 
-    def stage(self, name: str, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-        """What the function gives for each item."""
+    def stage(self, name: str, function: Callable[[Any], Any], items: Iterable[Any], *, keep: bool = True) -> list[Any]:
+        """What the function gives for each item; without `keep` it is timed letting go of each, as a loader does, and then called again."""
         started = time.thread_time()
-        results = [function(item) for item in items]
+        results = []
+        for item in items:
+            result = function(item)
+            if keep:
+                results.append(result)
         self.milliseconds[name] = (time.thread_time() - started) * 1e3 / self.images
-        return results
+        return results if keep else [function(item) for item in items]
 
 
 def rows_of(batches: list[pixels.Pixels]) -> Iterator[pixels.Pixels]:

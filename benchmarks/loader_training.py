@@ -3,9 +3,10 @@
     python benchmarks/loader_training.py FOLDER      # FOLDER as loader.py prepares it
 
 The step is `vitscale.train`'s: move, normalise, forward, loss, backward, update, through the engine. Fed and ready batches take turns;
-after each turn of ready batches, in which the stream fills its queue, as many steps as that holds are left out. First the stream alone is
-timed on its cores, and the model on ready batches: the arithmetic of what must come out. The last case is one that no core could feed.
-Prints a line a case, and as its last line JSON.
+after each turn of ready batches, in which the stream fills its queue, as many steps as that holds are left out. A turn is compared with the
+one beside it, for a machine's mood lasts longer than a turn: what is told is the median of these ratios and their middle half, and the
+share of a fed turn that the step waited for its batch. First the stream alone is timed on its cores, and the model on ready batches: the
+arithmetic of what must come out. The last case is one that no core could feed. Prints a line a case, and as its last line JSON.
 """
 
 import argparse
@@ -48,8 +49,8 @@ class Case:
 
 BLOCK = ViTConfig(depth=1, width=64, mlp_dim=64, num_heads=1, patch_size=32, num_classes=1000)
 CASES = (
-    Case("ViT-Ti/16", vit("ti16", num_classes=1000), batch=8, steps=5),
-    Case("ViT-S/16", vit("s16", num_classes=1000), batch=4, steps=5),
+    Case("ViT-Ti/16", vit("ti16", num_classes=1000), batch=8, steps=3),
+    Case("ViT-S/16", vit("s16", num_classes=1000), batch=2, steps=3),
     Case("one block of width 64", BLOCK, batch=64, steps=20, photographs="1024x768"),
 )
 QUICK = (Case("one block of width 64", BLOCK, batch=4, steps=2),)
@@ -59,7 +60,7 @@ def main() -> None:
     """All cases in turn."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--quick", action="store_true")
     flags = parser.parse_args()
     torch.set_num_threads(1)
@@ -82,33 +83,44 @@ def run(case: Case, data: Data, rounds: int) -> dict[str, Any]:
     ready = itertools.cycle([next(batches) for _ in range(PREFETCH)])
     timed(step, ready, 2)
     turns: dict[str, list[float]] = {"ready": [], "fed": []}
+    waits = []
     for _ in range(rounds):
-        turns["ready"].append(case.steps * case.batch / timed(step, ready, case.steps))
+        seconds, _ = timed(step, ready, case.steps)
+        turns["ready"].append(case.steps * case.batch / seconds)
         timed(step, batches, PREFETCH + 1)
-        turns["fed"].append(case.steps * case.batch / timed(step, batches, case.steps))
+        seconds, waited = timed(step, batches, case.steps)
+        turns["fed"].append(case.steps * case.batch / seconds)
+        waits.append(waited / seconds)
     batches.close()
     os.sched_setaffinity(0, cores)
     rates = {name: statistics.median(of) for name, of in turns.items()}
+    ratios = sorted(fed / ready for fed, ready in zip(turns["fed"], turns["ready"], strict=True))
     expected = min(1.0, alone / rates["ready"])
     found = {
-        "stream_alone": alone, **rates, "turns": turns, "fed_to_ready": rates["fed"] / rates["ready"], "expected": expected,
-        "cores": {"model": len(for_model), "stream": len(for_stream)},
+        "stream_alone": alone, **rates, "turns": turns, "fed_to_ready": statistics.median(ratios),
+        "middle_half": (ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]), "waiting": statistics.median(waits),
+        "expected": expected, "cores": {"model": len(for_model), "stream": len(for_stream)},
     }  # fmt: skip
+    low, high = found["middle_half"]
     needs = f"the model takes {rates['ready']:,.1f} images/s, {len(for_stream)} core(s) load {alone:,.0f}"
     verdict = "they suffice" if expected == 1 else f"bound by loading, {expected:.0%} at most"
     print(
-        f"{case.name}, batch {case.batch}, {case.photographs}: {needs}: {verdict}; fed {rates['fed']:,.1f} = {found['fed_to_ready']:.1%}",
+        f"{case.name}, batch {case.batch}, {case.photographs}: {needs}: {verdict}; fed {rates['fed']:,.1f}, "
+        f"{found['fed_to_ready']:.1%} of it (half of the turns {low:.1%} to {high:.1%}), waiting {found['waiting']:.2%} of the time",
         flush=True,
     )
     return found
 
 
-def timed(step: Callable[[DeviceBatch], None], batches: Iterator[DeviceBatch], count: int) -> float:
-    """Seconds that so many steps take, loading included."""
-    started = time.perf_counter()
-    for batch in itertools.islice(batches, count):
+def timed(step: Callable[[DeviceBatch], None], batches: Iterator[DeviceBatch], count: int) -> tuple[float, float]:
+    """Seconds that so many steps take, loading included, and those of them that they wait for a batch."""
+    waited, started = 0.0, time.perf_counter()
+    for _ in range(count):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
         step(batch)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, waited
 
 
 def training_step(case: Case) -> Callable[[DeviceBatch], None]:
