@@ -2,8 +2,8 @@
 
     python benchmarks/loader_training.py FOLDER      # FOLDER as loader.py prepares it
 
-The step is `vitscale.train`'s: move, normalise, forward, loss, backward, update, through the engine. Fed and ready batches take turns;
-after each turn of ready batches, in which the stream fills its queue, as many steps as that holds are left out. A turn is compared with the
+The step is `vitscale.train`'s: move, normalise, forward, loss, backward, update, through the engine. Fed and ready batches take turns,
+either first in every other round; before a fed turn as many steps are left out as the stream's queue holds. A turn is compared with the
 one beside it, for a machine's mood lasts longer than a turn: what is told is the median of these ratios and their middle half, and the
 share of a fed turn that the step waited for its batch. First the stream alone is timed on its cores, and the model on ready batches: the
 arithmetic of what must come out. The last case is one that no core could feed. Prints a line a case, and as its last line JSON.
@@ -84,13 +84,14 @@ def run(case: Case, data: Data, rounds: int) -> dict[str, Any]:
     timed(step, ready, 2)
     turns: dict[str, list[float]] = {"ready": [], "fed": []}
     waits = []
-    for _ in range(rounds):
-        seconds, _ = timed(step, ready, case.steps)
-        turns["ready"].append(case.steps * case.batch / seconds)
-        timed(step, batches, PREFETCH + 1)
-        seconds, waited = timed(step, batches, case.steps)
-        turns["fed"].append(case.steps * case.batch / seconds)
-        waits.append(waited / seconds)
+    for number in range(rounds):
+        for kind in ("ready", "fed") if number % 2 == 0 else ("fed", "ready"):
+            if kind == "fed":
+                timed(step, batches, PREFETCH + 1)
+            seconds, waited = timed(step, ready if kind == "ready" else batches, case.steps)
+            turns[kind].append(case.steps * case.batch / seconds)
+            if kind == "fed":
+                waits.append(waited / seconds)
     batches.close()
     os.sched_setaffinity(0, cores)
     rates = {name: statistics.median(of) for name, of in turns.items()}
