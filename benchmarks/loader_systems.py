@@ -396,10 +396,10 @@ def ffcv(data: Data, workers: int, batch_size: int) -> Batches:
         "label": [IntDecoder(), ToTensor()],
     }
     loader = Loader(str(out), batch_size=batch_size, num_workers=workers, order=OrderOption.RANDOM, pipelines=steps, drop_last=True)
-    for _ in itertools.islice(loader, 16):
+    batches = (images for epoch in itertools.repeat(loader) for images, _ in epoch)
+    for _ in itertools.islice(batches, 16):
         pass  # it compiles its steps when it first needs them, which is no part of loading
-    while True:
-        yield from (images for images, _ in loader)
+    yield from batches
 
 
 # -- Which there are ----------------------------------------------------------------------------------------------------------------------
