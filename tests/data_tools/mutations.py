@@ -2,7 +2,9 @@
 
 import random
 
-from tests.data_tools.synthetic import KINDS, make_image
+from tests.data_tools.conftest import make_image
+
+KINDS = ("JPEG", "PNG", "WEBP")
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:

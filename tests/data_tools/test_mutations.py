@@ -19,11 +19,10 @@ from PIL import Image
 from data_tools.config import PackConfig, PackError
 from data_tools.dataset import Dataset
 from data_tools.pack import pack
-from tests.data_tools.mutations import mutated
+from tests.data_tools.mutations import KINDS, mutated
 
 from .conftest import make_image, tree, write_files
 
-KINDS = ("JPEG", "PNG", "WEBP")
 HOSTILE_NAMES = (
     "../../etc/x",
     "a" * 300,
