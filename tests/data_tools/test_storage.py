@@ -391,6 +391,18 @@ def test_parquet_is_read_by_ranges(tmp_path: Path, server: Server, bucket: Url) 
     assert size < sum(read) < 1.05 * size, "the images once, in one pass"
 
 
+@pytest.mark.parametrize("size", [None, 100])
+@pytest.mark.parametrize("other", [b"b" * 100, b"b" * 200, b"b" * 20], ids=len)
+def test_an_object_that_is_replaced_between_two_reads_is_named(server: Server, bucket: Url, size: int | None, other: bytes) -> None:
+    """Also by one that ends before the range, which would else be told of as cut off."""
+    put(bucket / "x", b"a" * 100)
+    file = RemoteFile(bucket / "x", size)
+    assert file.fetch(0, 50) == b"a" * 50
+    put(bucket / "x", other)
+    with pytest.raises(StorageError, match=r"/x has changed while it was read; start again"):
+        file.fetch(50, 100)
+
+
 def test_manifests_of_urls(tmp_path: Path, server: Server, bucket: Url) -> None:
     make_sources(tmp_path / "here")
     upload(tmp_path / "here/photos", bucket / "photos")
