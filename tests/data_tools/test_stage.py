@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import pickle
 import shutil
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,23 @@ def test_processes_that_start_at_once_make_one_copy(packed: Dataset, tmp_path: P
         found = pool.starmap(opened_at, [(packed.path, tmp_path / "stage")] * 8)
     assert set(found) == {opened_at(packed.path, tmp_path / "stage")}
     assert sorted(file.suffix for file in (tmp_path / "stage").iterdir()) == [".arrow", ".lock"]
+
+
+def test_who_comes_while_another_copies_waits_and_takes_its_copy(packed: Dataset, tmp_path: Path) -> None:
+    """The other one is this test, which holds the lock; that nobody goes past it can only be seen for a time."""
+    stage = tmp_path / "stage"
+    expected = opened_at(packed.path, stage)
+    (copy,) = stage.glob("*.arrow")
+    copy.rename(tmp_path / "whole")
+    with ThreadPoolExecutor(1) as pool:
+        with copy.with_name(f"{copy.name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)  # beside which there is room for who only shares, but not for who copies
+            waiting = pool.submit(opened_at, packed.path, stage)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.5)
+            (packed.path / "index.arrow").unlink()
+            (tmp_path / "whole").rename(copy)
+        assert waiting.result() == expected
 
 
 def test_what_a_killed_start_left_is_no_copy(packed: Dataset, tmp_path: Path) -> None:
