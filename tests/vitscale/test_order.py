@@ -380,6 +380,16 @@ def test_dealing_is_by_preference_first_come_first_served(data: st.DataObject) -
         assert order.positions_of_rank(samples_seen, batch, rank, world_size).tolist() == taken
 
 
+@pytest.mark.parametrize(("lanes", "world_size"), [(256, 8), (512, 16), (1024, 8)])
+@pytest.mark.parametrize("weights", [[1, 1], [3, 1], [0.9, 0.1], [7, 2, 1], [1, 1, 1, 1]])
+def test_in_a_mixture_each_rank_is_preferred_by_about_what_it_takes(weights: list[float], lanes: int, world_size: int) -> None:
+    """A step of as many positions as a component has lanes meets but some of them: not all of one rank's and none of another's."""
+    order = RunOrder([[100_003 + 7 * i] for i in range(len(weights))], weights, 0, lanes, 64)
+    for step in range(20):
+        preferred = order.preferred_ranks(np.arange(step * lanes, (step + 1) * lanes), lanes, world_size)
+        assert np.bincount(preferred, minlength=world_size).max() <= 1.3 * lanes / world_size
+
+
 def test_a_mixture_s_order_is_what_it_was() -> None:
     """It is part of the identity of every run, as that of one dataset is."""
     small = RunOrder([[5, 0, 3, 4], [7]], [2, 1], seed=7, lanes=2, window=3)
