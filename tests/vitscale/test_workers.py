@@ -23,10 +23,10 @@ class Work:
     def __call__(self, number: int, rows: Rows | None = None) -> tuple[int, int]:
         if number == 13:
             raise ValueError("thirteen")
-        if number == 99:
-            threading.Event().wait()
         if rows is not None:
             rows.array[:] = number
+        if number == 99:
+            threading.Event().wait()
         return number * number, os.getpid()
 
 
@@ -104,13 +104,18 @@ def test_closing_ends_stuck_workers() -> None:
 
 @pytest.mark.parametrize("how", ["os.kill(os.getpid(), 9)", "os._exit(0)", "raise SystemExit(3)"])
 def test_workers_die_with_who_started_them(how: str) -> None:
+    """One in the middle of a task that never ends, in which it has written its row, and one that waits for a task."""
     program = textwrap.dedent(f"""
         import os
         from tests.vitscale.test_workers import Work
-        from vitscale.workers import WorkerPool
+        from vitscale.workers import Rows, WorkerPool
         pool = WorkerPool(Work(), 2, processes=True)
         print(*{{pool.submit(lambda: (1,)).result()[1] for _ in range(50)}}, flush=True)
-        pool.submit(lambda: (99,))
+        rows = Rows((1,), shared=True)
+        rows.array[:] = 0
+        pool.submit(lambda: (99, rows))
+        while rows.array[0] != 99:
+            os.sched_yield()
         {how}
     """)
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
