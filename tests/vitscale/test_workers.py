@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -67,6 +68,21 @@ def test_a_failure_is_known_and_others_go_on(pool: WorkerPool) -> None:
         pool.submit(lambda: (13,)).result()
     assert pool.submit(lambda: (5,)).result()[0] == 25
     assert isinstance(pool.failure, OSError), "the first one is what is told"
+
+
+def test_what_a_task_needed_and_gave_is_let_go_when_it_is_done(pool: WorkerPool) -> None:
+    """And not when its worker gets another one."""
+
+    class Needed:
+        number = 3
+
+    needed, gone = Needed(), [threading.Event(), threading.Event()]
+    done = pool.submit(lambda needed=needed: (needed.number,))
+    assert done.result()[0] == 9
+    weakref.finalize(needed, gone[0].set)
+    weakref.finalize(done, gone[1].set)
+    del needed, done
+    assert [of.wait(10) for of in gone] == [True, True]
 
 
 @pytest.mark.parametrize("busy", [True, False])
