@@ -246,6 +246,7 @@ def ahead(begun: Iterable[T], count: int) -> Iterator[T]:
     waiting: deque[T] = deque()
     for newest in begun:
         waiting.append(newest)
+        del newest  # or the last one would be kept by its name
         if len(waiting) > count:
             yield waiting.popleft()
     while waiting:
@@ -254,7 +255,7 @@ def ahead(begun: Iterable[T], count: int) -> Iterator[T]:
 
 def chunks(size: int, workers: int) -> list[tuple[int, int]]:
     """Where the parts of a micro-batch begin and end that workers get one by one: an equal share each, if that is not too many."""
-    step = max(1, min(_CHUNK, -(-size // workers)))
+    step = min(_CHUNK, -(-size // workers))
     return [(first, min(first + step, size)) for first in range(0, size, step)]
 
 

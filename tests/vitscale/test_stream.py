@@ -4,7 +4,10 @@ import dataclasses
 import itertools
 import json
 import shutil
+import time
+import weakref
 from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,8 @@ from vitscale import reading
 from vitscale.config import StreamConfig
 from vitscale.mixture import Mixture
 from vitscale.quarantine import QuarantineError
-from vitscale.stream import evaluation_batches
+from vitscale.stream import StreamError, ahead, chunks, evaluation_batches, results
+from vitscale.workers import WorkerPool
 
 
 @pytest.fixture(scope="session")
@@ -298,3 +302,66 @@ def test_evaluation_sees_each_sample_once(datasets: list[Dataset], world_size: i
         seen += [s for b in batches for s, valid in zip(b.samples_B.tolist(), b.valid_B.tolist(), strict=True) if valid]
     assert sorted(seen) == list(range(dataset.num_samples))
     assert len(counts) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Ahead of time and in parallel
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+class Thing:
+    """What a weak reference can be made to."""
+
+
+@given(length=st.integers(0, 12), count=st.integers(0, 5))
+def test_so_many_are_begun_ahead_and_none_is_kept(length: int, count: int) -> None:
+    begun: list[weakref.ref[Thing]] = []
+
+    def begin(_: int) -> Thing:
+        thing = Thing()
+        begun.append(weakref.ref(thing))
+        return thing
+
+    given = 0
+    for thing in ahead(map(begin, range(length)), count):
+        assert begun[given]() is thing
+        del thing
+        given += 1
+        assert len(begun) == min(given + count, length)
+        assert [of() is None for of in begun] == [True] * given + [False] * (len(begun) - given)
+    assert given == length
+
+
+@given(size=st.integers(1, 300), workers=st.integers(1, 40))
+def test_chunks_cover_a_micro_batch(size: int, workers: int) -> None:
+    """Each sample in one of them, in order; none is empty, over 16 or over a worker's equal share."""
+    parts = chunks(size, workers)
+    assert [i for first, end in parts for i in range(first, end)] == list(range(size))
+    assert all(0 < end - first <= min(16, -(-size // workers)) for first, end in parts)
+    assert len({end - first for first, end in parts[:-1]}) <= 1
+
+
+def test_a_failure_in_a_later_chunk_is_told_at_once() -> None:
+    """Though the micro-batch whose turn it is waits for a read that does not end."""
+    never, failed = Future[None](), Future[None]()
+    failed.set_exception(OSError("no such disk"))
+    pool = WorkerPool(Future.result, 2)
+    waits, later = pool.submit(lambda: (never,)), pool.submit(lambda: (failed,))
+    with pytest.raises(OSError, match="no such disk"):
+        later.result()
+    with pytest.raises(OSError, match="no such disk"):
+        results([waits], pool, 20, lambda: "reading")
+    never.set_result(None)
+    pool.close()
+
+
+@pytest.mark.parametrize("timeout", [0.2, 3])
+def test_a_read_that_does_not_end_is_waited_for_as_long_as_asked(timeout: float) -> None:
+    never = Future[None]()
+    pool = WorkerPool(Future.result, 1)
+    begun = time.monotonic()
+    with pytest.raises(StreamError, match=f"reading x has not ended for stream.read_timeout={timeout} seconds"):
+        results([pool.submit(lambda: (never,))] * 2, pool, timeout, lambda: "reading x")
+    assert timeout <= time.monotonic() - begun < timeout + 2.5, "it is looked at twice a second"
+    never.set_result(None)
+    pool.close()
