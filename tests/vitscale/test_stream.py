@@ -24,10 +24,11 @@ from tests.conftest import write_images
 from tests.vitscale.streams import IMAGE_SIZE, PREPROCESS, steps, stream
 from vitscale import reading
 from vitscale.config import StreamConfig
+from vitscale.decoding import Decoder, Task, View
 from vitscale.mixture import Mixture
 from vitscale.quarantine import QuarantineError
 from vitscale.stream import StreamError, ahead, chunks, evaluation_batches, results
-from vitscale.workers import WorkerPool
+from vitscale.workers import Rows, WorkerPool
 
 
 @pytest.fixture(scope="session")
@@ -230,6 +231,17 @@ def test_evaluation_leaves_damage_out(damaged: tuple[Dataset, set[int]]) -> None
     assert sorted(s for b in batches for s, valid in zip(b.samples_B.tolist(), b.valid_B.tolist(), strict=True) if valid) == sorted(
         set(range(dataset.num_samples)) - broken
     )
+
+
+def test_rows_that_evaluation_leaves_out_are_black(damaged: tuple[Dataset, set[int]]) -> None:
+    """Whatever was in the memory: a sample that is damaged, and one that there is none of."""
+    mixture, samples = Mixture([damaged[0]]), np.array([2, 3, -1, 4])
+    rows = Rows((4, *IMAGE_SIZE, 3), shared=False)
+    rows.array[:] = 255
+    decoder = Decoder(mixture, View(IMAGE_SIZE, PREPROCESS, "exact", training=False), None)
+    task = Task(samples, samples, np.zeros(4, np.uint64), mixture.locate(np.maximum(samples, 0)), [None] * 4)
+    assert decoder(task, rows).valid.tolist() == [True, False, False, True]
+    assert rows.array.reshape(4, -1).any(axis=1).tolist() == [True, False, False, True]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
