@@ -229,12 +229,12 @@ def open_stream(
     """vitscale's stream of training batches for rank 0, by default of a world of one; `settings` are StreamConfig's."""
     from vitscale.config import PreprocessConfig, StreamConfig
     from vitscale.mixture import Mixture
-    from vitscale.stream import TrainStream
+    from vitscale.stream import Share, TrainStream
 
     return TrainStream(
         Mixture.open([dataset]), (size, size), PreprocessConfig(**(preprocess or {})),
-        StreamConfig(**{"lanes": 1, "window": 2**20} | settings), seed=seed, global_batch_size=batch_size,
-        micro_batch_size=micro_batch_size or batch_size, rank=0, world_size=world_size, quarantine=dataset.parent / "quarantine.jsonl",
+        StreamConfig(**{"lanes": 1, "window": 2**20} | settings), Share(batch_size, micro_batch_size or batch_size, 0, world_size),
+        seed=seed, quarantine=dataset.parent / "quarantine.jsonl",
     )  # fmt: skip
 
 

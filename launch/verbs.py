@@ -125,10 +125,10 @@ def evaluate(words: list[str]) -> None:
         raise UsageError(f"batch-size={flags.batch_size} must be at least 1 and workers={flags.workers} at least 0")
     from data_tools.dataset import Dataset
     from vitscale.checkpoint import describe, find_checkpoint
-    from vitscale.resolve import cache_of, stage_of
+    from vitscale.resolve import cache_at, stage_at
 
     description = describe(find_checkpoint(flags.checkpoint)).evaluated_by(flags.eval_protocol)
-    dataset = Dataset.open_checked(flags.data, stage=stage_of(flags), cache=cache_of(flags))
+    dataset = Dataset.open_checked(flags.data, stage=stage_at(flags.stage), cache=cache_at(flags.cache, flags.cache_bytes))
     need("torch", "safetensors")
     from vitscale.evaluate import evaluate_checkpoint
 

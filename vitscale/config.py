@@ -21,7 +21,7 @@ from data_tools.errors import UserError
 
 Decode = Literal["exact", "fast"]
 # By whose code position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned.
-Interpolation = Literal["timm", "deit", "timm_npz", "paper"]
+PositionInterpolation = Literal["timm", "deit", "timm_npz", "paper"]
 # Whose evaluation preprocessing: what timm does, big_vision, or the paper's code.
 EvalProtocol = Literal["timm", "big_vision", "paper"]
 
@@ -250,7 +250,7 @@ class InitConfig:
 
     checkpoint: str
     weights: Literal["average", "weight"]
-    position_interpolation: Interpolation
+    position_interpolation: PositionInterpolation
     folder: str
     """The folder that `checkpoint` named when the run started: a run's newest one may be another by now."""
 
@@ -338,7 +338,7 @@ class FinetuneConfig(RunConfig):
     """The checkpoint to start from: a run (its newest durable one), RUN@STEP, a step's folder or an exported folder."""
     init_weights: Literal["average", "weight"] = "average"
     """The average of the weights where the checkpoint holds one, or the raw weights."""
-    position_interpolation: Interpolation = "timm"
+    position_interpolation: PositionInterpolation = "timm"
     """How position embeddings go to the new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
     model: NewModelConfig = field(default_factory=NewModelConfig)
     preprocess: ViewConfig = field(default_factory=ViewConfig)

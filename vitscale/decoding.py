@@ -8,6 +8,7 @@ No torch: worker processes start with this.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -88,39 +89,39 @@ class Decoder:
         """Fills the rows."""
         samples, valid, faults, draws = task.samples.copy(), task.samples >= 0, [], images.draws(task.keys)
         for i in np.flatnonzero(valid).tolist():
-            for attempt, (sample, data, place) in enumerate(self._candidates(task, i), start=1):
-                reason = self._fill(sample, data, place, int(task.keys[i]), draws[i], rows.array[i])
-                if reason is None:
-                    samples[i] = sample
-                    break
-                dataset, shard, name = self.dataset.name_of(sample)
-                faults.append(Fault(int(task.positions[i]), sample, dataset, shard, name, reason))
-                if attempt == self.attempts:
-                    break
-            if reason is not None and self.order is not None:
-                return Decoded(samples, valid, faults, f"{attempt} samples tried for position {task.positions[i]} were all unusable")
-            valid[i] = reason is None
+            used, bad = self._use(task, i, draws[i], rows.array[i])
+            faults += bad
+            if used is not None:
+                samples[i] = used
+            elif self.order is not None:
+                return Decoded(samples, valid, faults, f"{len(bad)} samples tried for position {task.positions[i]} were all unusable")
+            else:
+                valid[i] = False
         rows.array[~valid] = 0
         return Decoded(samples, valid, faults)
 
-    def candidates(self, position: int) -> Iterator[int]:
-        """The sample at a position and its substitutes, in the order in which they are tried, without those that overlays remove."""
-        assert self.order is not None
-        for drawn in self.order.candidates(position):
-            if not self.dataset.is_removed(drawn):
-                yield drawn
+    def _use(self, task: Task, i: int, draws: images.Draws, out_HWC: Pixels) -> tuple[int | None, list[Fault]]:
+        """The sample that is used in the i-th place of a task, None where none can be, and what was wrong with those tried before it."""
+        bad: list[Fault] = []
+        for sample, data, place in itertools.islice(self._tried(task, i), self.attempts):
+            reason = self._fill(sample, data, place, int(task.keys[i]), draws, out_HWC)
+            if reason is None:
+                return sample, bad
+            bad.append(Fault(int(task.positions[i]), sample, *self.dataset.name_of(sample), reason))
+        return None, bad
 
-    def _candidates(self, task: Task, i: int) -> Iterator[tuple[int, bytes | memoryview, Place]]:
-        """The i-th sample of a task and its bytes, then its substitutes and theirs."""
+    def _tried(self, task: Task, i: int) -> Iterator[tuple[int, bytes | memoryview, Place]]:
+        """The i-th sample of a task and its bytes, then its substitutes and theirs, none twice."""
         sample, data, place = int(task.samples[i]), load(task.data[i]), task.located.place(i)
         yield sample, read(self.dataset, place.shard, place.start, place.end) if data is None else data, place
-        if self.order is not None:
-            known = {sample}  # the first candidate, and those that were drawn before
-            for substitute in self.candidates(int(task.positions[i])):
-                if len(known) == self.dataset.num_samples - self.dataset.num_removed:
-                    return
-                if substitute in known:
-                    continue
+        if self.order is None:
+            return
+        of_component = self.dataset.find(sample)[0].num_kept  # substitutes are of the same dataset
+        known = {sample}  # the first candidate, and those that were drawn before
+        for substitute in kept_candidates(self.order, self.dataset, int(task.positions[i])):
+            if len(known) == of_component:
+                return
+            if substitute not in known:
                 known.add(substitute)
                 place = self.dataset.locate(np.array([substitute])).place(0)
                 yield substitute, read(self.dataset, place.shard, place.start, place.end), place
@@ -132,3 +133,8 @@ class Decoder:
         except SampleError as error:
             return error.reason
         return self.view.fill(data, key, draws, out_HWC)
+
+
+def kept_candidates(order: RunOrder, dataset: Mixture, position: int) -> Iterator[int]:
+    """The sample at a position and its substitutes, in the order in which they are tried, without those that overlays remove."""
+    return (drawn for drawn in order.candidates(position) if not dataset.is_removed(drawn))

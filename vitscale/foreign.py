@@ -39,14 +39,13 @@ from data_tools.members import OpenTar, TarError, read_samples
 from data_tools.storage import Location, Missing, sequential
 from data_tools.tars import IMAGE_MEMBERS, labels_of
 from vitscale import images, keyed
-from vitscale.config import PreprocessConfig, StreamConfig, TrainConfig
+from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.decoding import View
-from vitscale.mixture import Mixture
 from vitscale.order import Int64
 from vitscale.quarantine import Fault, Quarantine
-from vitscale.stream import Batch, StreamError, TrainStream, ahead, chunks, results, stalled, workers
-from vitscale.unindexed import WINDOW, Tars
-from vitscale.workers import Rows, WorkerPool
+from vitscale.stream import Batch, Share, StreamError, ahead, stalled
+from vitscale.unindexed import Tars
+from vitscale.workers import Rows, WorkerPool, chunks, worker_count
 
 _FIRST = 256  # in the first window; each one after it may have twice as many
 _OPEN = 2  # tars of a rank that are read in turns
@@ -216,17 +215,17 @@ class _Drawn:
 
     Args:
         cursor: the shards of the run, counted through epochs, that are used up.
-        unusable: is told of samples that are left out.
+        unusable: is told of samples that are left out, and for which position they were drawn.
     """
 
     def __init__(
         self, tars: Tars, config: StreamConfig, usable: Usable, *, seed: int, cursor: int, rank: int, world_size: int,
-        unusable: Callable[[_Sample], None],
+        unusable: Callable[[int, _Sample], None],
     ) -> None:  # fmt: skip
         self._tars, self._config, self._usable, self._seed, self._world_size = tars, config, usable, seed, world_size
         self._unusable = unusable
         self._next_ordinal = cursor + rank
-        self._window, self._room = config.window or WINDOW, config.buffer_bytes // 2
+        self._window, self._room = config.window, config.buffer_bytes // 2
         self._drawing: list[_Sample] = []
         self._filling: list[_Sample] = []
         self._target = min(_FIRST, self._window)  # samples in the window that is being filled
@@ -239,10 +238,10 @@ class _Drawn:
         """The first shard of this rank's, counted through epochs, of which not all samples have been drawn."""
         return min([feed.ordinal for feed in self._feeds] + [sample.ordinal for sample in self._drawing + self._filling])
 
-    def draw(self) -> _Sample:
-        """The next sample. Raises StreamError, StorageError and whatever `unusable` does."""
+    def draw(self, position: int) -> _Sample:
+        """The next sample, which comes to stand at a position. Raises StreamError, StorageError and whatever `unusable` does."""
         if not self._drawing:
-            while self._fill():
+            while self._fill(position):
                 pass
             order = keyed.permute(np.arange(len(self._filling)), len(self._filling), keyed.key(self._key, self._windows))
             self._drawing, self._filling = [self._filling[place] for place in order.tolist()], []
@@ -252,7 +251,7 @@ class _Drawn:
         self._bytes -= len(sample.data)
         for _ in range(2):
             if len(self._drawing) + len(self._filling) < self._target:
-                self._fill()
+                self._fill(position)
         return sample
 
     def close(self) -> None:
@@ -260,15 +259,15 @@ class _Drawn:
         for feed in self._feeds:
             feed.close()
 
-    def _fill(self) -> bool:
+    def _fill(self, position: int) -> bool:
         """Reads a sample into the next window, unless that or the memory is full; one sample always has room."""
         if len(self._filling) >= self._target or (self._filling and self._bytes >= self._room):
             return False
-        self._filling.append(self._read())
+        self._filling.append(self._read(position))
         self._bytes += len(self._filling[-1].data)
         return True
 
-    def _read(self) -> _Sample:
+    def _read(self, position: int) -> _Sample:
         """The next usable sample of the tars that are open."""
         while True:
             sample = self._feeds[0].take(self._config.read_timeout)
@@ -285,7 +284,7 @@ class _Drawn:
             if not sample.reason:
                 self._barren = 0
                 return sample
-            self._unusable(sample)
+            self._unusable(position, sample)
 
     def _open(self) -> _Feed:
         shards, ordinal = self._tars.shards, self._next_ordinal
@@ -339,26 +338,23 @@ class ForeignStream:
     """
 
     def __init__(
-        self, tars: Tars, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, *, seed: int,
-        global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, quarantine: Path, usable: Usable, cursor: int = 0,
+        self, tars: Tars, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, share: Share, *, seed: int,
+        quarantine: Path, usable: Usable, cursor: int = 0,
     ) -> None:  # fmt: skip
-        self.seed, self.global_batch_size, self.micro_batch_size, self.rank, self.world_size = (
-            seed, global_batch_size, micro_batch_size, rank, world_size,
-        )  # fmt: skip
+        self.seed, self.share = seed, share
         self.cursor = cursor
         """This rank's, of the micro-batch before the one that was given last: that one may be on its way to the device yet."""
         self._given = cursor  # the cursor, once the micro-batch that was given last is used
         self._tars, self._config, self._usable = tars, config, usable
         self._decoder = _Decoder(View(image_size, preprocess, config.decode, training=True))
         self._quarantine = Quarantine(
-            quarantine, rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard, remedy=_REMEDY
+            quarantine, share.rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard, remedy=_REMEDY
         )  # fmt: skip
-        self._position = 0  # that a sample is being looked for
 
     def describe(self) -> str:
         """What can and cannot be promised, for people."""
         held = f"in memory a rank at most {self._config.buffer_bytes / 1e6:,.0f} MB of samples, or a few of them where they are larger"
-        return f"{self._tars.guarantees(self.world_size, self._config.window or WINDOW)}\n{held}"
+        return f"{self._tars.guarantees(self.share.world_size, self._config.window)}\n{held}"
 
     def epoch(self, samples_seen: int) -> float:
         """Passes over the tars, about; nobody knows how many samples they have."""
@@ -370,10 +366,10 @@ class ForeignStream:
         Raises QuarantineError or StreamError where too many samples are unusable or a tar is gone, StorageError where one cannot be read,
         WorkerError where a worker dies.
         """
-        pool = WorkerPool(self._decoder, workers(self._config.workers), processes=self._config.processes)
+        pool = WorkerPool(self._decoder, worker_count(self._config.workers), processes=self._config.processes)
         drawn = _Drawn(
-            self._tars, self._config, self._usable, seed=self.seed, cursor=self.cursor, rank=self.rank,
-            world_size=self.world_size, unusable=lambda sample: self._leave_out(sample, sample.reason),
+            self._tars, self._config, self._usable, seed=self.seed, cursor=self.cursor, rank=self.share.rank,
+            world_size=self.share.world_size, unusable=lambda position, sample: self._leave_out(position, sample, sample.reason),
         )  # fmt: skip
         self._given = self.cursor
         try:
@@ -384,21 +380,19 @@ class ForeignStream:
             drawn.close()
 
     def _positions(self, samples_seen: int, end: int | None) -> Iterator[Int64]:
-        share = self.global_batch_size // self.world_size
+        each = self.share.global_batch_size // self.share.world_size
         while end is None or samples_seen < end:
-            first = samples_seen + self.rank * share
-            yield from np.arange(first, first + share, dtype=np.int64).reshape(-1, self.micro_batch_size)
-            samples_seen += self.global_batch_size
+            first = samples_seen + self.share.rank * each
+            yield from np.arange(first, first + each, dtype=np.int64).reshape(-1, self.share.micro_batch_size)
+            samples_seen += self.share.global_batch_size
 
     def _begin(self, positions: Int64, drawn: _Drawn, pool: WorkerPool) -> _Begun:
-        samples = []
-        for self._position in positions.tolist():
-            samples.append(drawn.draw())
+        samples = [drawn.draw(position) for position in positions.tolist()]
         size = len(samples)
-        rows = Rows((size, *self._decoder.view.image_size, 3), shared=self._config.processes)
+        rows = Rows.new((size, *self._decoder.view.image_size, 3), shared=self._config.processes)
         keys = keyed.key(keyed.Purpose.SAMPLE, self.seed, positions)
         begun = _Begun(positions, keys, samples, drawn.floor, rows)
-        begun.chunks = [self._submit(begun, first, end, pool) for first, end in chunks(size, workers(self._config.workers))]
+        begun.chunks = [self._submit(begun, first, end, pool) for first, end in chunks(size, worker_count(self._config.workers))]
         return begun
 
     def _submit(self, begun: _Begun, first: int, end: int, pool: WorkerPool) -> Future[Reasons]:
@@ -410,27 +404,25 @@ class ForeignStream:
         self.cursor, self._given = self._given, begun.floor
         reasons = [reason for of_chunk in self._results(begun.chunks, pool) for reason in of_chunk]
         for place, reason in enumerate(reasons):
-            tried = 1
+            tried, position = 1, int(begun.positions[place])
             while reason is not None:
-                self._position = int(begun.positions[place])
-                self._leave_out(begun.samples[place], reason)
+                self._leave_out(position, begun.samples[place], reason)
                 if (tried := tried + 1) > _ATTEMPTS + self._config.max_unusable_per_shard:
-                    raise StreamError(
-                        f"{tried - 1} samples tried for position {self._position} were all unusable; quarantine.jsonl names them"
-                    )
-                begun.samples[place] = drawn.draw()
+                    raise StreamError(f"{tried - 1} samples tried for position {position} were all unusable; quarantine.jsonl names them")
+                begun.samples[place] = drawn.draw(position)
                 ((reason,),) = self._results([self._submit(begun, place, place + 1, pool)], pool)
         labels_BL, scores_BL = _padded(begun.samples)
         samples_B = np.array([sample.global_number for sample in begun.samples], dtype=np.int64)
         return Batch(begun.rows.array, labels_BL, scores_BL, begun.keys.view(np.int64), np.ones(len(samples_B), np.bool_), samples_B)
 
-    def _results(self, chunks: list[Future[Reasons]], pool: WorkerPool) -> list[Reasons]:
-        return results(chunks, pool, self._config.read_timeout, lambda: "decoding a micro-batch")
+    def _results(self, futures: list[Future[Reasons]], pool: WorkerPool) -> list[Reasons]:
+        timeout = self._config.read_timeout
+        return pool.results(futures, timeout, lambda: stalled("decoding a micro-batch", timeout))
 
-    def _leave_out(self, sample: _Sample, reason: str) -> None:
+    def _leave_out(self, position: int, sample: _Sample, reason: str) -> None:
         """Writes a sample down that cannot be used. Raises QuarantineError where a budget is spent."""
         tar = self._tars.shards[sample.shard]
-        self._quarantine.add([Fault(self._position, sample.global_number, str(tar.parent), tar.name, sample.key, reason)])
+        self._quarantine.add([Fault(position, sample.global_number, str(tar.parent), tar.name, sample.key, reason)])
 
 
 def _padded(samples: list[_Sample]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
@@ -440,19 +432,3 @@ def _padded(samples: list[_Sample]) -> tuple[npt.NDArray[np.int32], npt.NDArray[
         labels_BL[row, : len(sample.labels)] = sample.labels
         scores_BL[row, : len(sample.scores)] = sample.scores
     return labels_BL, scores_BL
-
-
-def open_stream(
-    data: Mixture | Tars, config: TrainConfig, *, rank: int, world_size: int, quarantine: Path, cursor: int
-) -> TrainStream | ForeignStream:  # fmt: skip
-    """The training batches of a run, of datasets or of tars without an index."""
-    if isinstance(data, Tars):
-        return ForeignStream(
-            data, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
-            micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=quarantine,
-            usable=Usable(config.model.num_classes, config.objective.soft_targets), cursor=cursor,
-        )  # fmt: skip
-    return TrainStream(
-        data, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=quarantine, weights=config.data_weights,
-    )  # fmt: skip

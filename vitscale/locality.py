@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 from vitscale.config import StreamConfig
+from vitscale.order import dealt_together
 
 WINDOW = 256  # samples
 FEWEST_WINDOWS = 4  # in a lane of a dataset that is far away
@@ -102,7 +103,7 @@ def choose_order(stream: StreamConfig, num_samples: int, global_batch_size: int,
 def locality(size: Size, chosen: StreamConfig, *, global_batch_size: int, world_size: int, micro_batch_size: int | None = None) -> Locality:
     """How a run reads whose lanes and window are `chosen`; a micro-batch is a rank's share where none is given."""
     per_sample = size.bytes / size.samples
-    together = 2 if global_batch_size // world_size % 2 == 0 else 1  # positions that always go to the same rank
+    together = dealt_together(global_batch_size // world_size)
     units = -(-chosen.lanes // together)
     each, more = divmod(units, world_size)  # so many ranks have one unit more
     lanes_per_rank = min(chosen.lanes, together * (each + (more > 0))) * size.datasets

@@ -129,8 +129,8 @@ class Mixture:
 
     def read_range(self, shard: int, start: int, end: int) -> bytes:
         """The bytes [start, end) of a tar, unchecked. Raises OSError."""
-        c = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
-        return self.components[c].read_range(shard - int(self.first_shards[c]), start, end)
+        dataset, own = self._shard(shard)
+        return dataset.read_range(own, start, end)
 
     def checked(self, sample: int, data: bytes | memoryview, place: Place) -> bytes | memoryview:
         """The sample's bytes as they were packed, as `Dataset.checked` has them. Raises SampleError, OSError and StorageError."""
@@ -149,8 +149,8 @@ class Mixture:
 
     def tar_of(self, shard: int) -> str:
         """Where a tar lies."""
-        c = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
-        return f"{self.components[c].path}/{self.components[c].shard_names[shard - int(self.first_shards[c])]}"
+        dataset, own = self._shard(shard)
+        return f"{dataset.path}/{dataset.shard_names[own]}"
 
     def find(self, sample: int) -> tuple[Dataset, int]:
         """The dataset that holds a sample, and its number there."""
@@ -158,6 +158,11 @@ class Mixture:
             raise IndexError(f"sample {sample} is not in 0..{self.num_samples - 1}")
         c = int(np.searchsorted(self.first_samples, sample, side="right")) - 1
         return self.components[c], sample - int(self.first_samples[c])
+
+    def _shard(self, shard: int) -> tuple[Dataset, int]:
+        """The dataset that holds a tar, and the tar's number there."""
+        c = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
+        return self.components[c], shard - int(self.first_shards[c])
 
     def _component_of(self, samples: Int64) -> Int64:
         return np.searchsorted(self.first_samples, samples, side="right") - 1

@@ -119,7 +119,7 @@ class RunOrder:
         have room. Where the share is even, positions 2j and 2j + 1 go together, by the preference of the first.
         """
         share = global_batch_size // world_size
-        unit = _dealt_together(share)
+        unit = dealt_together(share)
         firsts = np.arange(samples_seen, samples_seen + global_batch_size, unit, dtype=np.int64)
         taken = firsts[_deal(self.preferred_ranks(firsts, global_batch_size, world_size), share // unit, world_size) == rank]
         positions: Int64 = (taken[:, None] + np.arange(unit)).ravel()
@@ -127,7 +127,7 @@ class RunOrder:
 
     def preferred_ranks(self, positions: Int64, global_batch_size: int, world_size: int) -> Int64:
         """The rank that each position would best go to, for it reads the window: what `positions_of_rank` deals by."""
-        unit = _dealt_together(global_batch_size // world_size)
+        unit = dealt_together(global_batch_size // world_size)
         component, count = self._components_at(np.asarray(positions, dtype=np.int64) // unit * unit)
         lane = count % np.asarray(self.sizes, dtype=np.int64)[component] % self.lanes
         if len(self.sizes) > 1:
@@ -220,7 +220,7 @@ def _golden_stride(length: int) -> int:
     return next(stride for stride in itertools.count(max(1, round(length * 0.618))) if math.gcd(stride, length) == 1)
 
 
-def _dealt_together(share: int) -> int:
+def dealt_together(share: int) -> int:
     """Positions that always go to the same rank: pairs, where its share is even; a step begins at a multiple of the batch, so with one."""
     return 2 if share % 2 == 0 else 1
 
@@ -268,7 +268,7 @@ class Lanes:
 
         First windows differ in length from lane to lane, so that readers do not have to fill all of them in the same step.
         """
-        head = np.full_like(lane, self.window) if self.lanes == 1 else 1 + lane * self.window // self.lanes
+        head = self._first_window(lane)
         window = np.where(place < head, 0, 1 + (place - head) // self.window)
         start = np.where(window == 0, 0, head + (window - 1) * self.window)
         length = np.minimum(np.where(window == 0, head, self.window), self.lane_size(lane) - start)
@@ -276,8 +276,11 @@ class Lanes:
 
     def window_start(self, lane: int, window: int) -> int:
         """The first place of a window of a lane."""
-        head = self.window if self.lanes == 1 else 1 + lane * self.window // self.lanes
-        return head + (window - 1) * self.window if window else 0
+        return int(self._first_window(np.asarray(lane))) + (window - 1) * self.window if window else 0
+
+    def _first_window(self, lane: Int64) -> Int64:
+        """How many samples a lane's first window holds, where the lane is that long."""
+        return np.full_like(lane, self.window) if self.lanes == 1 else 1 + lane * self.window // self.lanes
 
     def windows_in(self, lane: int) -> int:
         """How many windows a lane has."""

@@ -7,7 +7,6 @@ Imports no torch: it works on login nodes.
 
 import dataclasses
 from pathlib import Path
-from typing import Protocol
 
 from data_tools.cache import Cache
 from data_tools.dataset import Dataset, DatasetError
@@ -24,7 +23,7 @@ from vitscale.config import (
 )
 from vitscale.locality import choose_order, locality
 from vitscale.mixture import Mixture
-from vitscale.run import RunError, has_begun, is_of_tars, overlay_fields, read_config, read_record, used_overlays
+from vitscale.run import RunError, has_begun, is_of_tars, overlay_fields, read_config, read_record, trained_datasets, used_overlays
 from vitscale.unindexed import Tars, named_tars
 
 
@@ -36,7 +35,7 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
     asked = dataclasses.replace(asked, out=asked.out or f"runs/{asked.recipe}")
     if not all(asked.datasets) or not asked.datasets:
         raise ConfigError("no dataset is given; --data DATASET names the directory of a training split, as `vitscale pack` writes it")
-    stage, cache = stage_of(asked), cache_of(asked)
+    stage, cache = stage_at(asked.stage), cache_at(asked.cache, asked.cache_bytes)
     if tars := named_tars(asked.datasets):
         return _resolve_tars(asked, tars, world_size)
     dataset = Mixture([Dataset.open_checked(path, stage=stage, cache=cache) for path in asked.datasets])
@@ -83,7 +82,7 @@ def _resolve_tars(asked: TrainConfig | FinetuneConfig, tars: Tars, world_size: i
     _check_schedule(asked, asked.steps)
     held_out = "none"
     if asked.eval_data not in ("", "none"):
-        found = Dataset.open_checked(location(asked.eval_data), stage=stage_of(asked))
+        found = Dataset.open_checked(location(asked.eval_data), stage=stage_at(asked.stage))
         if found.num_classes != asked.model.num_classes:
             raise DatasetError(
                 f"{found.path} has {found.num_classes} classes, and model.num_classes={asked.model.num_classes}; give its own"
@@ -98,16 +97,37 @@ def _resolve_tars(asked: TrainConfig | FinetuneConfig, tars: Tars, world_size: i
 
 
 def open_data(config: TrainConfig) -> Mixture | Tars:
-    """What a rank of the run trains on, as the newest start found it."""
+    """What a rank of the run trains on, as the newest start found it. Raises RunError where something else lies there by now."""
     run = Path(config.out)
-    if is_of_tars(read_record(run)):
+    record = read_record(run)
+    begun_with = trained_datasets(record)
+    if is_of_tars(record):
         tars = named_tars(config.datasets)
-        if tars is None:
-            raise RunError(f"{' '.join(config.datasets)} were tars without an index when the run started and are no more; start it again")
+        if tars is None or tars.names_hash != begun_with[0]["names_hash"]:
+            raise RunError(f"{' '.join(config.datasets)} has other tars than when the run started a moment ago; start it again")
         return tars
     overlays = used_overlays(run)
     of_each = [overlays[name] for name in overlay_fields(len(config.datasets))]
-    return Mixture.open(config.datasets, of_each, stage_of(config), cache_of(config))
+    mixture = Mixture.open(config.datasets, of_each, stage_at(config.stage), cache_at(config.cache, config.cache_bytes))
+    for component, before in zip(mixture.components, begun_with, strict=True):
+        if component.content_hash != before["hash"]:
+            raise RunError(f"{component.path} is another dataset than when the run started a moment ago; start it again")
+    return mixture
+
+
+def open_held_out(config: TrainConfig) -> Dataset | None:
+    """What a rank of the run evaluates on, with the overlays that the newest start found."""
+    if config.eval_data == "none":
+        return None
+    overlays = used_overlays(Path(config.out))["eval_data"]
+    # Without check_shards: every rank would ask the file system for every tar.
+    return Dataset.open(
+        config.eval_data,
+        overlays=overlays,
+        stage=stage_at(config.stage),
+        cache=cache_at(config.cache, config.cache_bytes),
+        check_shards=False,
+    )
 
 
 def _check_schedule(config: TrainConfig, steps: int) -> None:
@@ -139,29 +159,16 @@ def _with_checkpoint(asked: FinetuneConfig, num_classes: int) -> TrainConfig:
     return fine_tuning_run(asked, base.model, base.preprocess, folder, num_classes)
 
 
-class _Places(Protocol):
-    """Where copies of datasets go: of a run's config, or of a verb's flags."""
-
-    @property
-    def stage(self) -> str: ...
-    @property
-    def cache(self) -> str: ...
-    @property
-    def cache_bytes(self) -> int | None: ...
+def stage_at(folder: str) -> Path | None:
+    """The folder that indices are mapped from, as a setting names it."""
+    return Path(folder) if folder else None
 
 
-def stage_of(config: _Places) -> Path | None:
-    """The folder that a run's indices are mapped from."""
-    return Path(config.stage) if config.stage else None
-
-
-def cache_of(config: _Places) -> Cache | None:
-    """The cache that a run's tars are read through. Raises ConfigError, CacheError."""
-    if bool(config.cache) != (config.cache_bytes is not None):
-        raise ConfigError(
-            f"cache={config.cache!r} and cache_bytes={config.cache_bytes} go together; --cache /local/disk --cache-bytes 200GB"
-        )
-    return Cache(Path(config.cache), config.cache_bytes) if config.cache_bytes is not None else None
+def cache_at(folder: str, limit: int | None) -> Cache | None:
+    """The cache that tars are read through, as settings name it. Raises ConfigError, CacheError."""
+    if bool(folder) != (limit is not None):
+        raise ConfigError(f"cache={folder!r} and cache_bytes={limit} go together; --cache /local/disk --cache-bytes 200GB")
+    return Cache(Path(folder), limit) if limit is not None else None
 
 
 def _begun_order(config: TrainConfig) -> StreamConfig:

@@ -156,7 +156,7 @@ def start_of_step(record: dict[str, Any], step: int) -> dict[str, Any]:
     for start in reversed(record["starts"]):
         if start.get("step", step) < step:  # one that has no step came to an end before it began
             return start  # type: ignore[no-any-return]
-    raise RunError(f"run.json does not tell which start made step {step}: no start came so far, or a version of before noted it")
+    raise RunError(f"run.json does not tell which start made step {step}: no start came so far, or a version of before did not note it")
 
 
 def read_record(run: Path) -> dict[str, Any]:

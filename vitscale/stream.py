@@ -15,11 +15,9 @@ Axes: B batch, H height, W width, C channels, L labels of a sample.
 
 from __future__ import annotations
 
-import os
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,7 @@ from data_tools.dataset import Located
 from data_tools.errors import UserError
 from vitscale import keyed
 from vitscale.config import PreprocessConfig, StreamConfig
-from vitscale.decoding import Decoded, Decoder, Task, View
+from vitscale.decoding import Decoded, Decoder, Task, View, kept_candidates
 from vitscale.locality import locality
 from vitscale.metrics import counted
 from vitscale.mixture import Mixture
@@ -40,12 +38,8 @@ from vitscale.order import MAX_DRAWS, Int64, RunOrder
 from vitscale.pixels import path_in_use
 from vitscale.quarantine import Quarantine
 from vitscale.reading import Awaited, Reader
-from vitscale.workers import Rows, WorkerPool
+from vitscale.workers import Rows, WorkerPool, chunks, worker_count
 
-_CHUNK = 16  # samples that a worker gets at once, at most: enough that handing them over costs nothing
-_LOOK_EVERY = 0.5  # seconds between looks at whether a worker has died, while waiting for another one
-
-R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -69,6 +63,16 @@ class Batch:
     """Numbers of the samples."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of each step is a rank's, in images."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+
 class TrainStream:
     """A rank's share of the training batches.
 
@@ -76,27 +80,30 @@ class TrainStream:
         dataset: the training split, or several.
         image_size: height and width in pixels.
         config: lanes and window must be chosen (above 0).
-        weights: of several datasets; none: as many samples of each as it has.
         seed: of the run.
-        global_batch_size, micro_batch_size, rank, world_size: how the work is split.
         quarantine: the file that unusable samples are appended to, a line of JSON each.
+        weights: of several datasets; none: as many samples of each as it has.
     """
 
+    cursor = 0
+    """Nothing beside `samples_seen` tells where it is; of tars without an index something does (`foreign.ForeignStream`)."""
+
     def __init__(
-        self, dataset: Mixture, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, *, seed: int,
-        global_batch_size: int, micro_batch_size: int, rank: int, world_size: int, quarantine: Path, weights: tuple[float, ...] = (),
+        self, dataset: Mixture, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, share: Share, *, seed: int,
+        quarantine: Path, weights: tuple[float, ...] = (),
     ) -> None:  # fmt: skip
-        self.order = RunOrder([of.shard_sizes for of in dataset.components], weights or None, seed, config.lanes, config.window)
-        self.seed, self.global_batch_size, self.micro_batch_size, self.rank, self.world_size = (
-            seed, global_batch_size, micro_batch_size, rank, world_size,
-        )  # fmt: skip
+        self.order = RunOrder(
+            [component.shard_sizes for component in dataset.components], weights or None, seed, config.lanes, config.window
+        )
+        self.seed, self.share = seed, share
         self._dataset, self._config = dataset, config
         self.locality = locality(
-            dataset.size, config, global_batch_size=global_batch_size, world_size=world_size, micro_batch_size=micro_batch_size
-        )
+            dataset.size, config, global_batch_size=share.global_batch_size, world_size=share.world_size,
+            micro_batch_size=share.micro_batch_size,
+        )  # fmt: skip
         view = View(image_size, preprocess, config.decode, training=True)
         self._decoder = Decoder(dataset, view, self.order, attempts=config.max_unusable + 1)
-        self._quarantine = Quarantine(quarantine, rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard)
+        self._quarantine = Quarantine(quarantine, share.rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard)
 
     def epoch(self, samples_seen: int) -> float:
         """Passes over the data."""
@@ -110,7 +117,7 @@ class TrainStream:
         """
         reader = Reader(
             self._dataset, self.order if self.locality.reads == "windows" else None,
-            lambda positions: self.order.preferred_ranks(positions, self.global_batch_size, self.world_size) == self.rank,
+            lambda positions: self.order.preferred_ranks(positions, self.share.global_batch_size, self.share.world_size) == self.share.rank,
             shared=self._config.processes, threads=self._config.read_threads,
         )  # fmt: skip
         return _prepare_ahead(self._jobs(samples_seen, end), self._decoder, reader, self._config, self._quarantine)
@@ -118,28 +125,29 @@ class TrainStream:
     def describe(self) -> str:
         """How a rank reads and decodes, and the memory that it takes for it, in a line."""
         height, width = self._decoder.view.image_size
-        batches = (self._config.prefetch + 2) * self.micro_batch_size * height * width * 3
+        batches = (self._config.prefetch + 2) * self.share.micro_batch_size * height * width * 3
         kind = "process" if self._config.processes else "thread"
         reads = f"one by one ({self.locality.why})" if self.locality.why else f"in windows of {self.locality.window_bytes / 1e6:,.1f} MB"
         return (
-            f"samples are read {reads}; {counted(workers(self._config.workers), kind)} a rank, decoding {self._config.decode} by "
+            f"samples are read {reads}; {counted(worker_count(self._config.workers), kind)} a rank, decoding {self._config.decode} by "
             f"{path_in_use()}; in memory a rank at most {self.locality.buffered_bytes_per_rank / 1e6:,.0f} MB of what was read and "
             f"{batches / 1e6:,.0f} MB of batches"
         )
 
     def _jobs(self, samples_seen: int, end: int | None) -> Iterator[_Job]:
+        share = self.share
         while end is None or samples_seen < end:
-            share = self.order.positions_of_rank(samples_seen, self.global_batch_size, self.rank, self.world_size)
-            for positions in share.reshape(-1, self.micro_batch_size):
+            taken = self.order.positions_of_rank(samples_seen, share.global_batch_size, share.rank, share.world_size)
+            for positions in taken.reshape(-1, share.micro_batch_size):
                 samples = self.order.samples_at(positions)
                 for i in np.flatnonzero(self._dataset.removed(samples)).tolist():
                     samples[i] = self._kept_instead(int(positions[i]))
                 yield _Job(positions, samples, keyed.key(keyed.Purpose.SAMPLE, self.seed, positions))
-            samples_seen += self.global_batch_size
+            samples_seen += share.global_batch_size
 
     def _kept_instead(self, position: int) -> int:
         """The first candidate for a position that no overlay removes."""
-        for sample in self._decoder.candidates(position):
+        for sample in kept_candidates(self.order, self._dataset, position):
             return sample
         raise StreamError(
             f"overlays remove all of the {MAX_DRAWS} samples drawn for position {position}; too little of the dataset is left"
@@ -197,45 +205,10 @@ def _prepare_ahead(
     jobs: Iterator[_Job], decoder: Decoder, reader: Reader, config: StreamConfig, quarantine: Quarantine | None
 ) -> Iterator[Batch]:
     """Batches in the order of the jobs, `prefetch` of them in the making while one is used."""
-    pool = WorkerPool(decoder, workers(config.workers), processes=config.processes)
-
-    def begin(job: _Job) -> _Begun:
-        size = len(job.samples)
-        there = np.flatnonzero(job.samples >= 0)
-        rows = Rows((size, *decoder.view.image_size, 3), shared=config.processes)
-        reads: list[Awaited | None] = [None] * size
-        for i, awaited in zip(there.tolist(), reader.start(job.positions[there], job.samples[there]), strict=True):
-            reads[i] = awaited
-        located = decoder.dataset.locate(np.maximum(job.samples, 0))
-
-        def submit(first: int, end: int) -> Future[Decoded]:
-            part = slice(first, end)
-
-            def task() -> tuple[Task, Rows]:
-                data = [awaited.bytes() if awaited else None for awaited in reads[part]]
-                if config.processes:
-                    data = [bytes(found) if isinstance(found, memoryview) else found for found in data]
-                where = Located(*(column[part] for column in located))
-                return Task(job.positions[part], job.samples[part], job.keys[part], where, data), rows.part(first, end)
-
-            needed = {id(awaited.stretch): awaited.stretch.data for awaited in reads[part] if awaited}
-            return pool.submit(task, after=list(needed.values()))
-
-        return _Begun(job, rows, reads, [submit(first, end) for first, end in chunks(size, workers(config.workers))])
-
-    def finish(begun: _Begun) -> Batch:
-        done = results(begun.chunks, pool, config.read_timeout, partial(_waited_for, begun, decoder.dataset))
-        if quarantine and (faults := [fault for decoded in done for fault in decoded.faults]):
-            quarantine.add(faults)
-        if given_up := next((decoded.given_up for decoded in done if decoded.given_up), ""):
-            raise StreamError(f"{given_up}; quarantine.jsonl names them")
-        valid_B = np.concatenate([decoded.valid for decoded in done])
-        samples_B = np.where(valid_B, np.concatenate([decoded.samples for decoded in done]), 0)
-        labels_BL, scores_BL = decoder.dataset.labels(samples_B)
-        return Batch(begun.rows.array, labels_BL, scores_BL, begun.job.keys.view(np.int64), valid_B, samples_B)
-
+    pool = WorkerPool(decoder, worker_count(config.workers), processes=config.processes)
     try:
-        yield from map(finish, ahead(map(begin, jobs), config.prefetch))
+        begun = ahead((_begin(job, decoder, reader, pool, config) for job in jobs), config.prefetch)
+        yield from map(partial(_finish, decoder.dataset, pool, config, quarantine), begun)
     finally:
         pool.close()
         reader.close()
@@ -253,23 +226,42 @@ def ahead(begun: Iterable[T], count: int) -> Iterator[T]:
         yield waiting.popleft()
 
 
-def chunks(size: int, workers: int) -> list[tuple[int, int]]:
-    """Where the parts of a micro-batch begin and end that workers get one by one: an equal share each, if that is not too many."""
-    step = min(_CHUNK, -(-size // workers))
-    return [(first, min(first + step, size)) for first in range(0, size, step)]
+def _begin(job: _Job, decoder: Decoder, reader: Reader, pool: WorkerPool, config: StreamConfig) -> _Begun:
+    """Has a micro-batch's bytes read, and each of its chunks decoded once they are there."""
+    size, there = len(job.samples), np.flatnonzero(job.samples >= 0)
+    begun = _Begun(job, Rows.new((size, *decoder.view.image_size, 3), shared=config.processes), [None] * size, [])
+    for i, awaited in zip(there.tolist(), reader.start(job.positions[there], job.samples[there]), strict=True):
+        begun.reads[i] = awaited
+    located = decoder.dataset.locate(np.maximum(job.samples, 0))
+    for first, end in chunks(size, worker_count(config.workers)):
+        stretches = {id(awaited.stretch): awaited.stretch.data for awaited in begun.reads[first:end] if awaited}
+        task = partial(_task, job, begun.reads[first:end], begun.rows.part(first, end), located, slice(first, end), config.processes)
+        begun.chunks.append(pool.submit(task, after=list(stretches.values())))
+    return begun
 
 
-def results(of_chunks: Sequence[Future[R]], pool: WorkerPool, timeout: float, waited_for: Callable[[], str]) -> list[R]:
-    """What became of a micro-batch's chunks; a failure of any other one, or too long a wait for all, is an error."""
-    end = time.monotonic() + timeout
-    for chunk in of_chunks:
-        while not chunk.done():
-            if pool.failure is not None:  # perhaps of a later micro-batch: why wait for its turn?
-                raise pool.failure
-            if time.monotonic() > end:
-                raise stalled(waited_for(), timeout)
-            wait([chunk], timeout=_LOOK_EVERY)
-    return [chunk.result() for chunk in of_chunks]
+def _task(
+    job: _Job, reads: list[Awaited | None], rows: Rows, located: Located, part: slice, processes: bool
+) -> tuple[Task, Rows]:  # fmt: skip
+    """What a worker is to do with a part of a micro-batch whose bytes have been read. Raises what reading them raised."""
+    data = [awaited.bytes() if awaited else None for awaited in reads]
+    if processes:
+        data = [bytes(found) if isinstance(found, memoryview) else found for found in data]
+    where = Located(*(column[part] for column in located))
+    return Task(job.positions[part], job.samples[part], job.keys[part], where, data), rows
+
+
+def _finish(dataset: Mixture, pool: WorkerPool, config: StreamConfig, quarantine: Quarantine | None, begun: _Begun) -> Batch:
+    """The batch, once all its chunks are done."""
+    done = pool.results(begun.chunks, config.read_timeout, lambda: stalled(_waited_for(begun, dataset), config.read_timeout))
+    if quarantine and (faults := [fault for decoded in done for fault in decoded.faults]):
+        quarantine.add(faults)
+    if given_up := next((decoded.given_up for decoded in done if decoded.given_up), ""):
+        raise StreamError(f"{given_up}; quarantine.jsonl names them")
+    valid_B = np.concatenate([decoded.valid for decoded in done])
+    samples_B = np.where(valid_B, np.concatenate([decoded.samples for decoded in done]), 0)
+    labels_BL, scores_BL = dataset.labels(samples_B)
+    return Batch(begun.rows.array, labels_BL, scores_BL, begun.job.keys.view(np.int64), valid_B, samples_B)
 
 
 def stalled(what: str, timeout: float) -> StreamError:
@@ -285,8 +277,3 @@ def _waited_for(begun: _Begun, dataset: Mixture) -> str:
     work = "reading" if shards else "reading or decoding"
     shards = shards or {dataset.shard_of(sample) for sample in begun.job.samples[begun.job.samples >= 0].tolist()}
     return f"{work} {', '.join(sorted(shards)[:3])}{' and others' if len(shards) > 3 else ''}"
-
-
-def workers(asked: int) -> int:
-    """Workers to decode with: as many as asked for, or the cores this process may use, at most 8."""
-    return asked or min(8, len(os.sched_getaffinity(0)))

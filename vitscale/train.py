@@ -2,7 +2,8 @@
 
     python -m vitscale.train RUN        one rank of the run in RUN, which `run.open_run` has prepared; the launcher starts all of them
 
-Follow one batch from here: `stream.py` (which samples, and their pixels) -> `mixing.py` -> `model.py` -> `objective.py` -> `engine.py`.
+Follow one batch from here: `stream.py` (which samples, and their pixels) -> `transfer.py`, `mixing.py` -> `model.py` -> `objective.py` ->
+`engine.py`; what the stream is made of it tells itself.
 `samples_seen` is the only clock: with it, the seed and the checkpoint's tensors a run continues exactly where it was.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_tools.cache import Cache, cache_advice
+from data_tools.cache import cache_advice
 from data_tools.dataset import Dataset
 from data_tools.errors import UserError
 from data_tools.processes import die_with
@@ -30,15 +31,15 @@ from vitscale.engine import Engine, device, init_distributed
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
 from vitscale.flops import peak_flops, train_flops
-from vitscale.foreign import ForeignStream, open_stream
+from vitscale.foreign import ForeignStream, Usable
 from vitscale.metrics import Metrics, counted, progress_line
 from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
-from vitscale.resolve import cache_of, open_data, stage_of
-from vitscale.run import cut_back, note_begin, read_config, read_metrics, used_overlays, was_evaluated
-from vitscale.stream import TrainStream
+from vitscale.resolve import open_data, open_held_out
+from vitscale.run import cut_back, note_begin, read_config, read_metrics, was_evaluated
+from vitscale.stream import Share, TrainStream
 from vitscale.transfer import on_device
 from vitscale.unindexed import Tars
 
@@ -61,13 +62,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     rank, world_size, run = dist.get_rank(), dist.get_world_size(), Path(config.out)
 
     # -- Data -------------------------------------------------------------------------------------------------------------------------
-    overlays = used_overlays(run)  # as the start found them: one that comes while ranks start must not reach some of them
-    stage, cache = stage_of(config), cache_of(config)
-    dataset = open_data(config)
-    held_out = None
-    if config.eval_data != "none":
-        # Without check_shards: every rank would ask the file system for every tar.
-        held_out = Dataset.open(config.eval_data, overlays=overlays["eval_data"], stage=stage, cache=cache, check_shards=False)
+    dataset, held_out = open_data(config), open_held_out(config)  # as the start found them: ranks must agree
     last_step = total_steps(config, dataset.num_samples)
 
     # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------
@@ -95,9 +90,19 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     # -- Stream -----------------------------------------------------------------------------------------------------------------------
     samples_seen = resumed.samples_seen if resumed else 0
     step = samples_seen // config.global_batch_size
-    stream = open_stream(
-        dataset, config, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl", cursor=resumed.cursor if resumed else 0
-    )
+    share, quarantine = Share(config.global_batch_size, config.micro_batch_size, rank, world_size), run / "quarantine.jsonl"
+    stream: TrainStream | ForeignStream
+    if isinstance(dataset, Tars):
+        usable, cursor = Usable(config.model.num_classes, config.objective.soft_targets), resumed.cursor if resumed else 0
+        stream = ForeignStream(
+            dataset, config.model.image_size, config.preprocess, config.stream, share, seed=config.seed, quarantine=quarantine,
+            usable=usable, cursor=cursor,
+        )  # fmt: skip
+    else:
+        stream = TrainStream(
+            dataset, config.model.image_size, config.preprocess, config.stream, share, seed=config.seed, quarantine=quarantine,
+            weights=config.data_weights,
+        )  # fmt: skip
     metrics = Metrics(run, step) if rank == 0 else None
     if metrics:
         for fault in faults:
@@ -105,7 +110,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         parameters = sum(math.prod(shape) for shape in shapes.values())
         metrics.say(_headline(config, step, last_step, world_size, accumulate, parameters) + origin)
         metrics.say(stream.describe())
-        _say_of_data(metrics, dataset, config, cache, step, samples_seen)
+        _say_of_data(metrics, dataset, config, step, samples_seen)
 
     # -- The loop ---------------------------------------------------------------------------------------------------------------------
     batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size), device(), config.mix)
@@ -140,14 +145,10 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
             if not math.isfinite(mean_loss):
                 raise TrainingError(_diverged(f"the loss is {mean_loss}", step))
             if metrics:
+                clock = {"step": step, "samples_seen": samples_seen, "epoch": stream.epoch(samples_seen)}
+                learned = {"loss": mean_loss, "lr": lr, "grad_norm": engine.grad_norm()}
                 rate = (step - since_step) * config.global_batch_size / (time.perf_counter() - since_time)
-                line = {
-                    "step": step, "samples_seen": samples_seen, "epoch": stream.epoch(samples_seen), "loss": mean_loss, "lr": lr,
-                    "grad_norm": engine.grad_norm(), "images_per_second": rate,
-                    "seconds_left": (last_step - step) * config.global_batch_size / rate,
-                }  # fmt: skip
-                if peak := peak_flops(_device_name(), config.engine.precision):
-                    line["mfu"] = train_flops(config.model) * rate / world_size / peak
+                line = clock | learned | _speed(rate, last_step - step, config, world_size)
                 metrics.log(line, progress_line(line, last_step))
             since_time, since_step = time.perf_counter(), step
         if saves:  # before the evaluation, which may be long
@@ -198,26 +199,32 @@ def _take_up(config: TrainConfig) -> tuple[Path | None, list[str], bool]:
 
 
 def _used_up_by_all(stream: TrainStream | ForeignStream) -> int:
-    """The cursor of a run on tars without an index, the lowest of all ranks; a dataset's position follows from the samples seen."""
-    if isinstance(stream, TrainStream):
-        return 0
+    """The cursor of a run on tars without an index, the lowest of all ranks."""
     lowest = torch.tensor(stream.cursor, device=device())
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     return int(lowest)
 
 
-def _say_of_data(metrics: Metrics, dataset: Mixture | Tars, config: TrainConfig, cache: Cache | None, step: int, samples_seen: int) -> None:
+def _say_of_data(metrics: Metrics, dataset: Mixture | Tars, config: TrainConfig, step: int, samples_seen: int) -> None:
     """Warnings, what the cache holds, and the overlays in use, which may be others at the next start."""
     for component in dataset.components:
         if component.path_hides_overlays:
             metrics.say(f"warning: {component.path} is on the web, where overlays are not seen: what one removes is trained on")
-    if cache and isinstance(dataset, Mixture):
-        for said in cache_advice(cache.limit, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1):
+    if config.cache_bytes and isinstance(dataset, Mixture):
+        for said in cache_advice(config.cache_bytes, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1):
             metrics.say(said)
     if names := [name for component in dataset.components for name in component.overlay.names]:
         relabelled = sum(len(component.overlay.samples) for component in dataset.components)
         line = {"step": step, "samples_seen": samples_seen, "overlays": names}
         metrics.log(line, f"overlays: {relabelled:,} samples relabelled, {dataset.num_removed:,} removed")
+
+
+def _speed(images_per_second: float, steps_left: int, config: TrainConfig, world_size: int) -> dict[str, float]:
+    """What a rate says of the run's end, and of its share of the devices' peak where that is known."""
+    found = {"images_per_second": images_per_second, "seconds_left": steps_left * config.global_batch_size / images_per_second}
+    if peak := peak_flops(_device_name(), config.engine.precision):
+        found["mfu"] = train_flops(config.model) * images_per_second / world_size / peak
+    return found
 
 
 def _due(step: int, last_step: int, every: int) -> bool:

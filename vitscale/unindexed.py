@@ -11,7 +11,7 @@ import stat
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from data_tools.dataset import Dataset
 from data_tools.errors import UserError
@@ -33,11 +33,16 @@ class Tars:
     said: tuple[str, ...]
     """The words that named them."""
     shards: tuple[Location, ...]
-    num_samples: int = 0
+    num_samples: ClassVar[int] = 0
     """Nobody knows: a run on them has its length in steps."""
-    num_removed: int = 0
-    components: tuple[Dataset, ...] = ()
-    class_names: tuple[str, ...] | None = None
+    num_removed: ClassVar[int] = 0
+    components: ClassVar[tuple[Dataset, ...]] = ()
+    class_names: ClassVar[tuple[str, ...] | None] = None
+
+    @property
+    def names_hash(self) -> str:
+        """Of their names in order, which is what ranks must agree on; nothing is asked for it."""
+        return hashlib.sha256(json.dumps([shard.name for shard in self.shards]).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """What a run remembers of them. Raises UnindexedError where one is not there."""
@@ -45,7 +50,10 @@ class Tars:
             sizes = list(pool.map(_size, self.shards))
         listed = json.dumps([(shard.name, size) for shard, size in zip(self.shards, sizes, strict=True)])
         path, content = " ".join(self.said), hashlib.sha256(listed.encode()).hexdigest()
-        return {"kind": "tars", "path": path, "name": path, "hash": content, "shards": len(sizes), "bytes": sum(sizes)}
+        return {
+            "kind": "tars", "path": path, "name": path, "hash": content, "names_hash": self.names_hash, "shards": len(sizes),
+            "bytes": sum(sizes),
+        }  # fmt: skip
 
     def guarantees(self, world_size: int, window: int) -> str:
         """What a run on them can and cannot promise, and how it could promise more, in some lines."""

@@ -12,6 +12,7 @@ that is stuck in a read.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import pickle
@@ -21,12 +22,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +39,10 @@ from data_tools.processes import die_with
 
 Uint8 = npt.NDArray[np.uint8]
 Work = Callable[..., Any]
+R = TypeVar("R")
+
+_CHUNK = 16  # samples that a worker gets at once, at most: enough that handing them over costs nothing
+_LOOK_EVERY = 0.5  # seconds between looks at whether a worker has died, while waiting for another one
 
 # What a scheduler or a user sends to all processes of a job: ranks answer it, their workers go on until the rank ends them.
 _SHIELDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -83,6 +90,18 @@ class WorkerPool:
             needed.add_done_callback(done)
         return future
 
+    def results(self, futures: Sequence[Future[R]], timeout: float, stalled: Callable[[], Exception]) -> list[R]:
+        """What became of some tasks. A failure of any other one is raised at once, `stalled()` where all of them take longer than that."""
+        end = time.monotonic() + timeout
+        for future in futures:
+            while not future.done():
+                if self.failure is not None:  # perhaps of a later micro-batch: why wait for its turn?
+                    raise self.failure
+                if time.monotonic() > end:
+                    raise stalled()
+                wait([future], timeout=_LOOK_EVERY)
+        return [future.result() for future in futures]
+
     def close(self) -> None:
         """Ends all workers without waiting for those that are busy; what they have not begun fails."""
         self._closed = True
@@ -103,6 +122,17 @@ class WorkerPool:
                 future.set_exception(error)
             del item, future, task  # or they, and all that they hold, would live until the next task comes
         self._tasks.put(None)  # for the next worker
+
+
+def worker_count(asked: int) -> int:
+    """Workers to decode with: as many as asked for, or the cores this process may use, at most 8."""
+    return asked or min(8, len(os.sched_getaffinity(0)))
+
+
+def chunks(size: int, workers: int) -> list[tuple[int, int]]:
+    """Where the parts of a micro-batch begin and end that workers get one by one: an equal share each, if that is not too many."""
+    step = min(_CHUNK, -(-size // workers))
+    return [(first, min(first + step, size)) for first in range(0, size, step)]
 
 
 class Shared:
@@ -126,36 +156,38 @@ class Shared:
             os.close(self._fd)
 
 
+@dataclass(frozen=True)
 class Rows:
     """Some rows of a batch's pixels: what a worker writes into, here or in another process."""
 
-    def __init__(self, shape: tuple[int, ...], shared: bool) -> None:
-        self._memory = Shared(int(np.prod(shape))) if shared else None
-        self.array: Uint8 = self._memory.array().reshape(shape) if self._memory else np.empty(shape, np.uint8)
-        self.first, self.end = 0, shape[0]
+    array: Uint8
+    memory: Shared | None
+    """Where it lies, if other processes are to reach it."""
+    offset: int = 0
+    """In bytes, of the array in that memory."""
+
+    @classmethod
+    def new(cls, shape: tuple[int, ...], shared: bool) -> Rows:
+        """All rows of a batch, with whatever was in memory."""
+        memory = Shared(math.prod(shape)) if shared else None
+        return cls(memory.array().reshape(shape) if memory else np.empty(shape, np.uint8), memory)
 
     def part(self, first: int, end: int) -> Rows:
         """The rows [first, end)."""
-        part = object.__new__(Rows)
-        part._memory, part.array, part.first, part.end = self._memory, self.array[first:end], first, end
-        return part
+        return Rows(self.array[first:end], self.memory, self.offset + first * math.prod(self.array.shape[1:]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        assert self._memory is not None
-        row = int(np.prod(self.array.shape[1:]))
-        return _attached, (self._memory.path, self.array.shape, self.first * row)
+        assert self.memory is not None
+        return _attached, (self.memory.path, self.array.shape, self.offset)
 
 
 def _attached(path: str, shape: tuple[int, ...], offset: int) -> Rows:
-    rows = object.__new__(Rows)
-    rows._memory, rows.first, rows.end = None, 0, shape[0]
     file = os.open(path, os.O_RDWR)
     try:
         whole = mmap.mmap(file, 0)
     finally:
         os.close(file)
-    rows.array = np.frombuffer(whole, np.uint8, count=int(np.prod(shape)), offset=offset).reshape(shape)
-    return rows
+    return Rows(np.frombuffer(whole, np.uint8, count=math.prod(shape), offset=offset).reshape(shape), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

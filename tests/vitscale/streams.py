@@ -8,7 +8,7 @@ from data_tools.dataset import Dataset
 from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.locality import choose_order
 from vitscale.mixture import Mixture
-from vitscale.stream import Batch, TrainStream
+from vitscale.stream import Batch, Share, TrainStream
 
 IMAGE_SIZE = (8, 12)
 PREPROCESS = PreprocessConfig(crop_scale=(0.3, 1.0))
@@ -21,8 +21,8 @@ def stream(
     mixture = Mixture([dataset]) if isinstance(dataset, Dataset) else dataset
     chosen = choose_order(config or StreamConfig(workers=2), mixture.num_samples, batch)
     return TrainStream(
-        mixture, IMAGE_SIZE, PREPROCESS, chosen, seed=seed, global_batch_size=batch, micro_batch_size=micro or batch // world_size,
-        rank=rank, world_size=world_size, quarantine=tmp_path / "quarantine.jsonl", weights=weights,
+        mixture, IMAGE_SIZE, PREPROCESS, chosen, Share(batch, micro or batch // world_size, rank, world_size), seed=seed,
+        quarantine=tmp_path / "quarantine.jsonl", weights=weights,
     )  # fmt: skip
 
 

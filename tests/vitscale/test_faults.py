@@ -24,14 +24,14 @@ from data_tools.pack import pack
 from tests.command import SMALL, VITSCALE
 from tests.conftest import write_images
 from tests.data_tools.mutations import mutated
+from tests.vitscale.streams import stream
 from vitscale import reading
 from vitscale.config import StreamConfig
-from vitscale.locality import choose_order
 from vitscale.mixture import Mixture
 from vitscale.quarantine import Fault, Quarantine, QuarantineError
 from vitscale.reading import Reader, ReadError
 from vitscale.run import cut_back
-from vitscale.stream import Batch, StreamError, TrainStream
+from vitscale.stream import Batch, StreamError
 
 MUTATIONS = 2000  # by `make soak`
 SAMPLE = 60  # of them, each time
@@ -45,18 +45,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out" / "train"
 
 
-def stream(dataset: Dataset, folder: Path, batch: int, config: StreamConfig) -> TrainStream:
-    from tests.vitscale.streams import IMAGE_SIZE, PREPROCESS
-
-    return TrainStream(
-        Mixture([dataset]), IMAGE_SIZE, PREPROCESS, choose_order(config, dataset.num_samples, batch), seed=1, global_batch_size=batch,
-        micro_batch_size=batch, rank=0, world_size=1, quarantine=folder / "quarantine.jsonl",
-    )  # fmt: skip
-
-
 def epoch(dataset: Dataset, folder: Path, config: StreamConfig) -> Batch:
     """An epoch in one batch."""
-    return next(stream(dataset, folder, dataset.num_samples, config).micro_batches(0, dataset.num_samples))
+    return next(stream(dataset, folder, batch=dataset.num_samples, seed=1, config=config).micro_batches(0, dataset.num_samples))
 
 
 def mutate(small: Path, copy: Path, rng: random.Random) -> None:
@@ -220,14 +211,12 @@ def test_no_more_is_held_than_is_told(dataset: Path, tmp_path: Path, monkeypatch
     for lanes, window, micro, prefetch in ((2, 4, 24, 4), (4, 8, 8, 1), (2, 32, 2, 2)):
         Held.alive = Held.most = 0
         config = StreamConfig(lanes=lanes, window=window, workers=2, prefetch=prefetch, reads="windows")
-        from tests.vitscale.streams import stream as stream_of
-
-        one = stream_of(opened, tmp_path, batch=24, micro=micro, config=config)
-        for _ in one.micro_batches(0, 120):
+        ours = stream(opened, tmp_path, batch=24, micro=micro, config=config)
+        for _ in ours.micro_batches(0, 120):
             pass
-        largest = opened.shard_bytes.max() / opened.shard_sizes.min()  # images are not all of the average size that is reckoned with
+        largest = (opened.shard_bytes / opened.shard_sizes).max()  # images are not all of the average size that is reckoned with
         room = largest / (opened.shard_bytes.sum() / opened.num_samples)
-        assert 0 < Held.most <= one.locality.buffered_bytes_per_rank * room
+        assert 0 < Held.most <= ours.locality.buffered_bytes_per_rank * room
 
 
 def test_too_much_damage_in_one_shard_ends_the_run(small: Path, tmp_path: Path) -> None:
@@ -236,7 +225,7 @@ def test_too_much_damage_in_one_shard_ends_the_run(small: Path, tmp_path: Path) 
     shard = tmp_path / "data" / dataset.shard_names[4]
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(
-        Exception, match=rf"[45] unusable samples in .*{dataset.shard_names[4]} are over stream.max_unusable_per_shard=3; `vits"
+        QuarantineError, match=rf"[45] unusable samples in .*{dataset.shard_names[4]} are over stream.max_unusable_per_shard=3; `vits"
     ):
         epoch(dataset, tmp_path, StreamConfig(workers=1, max_unusable_per_shard=3))
 

@@ -31,7 +31,7 @@ from vitscale.foreign import ForeignStream, Usable, shard_at
 from vitscale.quarantine import QuarantineError
 from vitscale.resolve import open_data, resolve
 from vitscale.run import locked, open_run
-from vitscale.stream import Batch, StreamError
+from vitscale.stream import Batch, Share, StreamError
 from vitscale.unindexed import Tars, UnindexedError, named_tars
 from vitscale.workers import WorkerError
 
@@ -76,9 +76,8 @@ def stream(
     config: StreamConfig | None = None,
 ) -> ForeignStream:  # fmt: skip
     return ForeignStream(
-        tars, IMAGE_SIZE, PREPROCESS, config or StreamConfig(workers=2, window=4), seed=seed, global_batch_size=batch,
-        micro_batch_size=micro, rank=rank, world_size=world_size, quarantine=tmp_path / "quarantine.jsonl", usable=Usable(CLASSES),
-        cursor=cursor,
+        tars, IMAGE_SIZE, PREPROCESS, config or StreamConfig(workers=2, window=4), Share(batch, micro, rank, world_size),
+        seed=seed, quarantine=tmp_path / "quarantine.jsonl", usable=Usable(CLASSES), cursor=cursor,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from tests.command import SMALL, vitscale
 from tests.data_tools.conftest import Server, bucket, process, server, tree, upload  # noqa: F401 - fixtures
 from tests.runs import begin
 from tests.vitscale.streams import steps
-from vitscale import config as config_module
+from vitscale import locality
 from vitscale.config import ConfigError, StreamConfig, TrainConfig
 from vitscale.resolve import resolve
 from vitscale.run import read_metrics
@@ -104,7 +104,7 @@ def test_a_server_that_is_gone_ends_a_stream_in_one_line(
 def test_a_run_keeps_its_order_where_its_data_moves(
     config: TrainConfig, dataset: Path, server: Server, bucket: Url, monkeypatch: pytest.MonkeyPatch, tmp_path: Path  # noqa: F811
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(config_module, "WINDOW", 8)
+    monkeypatch.setattr(locality, "WINDOW", 8)
     url = upload(dataset / "train", bucket / "train")
     there, here = replace(config, data=str(url), out=str(tmp_path / "there")), replace(config, out=str(tmp_path / "here"))
     assert (resolve(there, 1).stream.lanes, resolve(here, 1).stream.lanes) == (4, 1)

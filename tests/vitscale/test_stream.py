@@ -4,10 +4,8 @@ import dataclasses
 import itertools
 import json
 import shutil
-import time
 import weakref
 from collections import deque
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +25,8 @@ from vitscale.config import StreamConfig
 from vitscale.decoding import Decoder, Task, View
 from vitscale.mixture import Mixture
 from vitscale.quarantine import QuarantineError
-from vitscale.stream import StreamError, ahead, chunks, evaluation_batches, results
-from vitscale.workers import Rows, WorkerPool
+from vitscale.stream import ahead, evaluation_batches
+from vitscale.workers import Rows
 
 
 @pytest.fixture(scope="session")
@@ -236,7 +234,7 @@ def test_evaluation_leaves_damage_out(damaged: tuple[Dataset, set[int]]) -> None
 def test_rows_that_evaluation_leaves_out_are_black(damaged: tuple[Dataset, set[int]]) -> None:
     """Whatever was in the memory: a sample that is damaged, and one that there is none of."""
     mixture, samples = Mixture([damaged[0]]), np.array([2, 3, -1, 4])
-    rows = Rows((4, *IMAGE_SIZE, 3), shared=False)
+    rows = Rows.new((4, *IMAGE_SIZE, 3), shared=False)
     rows.array[:] = 255
     decoder = Decoder(mixture, View(IMAGE_SIZE, PREPROCESS, "exact", training=False), None)
     task = Task(samples, samples, np.zeros(4, np.uint64), mixture.locate(np.maximum(samples, 0)), [None] * 4)
@@ -342,38 +340,3 @@ def test_so_many_are_begun_ahead_and_none_is_kept(length: int, count: int) -> No
         assert len(begun) == min(given + count, length)
         assert [of() is None for of in begun] == [True] * given + [False] * (len(begun) - given)
     assert given == length
-
-
-@given(size=st.integers(1, 300), workers=st.integers(1, 40))
-def test_chunks_cover_a_micro_batch(size: int, workers: int) -> None:
-    """Each sample in one of them, in order; none is empty, over 16 or over a worker's equal share."""
-    parts = chunks(size, workers)
-    assert [i for first, end in parts for i in range(first, end)] == list(range(size))
-    assert all(0 < end - first <= min(16, -(-size // workers)) for first, end in parts)
-    assert len({end - first for first, end in parts[:-1]}) <= 1
-
-
-def test_a_failure_in_a_later_chunk_is_told_at_once() -> None:
-    """Though the micro-batch whose turn it is waits for a read that does not end."""
-    never, failed = Future[None](), Future[None]()
-    failed.set_exception(OSError("no such disk"))
-    pool = WorkerPool(Future.result, 2)
-    waits, later = pool.submit(lambda: (never,)), pool.submit(lambda: (failed,))
-    with pytest.raises(OSError, match="no such disk"):
-        later.result()
-    with pytest.raises(OSError, match="no such disk"):
-        results([waits], pool, 20, lambda: "reading")
-    never.set_result(None)
-    pool.close()
-
-
-@pytest.mark.parametrize("timeout", [0.2, 3])
-def test_a_read_that_does_not_end_is_waited_for_as_long_as_asked(timeout: float) -> None:
-    never = Future[None]()
-    pool = WorkerPool(Future.result, 1)
-    begun = time.monotonic()
-    with pytest.raises(StreamError, match=f"reading x has not ended for stream.read_timeout={timeout} seconds"):
-        results([pool.submit(lambda: (never,))] * 2, pool, timeout, lambda: "reading x")
-    assert timeout <= time.monotonic() - begun < timeout + 2.5, "it is looked at twice a second"
-    never.set_result(None)
-    pool.close()

@@ -19,7 +19,7 @@ from tests.runs import begin, log
 from vitscale.config import StreamConfig, TrainConfig
 from vitscale.mixture import Mixture
 from vitscale.run import RunError, note_begin, overlay_fields, used_overlays
-from vitscale.stream import TrainStream
+from vitscale.stream import Share, TrainStream
 from vitscale.which import which_sample, which_step
 
 LAYOUTS = [StreamConfig(workers=1), StreamConfig(lanes=4, window=5, workers=1)]
@@ -35,8 +35,8 @@ def run_steps(config: TrainConfig, first: int, last: int, world_size: int) -> di
     held: dict[int, list[list[int]]] = {step: [] for step in range(first + 1, last + 1)}
     for rank in range(world_size):
         stream = TrainStream(
-            mixture, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=batch,
-            micro_batch_size=config.micro_batch_size, rank=rank, world_size=world_size, quarantine=run / "quarantine.jsonl",
+            mixture, config.model.image_size, config.preprocess, config.stream,
+            Share(batch, config.micro_batch_size, rank, world_size), seed=config.seed, quarantine=run / "quarantine.jsonl",
             weights=config.data_weights,
         )  # fmt: skip
         for step, made in zip(held, stream.micro_batches(first * batch, last * batch), strict=True):

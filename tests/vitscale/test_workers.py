@@ -6,14 +6,18 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import weakref
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from vitscale.workers import Rows, Shared, WorkerError, WorkerPool
+from vitscale.stream import StreamError, stalled
+from vitscale.workers import Rows, Shared, WorkerError, WorkerPool, chunks
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +43,7 @@ def pool(request: pytest.FixtureRequest):
 
 
 def test_results_and_rows(pool: WorkerPool) -> None:
-    rows = Rows((7, 2, 3, 3), shared=pool.processes)
+    rows = Rows.new((7, 2, 3, 3), shared=pool.processes)
     rows.array[:] = 0
     futures = [pool.submit(lambda i=i: (i, rows.part(i, i + 2))) for i in (1, 4)]
     assert [future.result()[0] for future in futures] == [1, 16]
@@ -127,7 +131,7 @@ def test_workers_die_with_who_started_them(how: str) -> None:
         from vitscale.workers import Rows, WorkerPool
         pool = WorkerPool(Work(), 2, processes=True)
         print(*{{pool.submit(lambda: (1,)).result()[1] for _ in range(50)}}, flush=True)
-        rows = Rows((1,), shared=True)
+        rows = Rows.new((1,), shared=True)
         rows.array[:] = 0
         pool.submit(lambda: (99, rows))
         while rows.array[0] != 99:
@@ -163,3 +167,38 @@ def test_shared_memory_is_given_back() -> None:
     del array
     assert len(os.listdir("/proc/self/fd")) == before
     assert np.array_equal(Shared(0).array(), np.empty(0, np.uint8))
+
+
+@given(size=st.integers(1, 300), workers=st.integers(1, 40))
+def test_chunks_cover_a_micro_batch(size: int, workers: int) -> None:
+    """Each sample in one of them, in order; none is empty, over 16 or over a worker's equal share."""
+    parts = chunks(size, workers)
+    assert [i for first, end in parts for i in range(first, end)] == list(range(size))
+    assert all(0 < end - first <= min(16, -(-size // workers)) for first, end in parts)
+    assert len({end - first for first, end in parts[:-1]}) <= 1
+
+
+def test_a_failure_in_a_later_chunk_is_told_at_once() -> None:
+    """Though the micro-batch whose turn it is waits for a read that does not end."""
+    never, failed = Future[None](), Future[None]()
+    failed.set_exception(OSError("no such disk"))
+    pool = WorkerPool(Future.result, 2)
+    waits, later = pool.submit(lambda: (never,)), pool.submit(lambda: (failed,))
+    with pytest.raises(OSError, match="no such disk"):
+        later.result()
+    with pytest.raises(OSError, match="no such disk"):
+        pool.results([waits], 20, AssertionError)
+    never.set_result(None)
+    pool.close()
+
+
+@pytest.mark.parametrize("timeout", [0.2, 3])
+def test_a_read_that_does_not_end_is_waited_for_as_long_as_asked(timeout: float) -> None:
+    never = Future[None]()
+    pool = WorkerPool(Future.result, 1)
+    begun = time.monotonic()
+    with pytest.raises(StreamError, match=f"reading x has not ended for stream.read_timeout={timeout} seconds"):
+        pool.results([pool.submit(lambda: (never,))] * 2, timeout, lambda: stalled("reading x", timeout))
+    assert timeout <= time.monotonic() - begun < timeout + 2.5, "it is looked at twice a second"
+    never.set_result(None)
+    pool.close()

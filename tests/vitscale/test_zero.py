@@ -25,7 +25,7 @@ from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import build_optimizer, learning_rate
 from vitscale.run import open_run, read_metrics
-from vitscale.stream import TrainStream
+from vitscale.stream import Share, TrainStream
 from vitscale.train import train
 
 STEPS = 20
@@ -89,8 +89,8 @@ def plain_torch(config: TrainConfig, steps: int) -> tuple[list[float], list[floa
     """The losses and gradient norms of the same training without DeepSpeed, ranks, accumulation or checkpointing."""
     dataset = Mixture.open(config.datasets)
     stream = TrainStream(
-        dataset, config.model.image_size, config.preprocess, config.stream, seed=config.seed, global_batch_size=config.global_batch_size,
-        micro_batch_size=config.global_batch_size, rank=0, world_size=1, quarantine=Path(config.out) / "quarantine.jsonl",
+        dataset, config.model.image_size, config.preprocess, config.stream,
+        Share(config.global_batch_size, config.global_batch_size), seed=config.seed, quarantine=Path(config.out) / "quarantine.jsonl",
     )  # fmt: skip
     model = ViT(config.model)
     initialize(model, config.seed)
