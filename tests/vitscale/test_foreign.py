@@ -32,7 +32,7 @@ from vitscale.quarantine import QuarantineError
 from vitscale.resolve import open_data, resolve
 from vitscale.run import locked, open_run
 from vitscale.stream import Batch, Share, StreamError
-from vitscale.unindexed import Tars, UnindexedError, named_tars
+from vitscale.unindexed import WINDOW, Tars, UnindexedError, named_tars
 from vitscale.workers import WorkerError
 
 CLASSES = 200
@@ -75,8 +75,10 @@ def stream(
     tars: Tars, tmp_path: Path, *, rank: int = 0, world_size: int = 1, batch: int = 12, micro: int = 2, cursor: int = 0, seed: int = 3,
     config: StreamConfig | None = None,
 ) -> ForeignStream:  # fmt: skip
+    config = config or StreamConfig(workers=2, window=4)
+    config = dataclasses.replace(config, window=config.window or WINDOW)
     return ForeignStream(
-        tars, IMAGE_SIZE, PREPROCESS, config or StreamConfig(workers=2, window=4), Share(batch, micro, rank, world_size),
+        tars, IMAGE_SIZE, PREPROCESS, config, Share(batch, micro, rank, world_size),
         seed=seed, quarantine=tmp_path / "quarantine.jsonl", usable=Usable(CLASSES), cursor=cursor,
     )  # fmt: skip
 
@@ -452,6 +454,8 @@ def test_what_a_run_takes_and_refuses(tars: Path, dataset: Path, config: TrainCo
         assert not open_run(dataclasses.replace(resolved, data=str(moved / "*.tar").replace("*", "part-{000..004}")), 2)
     with TarWriter(str(moved / "part-005.tar")) as tar:
         tar.write({"__key__": "a", "png": image_of(1), "cls": b"1"})
+    with pytest.raises(UserError, match="has other tars than when the run started a moment ago"):  # a rank that comes after it
+        open_data(dataclasses.replace(resolved, data=str(moved)))
     for data, line in ((moved, "6 tars without an index"), (dataset / "train", "give the same dataset")):
         with locked(run), pytest.raises(UserError, match=line):
             open_run(dataclasses.replace(resolved, data=str(data)), 2)

@@ -6,6 +6,8 @@ import json
 import shutil
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +21,16 @@ from data_tools.config import PackConfig
 from data_tools.dataset import Dataset, header_hash
 from data_tools.pack import pack
 from tests.conftest import write_images
+from tests.runs import begin
 from tests.vitscale.streams import IMAGE_SIZE, PREPROCESS, steps, stream
 from vitscale import reading
-from vitscale.config import StreamConfig
+from vitscale.config import StreamConfig, TrainConfig
 from vitscale.decoding import Decoder, Task, View
 from vitscale.mixture import Mixture
+from vitscale.order import RunOrder
 from vitscale.quarantine import QuarantineError
+from vitscale.resolve import open_data
+from vitscale.run import RunError
 from vitscale.stream import ahead, evaluation_batches
 from vitscale.workers import Rows
 
@@ -47,6 +53,13 @@ def datasets(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> list[Da
 BROKEN = np.array([0, 3, 4, 17, 22])
 
 
+def renamed(folder: Path) -> Dataset:
+    """The dataset in a folder under another name, so that it counts as another one."""
+    header = json.loads((folder / "dataset.json").read_text()) | {"name": "spoiled"}
+    (folder / "dataset.json").write_text(json.dumps(header | {"content_hash": header_hash(header)}))
+    return Dataset.open(folder)
+
+
 @pytest.fixture(scope="session")
 def spoiled(tmp_path_factory: pytest.TempPathFactory, datasets: list[Dataset]) -> list[Dataset]:
     """Two of them, each with a byte flipped in the images of five samples; for their other names they count as other datasets."""
@@ -54,8 +67,7 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory, datasets: list[Dataset]) -
     for of in (datasets[1], datasets[3]):
         folder = tmp_path_factory.mktemp("spoiled") / "train"
         shutil.copytree(of.path, folder)
-        header = json.loads((folder / "dataset.json").read_text()) | {"name": "spoiled"}
-        (folder / "dataset.json").write_text(json.dumps(header | {"content_hash": header_hash(header)}))
+        renamed(folder)
         located = of.locate(BROKEN)
         for shard, start, end, _ in map(located.place, range(len(BROKEN))):
             tar = folder / of.shard_names[shard]
@@ -240,6 +252,45 @@ def test_rows_that_evaluation_leaves_out_are_black(damaged: tuple[Dataset, set[i
     task = Task(samples, samples, np.zeros(4, np.uint64), mixture.locate(np.maximum(samples, 0)), [None] * 4)
     assert decoder(task, rows).valid.tolist() == [True, False, False, True]
     assert rows.array.reshape(4, -1).any(axis=1).tolist() == [True, False, False, True]
+
+
+class Counting(RunOrder):
+    """Counts what it is asked for."""
+
+    drawn = 0
+
+    def candidates(self, position: int) -> Iterator[int]:
+        for sample in super().candidates(position):
+            self.drawn += 1
+            yield sample
+
+
+def test_a_mixture_s_dataset_of_which_nothing_can_be_used_is_known_soon(dataset: Path, tmp_path: Path) -> None:
+    """Once each of its own samples was tried; those of the other one never stand in for them."""
+    shutil.copytree(dataset / "train", tmp_path / "broken")
+    spent = renamed(tmp_path / "broken")
+    write_overlay(spent, "most", removals(np.arange(3, 131), pa.array(["asked for"] * 128)))
+    shard = tmp_path / "broken" / spent.shard_names[0]
+    shard.write_bytes(bytes(shard.stat().st_size))
+    mixture = Mixture([Dataset.open(dataset / "val"), Dataset.open(tmp_path / "broken")])
+    order = Counting([component.shard_sizes for component in mixture.components], (1, 1), 0, 1, 2**20)
+    position = int(order.positions_of(np.array([38]), 1)[0])
+    decoder = Decoder(mixture, View(IMAGE_SIZE, PREPROCESS, "exact", training=True), order, attempts=100)
+    at, samples = np.array([position]), order.samples_at(np.array([position]))
+    task = Task(at, samples, np.zeros(1, np.uint64), mixture.locate(samples), [None])
+    done = decoder(task, Rows.new((1, *IMAGE_SIZE, 3), shared=False))
+    assert done.given_up == f"3 samples tried for position {position} were all unusable"
+    assert sorted(fault.sample for fault in done.faults) == [37, 38, 39]
+    assert order.drawn < 131 * 20, "all that there are were drawn long before"
+
+
+def test_a_rank_opens_what_the_start_found(config: TrainConfig, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset / "train", tmp_path / "data")
+    begun = begin(replace(config, data=str(tmp_path / "data")))
+    assert open_data(begun).num_samples == 131
+    renamed(tmp_path / "data")
+    with pytest.raises(RunError, match="data is another dataset than when the run started a moment ago; start it again"):
+        open_data(begun)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
