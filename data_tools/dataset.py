@@ -203,9 +203,11 @@ def read_header(path: Location) -> dict[str, Any]:
             raise DatasetError(f"{path} is not a dataset: {error}; give what `vitscale pack` wrote there") from None
     check_on_disk(path)
     file = path / "dataset.json"
+    if not path.exists():
+        raise DatasetError(f"{path} does not exist; a dataset is a directory that `vitscale pack` wrote")
     if not file.is_file():
         splits = ", ".join(str(split) for split in splits_in(path))
-        hint = f"open one of its splits: {splits}" if splits else "give a directory that `vitscale pack` wrote"
+        hint = f"open one of its splits: {splits}" if splits else f"`vitscale pack {path} OUT` makes one of images or tables in it"
         raise DatasetError(f"{path} is not a dataset: it has no dataset.json; {hint}")
     return parse_header(file.read_bytes(), file)
 

@@ -225,7 +225,7 @@ def run_status(words: list[str]) -> None:
     """How far a run is."""
     flags = parse(StatusFlags, words, "run status")
     from vitscale.metrics import counted, duration
-    from vitscale.run import status
+    from vitscale.run import status, unusable_line
 
     found = status(Path(flags.run))
     if flags.json:
@@ -238,6 +238,8 @@ def run_status(words: list[str]) -> None:
         print(f"loss {last['loss']:.4f}, epoch {last['epoch']:.2f}, {last['images_per_second']:,.0f} img/s{left}")
     if evaluation := found["evaluation"]:
         print(f"held out at step {evaluation['step']}: top-1 {evaluation['eval_top1']:.2%}, loss {evaluation['eval_loss']:.4f}")
+    if said := unusable_line(Path(flags.run)):
+        print(said)
     goes_on = f"; the same command goes on from {found['checkpoints'][-1]}" if found["checkpoints"] and found["state"] == "stopped" else ""
     print(f"checkpoints: {', '.join(found['checkpoints']) or 'none yet'}{goes_on}")
 

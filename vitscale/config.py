@@ -134,7 +134,8 @@ class StreamConfig:
     """How batches are drawn; the order of samples is docs/design.md's, "The clock and the order of samples"."""
 
     lanes: int = 0
-    """Lanes of the order, fixed when a run starts; 0 chooses by the size of the dataset."""
+    """Lanes of the order, fixed when a run starts; 0 chooses by the size of the dataset. Any number works; multiples of twice the ranks that
+    divide the global batch let each rank read its own windows alone."""
     window: int = 0
     """Samples shuffled together in a lane, fixed when a run starts; 0 chooses by the size of the dataset."""
     workers: int = 0
@@ -483,7 +484,7 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ConfigError(f"{name}={value:g} must be a number of at least {low}")
     if config.data_weights and len(config.data_weights) != len(config.datasets):
         raise ConfigError(
-            f"data_weights={_listed(config.data_weights)} are {len(config.data_weights)} weights for {len(config.datasets)} datasets; "
+            f"data_weights={_listed(config.data_weights)} for {len(config.datasets)} datasets; "
             "give each one weight, or none to take each by its samples"
         )
     if not all(math.isfinite(weight) and weight > 0 for weight in config.data_weights):

@@ -351,6 +351,10 @@ class ForeignStream:
             quarantine, share.rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard, remedy=_REMEDY
         )  # fmt: skip
 
+    def unusable(self) -> int:
+        """Distinct samples that could not be used so far, in the whole run."""
+        return self._quarantine.count()
+
     def describe(self) -> str:
         """What can and cannot be promised, for people."""
         held = f"in memory a rank at most {self._config.buffer_bytes / 1e6:,.0f} MB of samples, or a few of them where they are larger"

@@ -103,13 +103,14 @@ def choose_order(stream: StreamConfig, num_samples: int, global_batch_size: int,
 def locality(size: Size, chosen: StreamConfig, *, global_batch_size: int, world_size: int, micro_batch_size: int | None = None) -> Locality:
     """How a run reads whose lanes and window are `chosen`; a micro-batch is a rank's share where none is given."""
     per_sample = size.bytes / size.samples
+    window_bytes = round(min(chosen.window, -(-size.samples // chosen.lanes)) * per_sample)  # a window ends where its lane does
     together = dealt_together(global_batch_size // world_size)
     units = -(-chosen.lanes // together)
     each, more = divmod(units, world_size)  # so many ranks have one unit more
     lanes_per_rank = min(chosen.lanes, together * (each + (more > 0))) * size.datasets
     ahead = (chosen.prefetch + 1) * (micro_batch_size or global_batch_size // world_size)  # samples in the making
     windows_held = NEXT_WINDOWS + -(-ahead // (lanes_per_rank * chosen.window))
-    held = windows_held * lanes_per_rank * round(chosen.window * per_sample)
+    held = windows_held * lanes_per_rank * window_bytes
     why = why_not_windows(chosen, world_size, held)
     # A rank that prefers more than its share leaves the rest to others, one that prefers less takes some of theirs.
     own = more * min(1 / world_size, (each + 1) / units) + (world_size - more) * min(1 / world_size, each / units)
@@ -123,7 +124,7 @@ def locality(size: Size, chosen: StreamConfig, *, global_batch_size: int, world_
         window=chosen.window,
         bytes_per_sample=per_sample,
         lanes_per_rank=lanes_per_rank,
-        window_bytes=round(chosen.window * per_sample),
+        window_bytes=window_bytes,
         buffer_bytes=chosen.buffer_bytes,
         buffered_bytes_per_rank=held if not why else round(ahead * per_sample) if size.remote else 0,
         reads="samples" if why else "windows",

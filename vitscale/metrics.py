@@ -57,6 +57,8 @@ def progress_line(values: dict[str, Any], total_steps: int) -> str:
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.1%}")
     parts.append(f"{duration(values['seconds_left'])} left")
+    if values["unusable"]:
+        parts.append(f"{values['unusable']:,} unusable")
     return "  ".join(parts)
 
 

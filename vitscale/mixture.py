@@ -23,6 +23,14 @@ from vitscale.locality import Size
 Int64 = npt.NDArray[np.int64]
 
 
+def class_difference(one: Dataset, other: Dataset) -> str:
+    """In what the classes of two datasets differ."""
+    if one.num_classes != other.num_classes:
+        return f"have {one.num_classes} and {other.num_classes} classes"
+    unnamed = [str(of.path) for of in (one, other) if of.class_names is None]
+    return f"have classes of other names{', of which ' + unnamed[0] + ' has none' if unnamed else ''}"
+
+
 class Mixture:
     """Safe for threads, for `fork` and for `pickle`, as its datasets are.
 
@@ -36,8 +44,8 @@ class Mixture:
         for i, other in enumerate(self.components):
             if (other.num_classes, other.class_names) != (first.num_classes, first.class_names):
                 raise DatasetError(
-                    f"{other.path} has {other.num_classes} classes and {first.path} has {first.num_classes}, or their names differ; "
-                    "what is mixed must have the same: pack each with the same --class-names"
+                    f"{other.path} and {first.path} {class_difference(other, first)}; what is mixed must have the same: pack or index each "
+                    "with the same --class-names"
                 )
             for twin in self.components[:i]:
                 if twin.content_hash == other.content_hash:

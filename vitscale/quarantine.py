@@ -77,6 +77,11 @@ class Quarantine:
                 f"{len(self._known)} unusable samples are over stream.max_unusable={self._max_samples}; {self._file} names them"
             )
 
+    def count(self) -> int:
+        """Distinct samples that could not be used so far, in the whole run."""
+        self._take_up()
+        return len(self._known)
+
     def _take_up(self) -> None:
         """Counts what was written since the last look, by this rank and by others."""
         try:

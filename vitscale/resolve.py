@@ -22,7 +22,7 @@ from vitscale.config import (
     total_steps,
 )
 from vitscale.locality import choose_order, locality
-from vitscale.mixture import Mixture
+from vitscale.mixture import Mixture, class_difference
 from vitscale.run import RunError, has_begun, is_of_tars, overlay_fields, read_config, read_record, trained_datasets, used_overlays
 from vitscale.unindexed import Tars, named_tars
 
@@ -35,6 +35,9 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
     asked = dataclasses.replace(asked, out=asked.out or f"runs/{asked.recipe}")
     if not all(asked.datasets) or not asked.datasets:
         raise ConfigError("no dataset is given; --data DATASET names the directory of a training split, as `vitscale pack` writes it")
+    for path in map(location, asked.datasets):
+        if not isinstance(path, Url) and Path(asked.out).resolve().is_relative_to(path.resolve()):
+            raise ConfigError(f"out={asked.out} lies inside {path}, which holds images and nothing else; --out runs/{asked.recipe} works")
     stage, cache = stage_at(asked.stage), cache_at(asked.cache, asked.cache_bytes)
     if tars := named_tars(asked.datasets):
         return _resolve_tars(asked, tars, world_size)
@@ -167,7 +170,7 @@ def stage_at(folder: str) -> Path | None:
 def cache_at(folder: str, limit: int | None) -> Cache | None:
     """The cache that tars are read through, as settings name it. Raises ConfigError, CacheError."""
     if bool(folder) != (limit is not None):
-        raise ConfigError(f"cache={folder!r} and cache_bytes={limit} go together; --cache /local/disk --cache-bytes 200GB")
+        raise ConfigError(f"cache={folder!r} and cache_bytes={limit}: one is missing; --cache /local/disk --cache-bytes 200GB has both")
     return Cache(Path(folder), limit) if limit is not None else None
 
 
@@ -190,8 +193,8 @@ def _eval_data(config: TrainConfig, dataset: Mixture, stage: Path | None) -> str
     held_out = Dataset.open_checked(path, stage=stage)
     if held_out.num_classes != dataset.num_classes or held_out.class_names != dataset.class_names:
         raise DatasetError(
-            f"{path} has {held_out.num_classes} classes and {config.datasets[0]} has {dataset.num_classes}, or their names differ; "
-            "pack both with the same --class-names, or pass --eval-data none"
+            f"{path} and {config.datasets[0]} {class_difference(held_out, dataset.components[0])}; pack both with the same --class-names, "
+            "or pass --eval-data none"
         )
     if config.objective.soft_targets:
         _check_scores(held_out)

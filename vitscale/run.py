@@ -13,6 +13,7 @@ import json
 import platform
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from vitscale.config import (
     to_dict,
     total_steps,
 )
+from vitscale.metrics import counted
 from vitscale.quarantine import parse_lines
 from vitscale.unindexed import named_tars
 
@@ -251,6 +253,7 @@ def status(run: Path) -> dict[str, Any]:
         "last": steps[-1] if steps else None,
         "evaluation": evaluations[-1] if evaluations else None,
         "checkpoints": [folder.name for folder in checkpoint.committed(run)],
+        "unusable": dict(unusable(run)),
         "starts": len(record["starts"]),
         "dataset": record["dataset"],
     }
@@ -265,6 +268,20 @@ def read_quarantine(run: Path) -> list[dict[str, Any]]:
     """The lines of quarantine.jsonl: samples that could not be used, and where."""
     file = run / "quarantine.jsonl"
     return parse_lines(file.read_bytes()) if file.is_file() else []
+
+
+def unusable(run: Path) -> Counter[str]:
+    """How many distinct samples could not be used, by reason."""
+    return Counter({line["sample"]: line["reason"] for line in read_quarantine(run)}.values())
+
+
+def unusable_line(run: Path) -> str:
+    """The same for people; empty where all could be used."""
+    if not (reasons := unusable(run)):
+        return ""
+    (most, times), *others = reasons.most_common()
+    why = f"{times:,} for: {most}" + (f", and {counted(len(others), 'other reason')}" if others else "")
+    return f"warning: others came in the place of {counted(reasons.total(), 'unusable sample')}; {why}; {run}/quarantine.jsonl names them"
 
 
 def cut_back(run: Path, step: int, samples_seen: int) -> None:

@@ -122,6 +122,10 @@ class TrainStream:
         )  # fmt: skip
         return _prepare_ahead(self._jobs(samples_seen, end), self._decoder, reader, self._config, self._quarantine)
 
+    def unusable(self) -> int:
+        """Distinct samples that could not be used so far, in the whole run."""
+        return self._quarantine.count()
+
     def describe(self) -> str:
         """How a rank reads and decodes, and the memory that it takes for it, in a line."""
         height, width = self._decoder.view.image_size

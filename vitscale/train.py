@@ -38,7 +38,7 @@ from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
 from vitscale.resolve import open_data, open_held_out
-from vitscale.run import cut_back, note_begin, read_config, read_metrics, was_evaluated
+from vitscale.run import cut_back, note_begin, read_config, read_metrics, unusable_line, was_evaluated
 from vitscale.stream import Share, TrainStream
 from vitscale.transfer import on_device
 from vitscale.unindexed import Tars
@@ -148,7 +148,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
                 clock = {"step": step, "samples_seen": samples_seen, "epoch": stream.epoch(samples_seen)}
                 learned = {"loss": mean_loss, "lr": lr, "grad_norm": engine.grad_norm()}
                 rate = (step - since_step) * config.global_batch_size / (time.perf_counter() - since_time)
-                line = clock | learned | _speed(rate, last_step - step, config, world_size)
+                line = clock | learned | {"unusable": stream.unusable()} | _speed(rate, last_step - step, config, world_size)
                 metrics.log(line, progress_line(line, last_step))
             since_time, since_step = time.perf_counter(), step
         if saves:  # before the evaluation, which may be long
@@ -165,6 +165,8 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         if evaluates or saves:
             since_time, since_step = time.perf_counter(), step
     if metrics:
+        if said := unusable_line(run):
+            metrics.say(said)
         metrics.close()
     engine.close()
 

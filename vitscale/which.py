@@ -42,7 +42,7 @@ class Named:
     """A sample, as people know it."""
 
     sample: int
-    """Its number, counted through the datasets that are mixed."""
+    """Its number in its dataset."""
     dataset: str
     shard: str
     key: str
@@ -239,7 +239,7 @@ class _Past:
 
     def names(self, samples: Sequence[int]) -> dict[int, tuple[int, str, str, str]]:
         """Number, dataset, shard and key of each of the samples; neighbours' keys come from one read."""
-        return {sample: (sample, *self.mixture.name_of(sample)) for sample in sorted(set(samples))}
+        return {sample: (self.mixture.find(sample)[1], *self.mixture.name_of(sample)) for sample in sorted(set(samples))}
 
     def _overlays(self, start: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
         return tuple(tuple(start.get("overlays", {}).get(name, ())) for name in overlay_fields(len(self._paths)))

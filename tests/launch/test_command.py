@@ -65,7 +65,7 @@ BAD_INPUT = {
     "pretrain tiny-digits --data DATA/train --model.dept 3": "--model.dept, 3 (perhaps --model.depth was meant)",
     "pretrain tiny-digits --data DATA/train --model.depth three": "--model.depth",
     "pretrain tiny-digits --data DATA/train --model.pool maximum": "'cls', 'mean', 'map'",
-    "pretrain tiny-digits --data TMP/nowhere": "nowhere is not a dataset",
+    "pretrain tiny-digits --data TMP/nowhere": "nowhere does not exist; a dataset is",
     "pretrain tiny-digits --data TMP": "is not a dataset",
     "pretrain tiny-digits --data DATA": "open one of its splits",
     "pretrain tiny-digits --data DATA/train --out TMP/r --nproc 3": "= 96; global_batch_size=96 works",
@@ -103,7 +103,7 @@ BAD_INPUT = {
     'pretrain tiny-digits --data DATA/train --out TMP/r --engine.deepspeed {"bfloat16":{"enabled":true}}': "use --engine.precision",
     'pretrain tiny-digits --data DATA/train --out TMP/r --engine.deepspeed {"zero_optimization":{"offload_optimizer":{"device":"cpu"}}}':
         "the optimizer's state stays on the devices",
-    "data verify TMP/none": "is not a dataset",
+    "data verify TMP/none": "does not exist; a dataset is",
     "data verify DATA": "open one of its splits",
     "data verify DATA/train --share 0": "share=0 must lie in (0, 1]",
     "run status DATA": "is not a run",

@@ -105,7 +105,12 @@ def test_what_cannot_be_mixed_is_refused(dataset: Path, second: Path, tmp_path: 
         resolve(replace(config, data=(str(second), str(copied))), 1)
     with pytest.raises(ConfigError, match="no dataset"):
         resolve(replace(config, data=()), 1)
-    for weights, said in (((1.0,), "1 weights for 2"), ((1.0, 0.0), "above 0"), ((1.0, -2.0), "above 0"), ((1.0, float("nan")), "above 0")):
+    for weights, said in (
+        ((1.0,), "=1 for 2 datasets"),
+        ((1.0, 0.0), "above 0"),
+        ((1.0, -2.0), "above 0"),
+        ((1.0, float("nan")), "above 0"),
+    ):
         with pytest.raises(ConfigError, match=said):
             resolve(replace(config, data=(str(second), str(dataset / "train")), data_weights=weights), 1)
 

@@ -115,7 +115,7 @@ def test_a_run_keeps_its_order_where_its_data_moves(
 
 def test_what_cannot_be_is_one_line(config: TrainConfig, dataset: Path, server: Server, bucket: Url, tmp_path: Path) -> None:  # noqa: F811
     url = upload(dataset / "train", bucket / "train")
-    with pytest.raises(ConfigError, match="cache='x' and cache_bytes=None go together; --cache /local/disk --cache-bytes 200GB"):
+    with pytest.raises(ConfigError, match="cache='x' and cache_bytes=None: one is missing; --cache /local/disk --cache-bytes 200GB"):
         resolve(replace(config, cache="x"), 1)
     with pytest.raises(CacheError, match="must be at least"):
         resolve(replace(config, cache="x", cache_bytes=LEAST - 1), 1)

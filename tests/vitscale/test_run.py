@@ -84,7 +84,7 @@ def test_a_held_out_set_with_other_class_names_is_refused(config: TrainConfig, t
     images = write_images(tmp_path / "images", 10, 3)
     (images / "class-4").rename(images / "klasse-4")
     (other,) = pack(PackConfig((str(images),), str(tmp_path / "other"), split="val"))
-    with pytest.raises(DatasetError, match="or their names differ"):
+    with pytest.raises(DatasetError, match="have classes of other names; pack both"):
         resolve(replace(config, eval_data=str(other.path)), 1)
 
 

@@ -80,10 +80,10 @@ def test_a_step_saw_what_its_batches_held(past: tuple[TrainConfig, dict]) -> Non
         assert [seen.position for seen in found.samples] == list(range((step - 1) * batch, step * batch))
         for rank, samples in enumerate(ranks):
             seen = which_step(run, step, rank).samples
-            assert [of.sample for of in seen] == samples
+            assert [(of.dataset, of.shard, of.key) for of in seen] == [mixture.name_of(sample) for sample in samples]
+            assert [of.sample for of in seen] == [mixture.find(sample)[1] for sample in samples]
             assert seen == tuple(of for of in found.samples if of.rank == rank)
         for of in found.samples:
-            assert (of.dataset, of.shard, of.key) == mixture.name_of(of.sample)
             replaced += len(of.instead_of) > 0
     reasons = {other.reason.split(":")[0].split(" ")[0] for step in held for of in which_step(run, step).samples for other in of.instead_of}
     assert replaced > 20
@@ -104,7 +104,8 @@ def test_every_time_that_a_sample_was_seen_is_found(past: tuple[TrainConfig, dic
     for component, first in zip(mixture.components, mixture.first_samples.tolist(), strict=True):
         for own in [*range(0, component.num_samples, 40), 3, 4]:
             found = which_sample(run, component.key(own))
-            of_key = [named.sample for named in found.samples]
+            starts = {mixture.name_of(start)[0]: start for start in mixture.first_samples.tolist()}
+            of_key = [starts[named.dataset] + named.sample for named in found.samples]
             assert own + first in of_key
             assert sorted(line["step"] for line in found.seen) == sorted(step for sample in of_key for step in truth[sample])
             stood_in += sum(line["stood_in"] for line in found.seen)
