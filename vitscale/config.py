@@ -134,8 +134,8 @@ class StreamConfig:
     """How batches are drawn; the order of samples is docs/design.md's, "The clock and the order of samples"."""
 
     lanes: int = 0
-    """Lanes of the order, fixed when a run starts; 0 chooses by the size of the dataset. Any number works; multiples of twice the ranks that
-    divide the global batch let each rank read its own windows alone."""
+    """Lanes of the order, fixed when a run starts; 0 chooses by the size of the dataset. Any number works; with multiples of
+    twice the ranks that divide the global batch each rank reads its own windows alone."""
     window: int = 0
     """Samples shuffled together in a lane, fixed when a run starts; 0 chooses by the size of the dataset."""
     workers: int = 0
