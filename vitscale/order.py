@@ -52,6 +52,7 @@ class RunOrder:
         self.sizes = tuple(int(sizes.sum()) for sizes in self.components)
         if not all(self.sizes):
             raise ValueError(f"the dataset's {len(self.components[self.sizes.index(0)])} shards hold no samples; at least one is needed")
+        self._asked_weights = weights  # what `pickle` gives, for whole ones may be rounded once more
         self.weights = whole_weights(self.sizes if weights is None else weights)
         if len(self.weights) != len(self.components):
             raise ValueError(f"{len(self.weights)} weights for {len(self.components)} datasets; give each one weight")
@@ -187,7 +188,7 @@ class RunOrder:
         return EpochOrder(self.components[component], seed, epoch, self.lanes, self.window)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return RunOrder, (self.components, self.weights, self.seed, self.lanes, self.window)
+        return RunOrder, (self.components, self._asked_weights, self.seed, self.lanes, self.window)
 
 
 def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:

@@ -70,6 +70,8 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
         for flag, before, now in (("data", trained_datasets(record), trained_on), ("eval-data", _several(record["held_out"]), held_out)):
             if before and now:
                 _check_same(run, flag, before, now)
+        if not has_begun(run):
+            record["total_steps"] = _total_steps(config, trained_on)
         changed = changes(started, config) if has_begun(run) else {}
         if refused := [f"{name}: {change}" for name, change in changed.items() if not may_change(name)]:
             raise RunError(f"{run} holds a run with other settings: {', '.join(refused)}; give its own to resume it, or another --out")
@@ -78,7 +80,7 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
             "format_version": FORMAT_VERSION,
             "dataset": trained_on[0] if len(trained_on) == 1 else trained_on,
             "held_out": held_out[0] if held_out else None,
-            "total_steps": total_steps(config, sum(of.get("samples", 0) for of in trained_on)),
+            "total_steps": _total_steps(config, trained_on),
             "starts": [],
         }
     if is_finished(run, config.eval_data):
@@ -98,6 +100,10 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     write_json(run / "config.json", to_dict(config))
     write_json(run / "run.json", record)  # last: its presence is what makes a directory a run
     return False
+
+
+def _total_steps(config: TrainConfig, trained_on: list[dict[str, Any]]) -> int:
+    return total_steps(config, sum(dataset.get("samples", 0) for dataset in trained_on))
 
 
 def _identity(path: str) -> dict[str, Any]:

@@ -74,15 +74,15 @@ class WorkerPool:
     def submit(self, task: Callable[[], tuple[Any, ...]], after: Sequence[Future[Any]] = ()) -> Future[Any]:
         """The result of `work(*task())`, once all of `after` are done; `task` is called then, and raises if they failed."""
         future: Future[Any] = Future()
-        left = [len(after)]
+        left, waiting = [len(after)], [(future, task)]
         lock = threading.Lock()
 
         def done(_: object) -> None:
             with lock:
                 left[0] -= 1
                 ready = left[0] == 0
-            if ready:
-                self._tasks.put((future, task))
+            if ready:  # popped, as a future never lets go of `done`: with the task it would hold, in a circle, what was waited for
+                self._tasks.put(waiting.pop())
 
         if not after:
             self._tasks.put((future, task))
