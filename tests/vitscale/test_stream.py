@@ -29,6 +29,7 @@ from vitscale.decoding import Decoder, Task, View
 from vitscale.mixture import Mixture
 from vitscale.order import RunOrder
 from vitscale.quarantine import QuarantineError
+from vitscale.reading import Reader, Stretch
 from vitscale.resolve import open_data
 from vitscale.run import RunError
 from vitscale.stream import ahead, evaluation_batches
@@ -163,6 +164,23 @@ def test_windows_are_read_once(datasets: list[Dataset], tmp_path: Path, monkeypa
     order = stream(dataset, tmp_path, batch=4, config=config).order
     begun_of_next_epoch = sum(count for lane in range(4) for window in range(2) for _, count in order.window_runs(0, 1, lane, window))
     assert images.sum() <= dataset.num_samples + begun_of_next_epoch
+
+
+def test_a_window_is_let_go_when_its_lane_has_passed_it(datasets: list[Dataset]) -> None:
+    """Position by position over two epochs: of what samples were read from, only windows in use are left."""
+    order = RunOrder([datasets[0].shard_sizes], None, 0, 4, 5)
+    reader = Reader(Mixture([datasets[0]]), order, lambda positions: np.ones(len(positions), np.bool_), shared=False, threads=1)
+    in_use: dict[int, tuple[int, ...]] = {}  # by lane
+    used: list[tuple[tuple[int, ...], weakref.ref[Stretch]]] = []
+    for position in np.arange(2 * datasets[0].num_samples).reshape(-1, 1):
+        (window,) = map(tuple, order.windows_at(position).tolist())
+        in_use[window[2]] = window
+        (awaited,) = reader.start(position, order.samples_at(position))
+        assert awaited is not None
+        used.append((window, weakref.ref(awaited.stretch)))
+        del awaited
+        assert [of() is not None for _, of in used] == [of in in_use.values() for of, _ in used]
+    reader.close()
 
 
 def test_a_sample_looks_different_in_each_epoch(datasets: list[Dataset], tmp_path: Path) -> None:
