@@ -183,8 +183,8 @@ class Reader:
         stretches = []
         for places in np.split(np.arange(len(samples)), cuts):
             offsets, sizes = located.offsets[places], located.sizes[places]
-            start, end = int(offsets.min()), int((offsets + sizes).max())
-            if not 0 <= end - start <= 2 * int(sizes.sum()) + _SLACK or start < 0 or sizes.min() < 0:
+            start, end = int(offsets.min()), int(max(offsets.max(), (offsets + sizes).max()))  # a sum may be over 64 bits, and negative
+            if start < 0 or sizes.min() < 0 or end - start > 2 * int(sizes.sum()) + _SLACK:
                 continue  # each is read alone, and judged by who reads it
             first, shard = int(samples[places[0]]), int(located.shards[places[0]])
             self._pool = self._pool or WorkerPool(self._read, self._threads)

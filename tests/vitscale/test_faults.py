@@ -14,12 +14,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import xxhash
 
 from data_tools import ranges
 from data_tools.config import PackConfig
-from data_tools.dataset import Dataset
+from data_tools.dataset import INDEX_SCHEMA, Dataset
 from data_tools.pack import pack
 from tests.command import SMALL, VITSCALE
 from tests.conftest import write_images
@@ -91,6 +92,25 @@ def test_mutated_shards_lose_what_is_damaged_and_nothing_else(small: Path, tmp_p
 @pytest.mark.timeout(1800)
 def test_all_mutated_shards(small: Path, tmp_path: Path) -> None:
     walk_mutations(small, tmp_path, range(SAMPLE, MUTATIONS))
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_damaged_index_loses_what_is_damaged_and_reads_no_more(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: bool
+) -> None:  # fmt: skip
+    """A sample of each window has a place that is none: its neighbours are read without it, into memory that workers share or not."""
+    shutil.copytree(small, tmp_path / "data")
+    index = pa.ipc.open_file(tmp_path / "data" / "index.arrow").read_all().to_pydict()
+    index["offset"][2], index["offset"][7], index["offset"][12], index["offset"][17] = -512, 2**40, 2**63 - 1, -(2**63)
+    index["size"][22], index["size"][27] = -1, 2**31 - 1
+    with pa.ipc.new_file(tmp_path / "data" / "index.arrow", INDEX_SCHEMA) as file:
+        file.write_table(pa.table(index, INDEX_SCHEMA))
+    whole, asked = Dataset.read_range, []
+    monkeypatch.setattr(Dataset, "read_range", lambda self, *stretch: asked.append(stretch) or whole(self, *stretch))
+    monkeypatch.setattr(reading, "_SMALL", 0)
+    epoch(Dataset.open(tmp_path / "data"), tmp_path, StreamConfig(lanes=1, window=5, workers=2, reads="windows", processes=processes))
+    assert {json.loads(line)["sample"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()} == set(range(2, 30, 5))
+    assert max(end - start for _, start, end in asked) <= 2 * sum(map(abs, index["size"])) + 2**20
 
 
 @pytest.mark.parametrize("reads", ["windows", "samples"])
