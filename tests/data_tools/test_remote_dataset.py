@@ -156,6 +156,32 @@ def test_faults_cost_time_and_no_byte(
     assert [dataset.read(sample) for sample in range(23)] == wanted, "nothing of it stays"
 
 
+@pytest.mark.parametrize("where", ["disk", "cached disk", "bucket", "web"])
+def test_a_range_ends_where_its_tar_does(packed: Dataset, server: Server, bucket: Url, tmp_path: Path, where: str) -> None:
+    """A damaged index may ask for any: what is there of it comes, and nobody makes room for the rest."""
+    url = upload(packed.path, bucket / "train")
+    places = {"bucket": url, "web": f"{server.address}/{bucket.name}/train"}
+    dataset = Dataset.open(places.get(where, packed.path), cache=Cache(tmp_path / "cache", LEAST) if where == "cached disk" else None)
+    tar = (packed.path / packed.shard_names[1]).read_bytes()
+    assert dataset.read_range(1, 5, 2**62) == tar[5:]
+    assert dataset.read_range(1, len(tar), 2**62) == dataset.read_range(1, -5, 100) == b""
+
+
+@pytest.mark.parametrize("where", ["bucket", "cache", "web"])
+def test_other_bytes_are_asked_for_again_three_times(packed: Dataset, server: Server, bucket: Url, tmp_path: Path, where: str) -> None:
+    url = upload(packed.path, bucket / "train")
+    dataset = Dataset.open(
+        url if where != "web" else f"{server.address}/{bucket.name}/train",
+        cache=Cache(tmp_path / "cache", LEAST) if where == "cache" else None,
+    )
+    server.set(rate=1, kinds="garbage")
+    with pytest.raises(SampleError, match="do not have the index's xxh3_64"):
+        dataset.read(0)
+    asked = [path for method, path in asked_for(server.set()) if method == "GET" and path.endswith(".tar")]
+    assert len(asked) == 4
+    assert dataset.read(0) == packed.read(0)
+
+
 @pytest.mark.parametrize("place", ["bucket", "web"])
 def test_a_range_is_never_another_one(packed: Dataset, server: Server, bucket: Url, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     monkeypatch.setattr(storage, "WEB_ATTEMPTS", 3)
