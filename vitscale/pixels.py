@@ -124,14 +124,25 @@ def plain_jpeg(data: ImageBytes) -> tuple[int, int] | None:
 
 
 def _is_odd(marker: int, body: bytes) -> bool:
-    """Whether an application segment is one that Pillow reads otherwise than by passing over it: cut off, or of several pictures."""
+    """Whether an application segment is one that Pillow, which looks into it, may stumble over and refuse the image."""
     if marker == 0xE0:
         return len(body) < 7 and body[:4] == b"JFIF"
+    if marker == 0xE1:
+        return body[:6] == b"Exif\0\0" and _is_odd_exif(body[6:])
     if marker == 0xE2:
-        return body[:4] == b"MPF\0" or (len(body) < 14 and body[:12] == b"ICC_PROFILE\0")
+        return len(body) < 14 and body[:12] == b"ICC_PROFILE\0"
     if marker == 0xED:
         return body[:14] == b"Photoshop 3.0\0" and body[-6:-2] == b"8BIM"
     return marker == 0xEE and len(body) < 7 and body[:5] == b"Adobe"
+
+
+def _is_odd_exif(tiff: bytes) -> bool:
+    """Whether the first directory goes on in another segment, or has a resolution, of which Pillow makes a number, that is no fraction."""
+    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
+    first = int.from_bytes(tiff[4:8], order) + 2
+    end = first + 12 * int.from_bytes(tiff[first - 2 : first], order)
+    resolution, fraction = (0x011A).to_bytes(2, order), (5).to_bytes(2, order) + (1).to_bytes(4, order)
+    return end > len(tiff) or any(tiff[at : at + 2] == resolution and tiff[at + 2 : at + 8] != fraction for at in range(first, end, 12))
 
 
 def _cut_jpeg(data: ImageBytes, out: Pixels, size: tuple[int, int], cut: Cut, scale: int) -> bool:

@@ -195,6 +195,13 @@ def cmyk() -> bytes:
     return file.getvalue()
 
 
+def two_pictures() -> bytes:
+    """Of which the first is shown."""
+    file = io.BytesIO()
+    decode(jpeg(90, 70, "4:2:0", 1)).save(file, "MPO", save_all=True, append_images=[decode(jpeg(90, 70, "4:2:0", 2))])
+    return file.getvalue()
+
+
 def unfinished() -> bytes:
     """A progressive JPEG without its later scans, which libjpeg smooths, from the blocks around."""
     whole = jpeg(90, 90, "4:2:0", 1, progressive=True)
@@ -213,7 +220,7 @@ def rgb_inside() -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("make", [exif_turned, cmyk, unfinished, odd_sampling, rgb_inside])
+@pytest.mark.parametrize("make", [exif_turned, cmyk, two_pictures, unfinished, odd_sampling, rgb_inside])
 @pytest.mark.parametrize("way", WAYS)
 def test_odd_jpegs_show_what_pillow_shows(make: Any, way: str) -> None:
     content = make()
@@ -325,6 +332,86 @@ def test_damaged_jpegs_are_shown_or_refused_as_by_pillow() -> None:
                 np.testing.assert_array_equal(got, expected)
     assert accepted > 500
     assert refused > 500
+
+
+def with_segments(data: bytes, *segments: tuple[int, bytes]) -> bytes:
+    """The JPEG with segments, each of a marker and a body, before all others."""
+    return data[:2] + b"".join(bytes([0xFF, marker]) + (len(of) + 2).to_bytes(2) + of for marker, of in segments) + data[2:]
+
+
+REFUSED = [
+    (0xE0, b"JFIF\0\1"),
+    (0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\2\1\x1a\0\1\0\0\0\1&\0\0\0\1(\0\3\0\0\0\1\0\2\0\0\0\0\0\0"),
+    (0xE1, b"Exif\0\0II*\0\x08\0\0\0\2\0\x1a\1\7\0\1\0\0\0&\0\0\0(\1\3\0\1\0\0\0\2\0\0\0\0\0\0\0"),
+    (0xE1, b"Exif\0\0II\0*\x08\0\0\0\2\0\x1a\1\2\0\1\0\0\0\0\0\0\0(\1\3\0\1\0\0\0\2\0\0\0\0\0\0\0"),
+    (0xE2, b"ICC_PROFILE\0\1"),
+    (0xED, b"Photoshop 3.0\x008BIM\4\4\0\0\0\0\0\x028B8BIM\4\4"),
+    (0xEE, b"Adobe\0"),
+]
+SHOWN = [
+    (0xE0, b"JFIF\0\1\2\1\0H\0H\0\0"),
+    (0xE1, b"Exif\0\0MM\0*\0\0\0\x08\0\2\1\x1a\0\5\0\0\0\1\0\0\0&\1(\0\3\0\0\0\1\0\2\0\0\0\0\0\0\0\0\0H\0\0\0\1"),
+    (0xE1, b"Exif\0\0II*\0\x08\0\0\0\1\0\x1a\1\5\0\1\0\0\0\x1a\0\0\0\0\0\0\0H\0\0\0\1\0\0\0"),
+    (0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta/>"),
+    (0xE2, b"ICC_PROFILE\0\1\1no profile"),
+    (0xE2, b"MPF\0II*\0\x08\0\0\0\1\0\1\xb0\4\0\1\0\0\0\2\0\0\0\0\0\0\0"),
+    (0xED, b"Photoshop 3.0\x008BIM\4\4\0\0\0\0\0\x028B"),
+    (0xEE, b"Adobe\0d\0\0\0\0\1"),
+]
+
+
+@pytest.mark.parametrize("segment", REFUSED, ids=str)
+def test_segments_that_pillow_stumbles_over_are_left_to_it(segment: tuple[int, bytes]) -> None:
+    data = with_segments(SEEDS[0], segment)
+    assert pixels.plain_jpeg(data) is None
+    assert outcome(data, whole_cut, (16, 16), "Pillow") == outcome(data, whole_cut, (16, 16), "native") == "UnidentifiedImageError"
+
+
+def test_a_directory_that_goes_on_in_another_segment_is_left_to_pillow() -> None:
+    """Which joins them, however innocent each is alone."""
+    (_, whole), empty = REFUSED[1], b"MM\0*\0\0\0\x08\0\0"
+    first, second = b"Exif\0\0MM\0*\0\0\0\x12", b"Exif\0\0" + empty + whole[14:]
+    assert pixels.plain_jpeg(with_segments(SEEDS[0], (0xE1, second))) is not None
+    data = with_segments(SEEDS[0], (0xE1, first), (0xE1, second))
+    assert outcome(data, whole_cut, (16, 16), "Pillow") == outcome(data, whole_cut, (16, 16), "native") == "UnidentifiedImageError"
+
+
+@pytest.mark.parametrize("segment", SHOWN, ids=str)
+def test_usual_segments_cost_no_speed(segment: tuple[int, bytes]) -> None:
+    assert pixels.plain_jpeg(with_segments(SEEDS[0], segment)) == (61, 43)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_odd_segments_are_read_as_by_pillow() -> None:
+    """Segments of all kinds that Pillow looks into, cut off, changed and joined, under their own marker or another one."""
+    chance, small = random.Random(2), jpeg(9, 7, "4:2:0", 1)
+    counts = {"refused": 0, "plain": 0}
+    for _ in range(int(os.environ.get("VITSCALE_MUTATIONS", 3000)) // 5):
+        segments = []
+        for marker, body in chance.choices(REFUSED + SHOWN, k=chance.choice([1, 1, 2])):
+            body = bytearray(body + chance.choice([b"", b"", chance.choice(SHOWN)[1][-16:]]))
+            for _ in range(chance.choice([0, 1, 2])):
+                body[chance.randrange(len(body))] = chance.choice([0, 1, 2, 5, 255, chance.randrange(256)])
+            end = chance.randrange(len(body) + 1) if chance.random() < 0.3 else len(body)
+            segments.append((marker if chance.random() < 0.9 else chance.randrange(0xE0, 0xF0), bytes(body[:end])))
+        data = with_segments(small, *segments)
+        expected, found = (outcome(data, whole_cut, (16, 16), way) for way in ("Pillow", "native"))
+        assert isinstance(found, str) == isinstance(expected, str), segments
+        np.testing.assert_array_equal(found, expected, err_msg=str(segments))
+        counts["refused"] += isinstance(expected, str)
+        counts["plain"] += pixels.plain_jpeg(data) is not None
+    assert min(counts.values()) > 50
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pixel_limit", [1000, 1311, 1312, 2622, 2623, None])
+def test_an_image_of_too_many_pixels_is_refused_as_by_pillow(monkeypatch: pytest.MonkeyPatch, pixel_limit: int | None) -> None:
+    """Which refuses those of over twice its limit; this one has 2,623."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixel_limit)
+    expected = outcome(SEEDS[0], whole_cut, (16, 16), "Pillow")
+    assert isinstance(expected, str) == (pixel_limit in (1000, 1311))
+    for way in ("native", "simplejpeg"):
+        np.testing.assert_array_equal(outcome(SEEDS[0], whole_cut, (16, 16), way), expected)
 
 
 def test_random_bytes_behind_a_header_do_no_harm() -> None:
