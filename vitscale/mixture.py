@@ -53,7 +53,8 @@ class Mixture:
                         f"{other.path} is the same dataset as {twin.path}; give it once, --data-weights says how often it comes"
                     )
         names = [of.name for of in self.components]
-        self._names = [name if names.count(name) == 1 else f"{name} (hash {of.content_hash[:12]})" for name, of in zip(names, self.components, strict=True)]
+        of_twins = [f"{of.name} (hash {of.content_hash[:12]})" for of in self.components]  # not where they lie, which may change
+        self._names = [name if names.count(name) == 1 else twin for name, twin in zip(names, of_twins, strict=True)]
         sizes, shards = [of.num_samples for of in self.components], [len(of.shard_names) for of in self.components]
         self.first_samples: Int64 = np.cumsum([0, *sizes[:-1]], dtype=np.int64)
         self.first_shards: Int64 = np.cumsum([0, *shards[:-1]], dtype=np.int64)

@@ -27,7 +27,7 @@ from tests.data_tools.conftest import Server, bucket, make_image, process, serve
 from tests.data_tools.mutations import mutated
 from tests.vitscale.streams import IMAGE_SIZE, PREPROCESS
 from vitscale.config import FinetuneConfig, StreamConfig, TrainConfig
-from vitscale.foreign import ForeignStream, Usable, shard_at
+from vitscale.foreign import ForeignStream, Usable, _Drawn, shard_at
 from vitscale.quarantine import QuarantineError
 from vitscale.resolve import open_data, resolve
 from vitscale.run import locked, open_run
@@ -230,6 +230,35 @@ def test_what_cannot_be_used_is_told_and_left_out(tmp_path: Path) -> None:
     assert set(came) == {*range(sum(SIZES)), 199}
     assert abs(came[199] - 3 * came[0]) <= 6
     assert (np.diff([line["position"] for line in lines][: len(keys) - len(fine)]) >= -6 * 6).all()
+
+
+def test_an_undecodable_image_is_told_at_the_position_that_it_was_drawn_for(tmp_path: Path) -> None:
+    """Though later ones are in the making by then: it is by the position that a resume cuts the lines back."""
+    (tmp_path / "t").mkdir()
+    with TarWriter(str(tmp_path / "t" / "a.tar")) as tar:
+        for k in range(40):
+            tar.write({"__key__": str(k), "png": image_of(k) if k % 5 else b"\x89PNG" + bytes(50), "cls": str(k)})
+    config = StreamConfig(workers=1, window=1, prefetch=4)
+    take(stream(found(tmp_path / "t"), tmp_path, config=config), 1)
+    positions = {line["position"] for line in told(tmp_path)}
+    assert positions
+    assert positions <= {0, 1}, "the first micro-batch's"
+
+
+def test_what_was_drawn_makes_room_again(tars: Path, tmp_path: Path) -> None:
+    """Or windows would become smaller and smaller, and with them the shuffling."""
+    drawn = _Drawn(
+        found(tars), StreamConfig(window=16, buffer_bytes=40_000), Usable(CLASSES), seed=0, cursor=0, rank=0, world_size=1,
+        unusable=lambda position, sample: None,
+    )  # fmt: skip
+    total = 0
+    for position in range(500):
+        total += len(drawn.draw(position).data)
+        held = [*drawn._drawing, *drawn._filling]
+        assert drawn._bytes == sum(len(sample.data) for sample in held)
+        assert position < 100 or len(held) >= 15
+    drawn.close()
+    assert total > 20_000, "more went through than may be held"
 
 
 def test_a_tar_that_ends_early_gives_what_was_read(tmp_path: Path) -> None:

@@ -452,3 +452,8 @@ def test_what_is_not_there_is_refused() -> None:
         order.positions_of(np.array([9]), 10)
     with pytest.raises(ValueError, match="hold no samples"):
         RunOrder([[3], [0, 0]], [1, 1], 0, 1, 1)
+
+
+def test_weights_that_are_rounded_are_rounded_once() -> None:
+    order = RunOrder([[5], [5], [5]], (1e12, 1, 1), 0, 1, 5)
+    assert pickle.loads(pickle.dumps(order)).weights == order.weights

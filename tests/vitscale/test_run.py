@@ -19,7 +19,18 @@ from tests.conftest import with_engine, write_images
 from tests.runs import begin, last_start, log
 from vitscale.config import ConfigError, ObjectiveConfig, TrainConfig, ViTConfig, changes, may_change
 from vitscale.resolve import resolve
-from vitscale.run import RunError, cut_back, is_finished, read_config, read_metrics, used_overlays, write_json
+from vitscale.run import (
+    RunError,
+    cut_back,
+    is_finished,
+    locked,
+    open_run,
+    read_config,
+    read_metrics,
+    read_record,
+    used_overlays,
+    write_json,
+)
 
 
 def test_what_changes_on_a_resume_is_remembered(config: TrainConfig) -> None:
@@ -86,6 +97,18 @@ def test_a_held_out_set_with_other_class_names_is_refused(config: TrainConfig, t
     (other,) = pack(PackConfig((str(images),), str(tmp_path / "other"), split="val"))
     with pytest.raises(DatasetError, match="have classes of other names; pack both"):
         resolve(replace(config, eval_data=str(other.path)), 1)
+
+
+def test_a_run_that_never_made_a_step_has_the_length_of_its_next_start(config: TrainConfig) -> None:
+    """The first start came to an end before its first step, say for its data, and may still become another run."""
+    for steps in (6, 40):
+        resolved = resolve(replace(config, steps=steps), 1)
+        with locked(Path(config.out)):
+            assert not open_run(resolved, 1)
+        assert read_record(Path(config.out))["total_steps"] == steps
+    begin(replace(config, steps=40))
+    with pytest.raises(RunError, match="steps: 40 -> 41"):
+        begin(replace(config, steps=41))
 
 
 def test_records_are_cut_back_to_the_checkpoint(config: TrainConfig) -> None:
