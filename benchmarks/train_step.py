@@ -47,7 +47,8 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitscale.config import EngineConfig, ObjectiveConfig, OptimizerConfig, PreprocessConfig, ViTConfig, check_model
+from vitscale.check import check_model
+from vitscale.config import EngineConfig, ObjectiveConfig, OptimizerConfig, PreprocessConfig, ViTConfig
 from vitscale.engine import Engine, device, init_distributed
 from vitscale.flops import peak_flops, train_flops
 from vitscale.model import ViT, initialize, normalize

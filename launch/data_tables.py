@@ -28,6 +28,10 @@ def print_locality(dataset: str, found: Locality, asks: Traffic, console: Consol
     rate = f"{asks.images_per_second_per_rank:,.0f} images/s a rank"
     ranks = f"{found.world_size:,} ranks on {asks.nodes:,} nodes of {asks.ranks_per_node}"
     console.print(Text(printable(f"{dataset}: {ranks}, global batch {found.global_batch_size:,}, {rate}"), style="bold"))
+    if found.global_batch_size > found.samples:
+        console.print(
+            f"! a step of {found.global_batch_size:,} is over all its {found.samples:,} samples; --global-batch-size says how many"
+        )
     lanes = f"{found.lanes:,} lanes, {found.lanes_per_rank:,} a rank; windows of {found.window:,} samples, {byte_size(found.window_bytes)}"
     console.print(f"{lanes}; at most {found.open_shards_per_rank:,} shards open a rank")
     if found.why:

@@ -52,7 +52,7 @@ def first_sentence(box: str) -> str:
     """What tyro's framed message says before its first rule, and the flag that it guesses was meant."""
     lines = [line.strip("│ \n") for line in box.splitlines()[1:]]
     end = next((i for i, line in enumerate(lines) if line.startswith(("─", "╰"))), len(lines))
-    said = " ".join(line for line in lines[:end] if line)
+    said = " ".join(line for line in lines[:end] if line).rstrip(".")
     guess = next((lines[i + 1] for i, line in enumerate(lines[:-1]) if line.startswith("Perhaps you meant")), "")
     if meant := re.match(r"--[\w.-]+", guess):
         said += f" (perhaps {meant.group()} was meant)"

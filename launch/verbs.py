@@ -142,7 +142,8 @@ def evaluate(words: list[str]) -> None:
         return
     skipped = f" ({result.skipped:,} more could not be read)" if result.skipped else ""
     skipped += f" (its overlays remove {result.removed:,})" if result.removed else ""
-    print(f"{description.path} on {result.samples:,} samples of {flags.data}{skipped}:")
+    by = f", by the {description.preprocess.eval_protocol} protocol"
+    print(f"{description.path} on {result.samples:,} samples of {flags.data}{skipped}{by}:")
     print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}")
 
 

@@ -396,135 +396,6 @@ def fine_tuning_run(
     return TrainConfig(**shared, model=fine_tuned_model(base, asked.model, num_classes), preprocess=preprocess, init=init)
 
 
-# What DeepSpeed's config may not be given through `engine.deepspeed`, and what to do instead.
-DEEPSPEED_OURS = {
-    "zero_optimization.stage": "use --engine.zero-stage",
-    "zero_optimization.offload_optimizer": "the optimizer's state stays on the devices",
-    "zero_optimization.offload_param": "the weights stay on the devices",
-    "train_batch_size": "use --global-batch-size",
-    "train_micro_batch_size_per_gpu": "use --micro-batch-size",
-    "gradient_accumulation_steps": "it follows from --global-batch-size and --micro-batch-size",
-    "gradient_clipping": "use --optimizer.grad-clip",
-    "bf16": "use --engine.precision",
-    "bfloat16": "use --engine.precision",
-    "fp16": "use --engine.precision",
-    "amp": "use --engine.precision",
-    "torch_autocast": "use --engine.precision",
-    "data_types": "use --engine.precision",
-    "optimizer": "use --optimizer.name",
-    "scheduler": "use --schedule.kind",
-}
-
-
-def check_config(config: TrainConfig, world_size: int) -> None:
-    """Everything that can be said of a config without data or devices. Raises ConfigError."""
-    check_model(config.model)
-    _check_ranges(config)
-    if (config.epochs > 0) == (config.steps > 0):
-        raise ConfigError(f"epochs={config.epochs:g} and steps={config.steps}: set exactly one above 0")
-    grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size)
-    if config.mix.is_on and config.micro_batch_size % 2:
-        unit = 2 * world_size
-        even = [m for m in range(2, config.micro_batch_size + 2, 2) if config.global_batch_size % (m * world_size) == 0]
-        works = f"micro_batch_size={even[-1]}" if even else f"global_batch_size={-(-config.global_batch_size // unit) * unit} with 2"
-        raise ConfigError(
-            f"micro_batch_size={config.micro_batch_size} must be even for mixup and CutMix, which mix pairs in it; {works} works"
-        )
-    if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
-        raise ConfigError("precision=bf16 with zero_stage=0 has no fp32 gradient accumulation in DeepSpeed; --engine.zero-stage 1 has")
-    if not isinstance(config.engine.deepspeed.get("zero_optimization", {}), dict):
-        raise ConfigError("engine.deepspeed sets zero_optimization to something else than a mapping; use --engine.zero-stage")
-    for name in _flatten(config.engine.deepspeed):
-        for ours, instead in DEEPSPEED_OURS.items():
-            if f"{name}.".startswith(f"{ours}."):
-                raise ConfigError(f"engine.deepspeed sets {name}, which vitscale sets itself; {instead}")
-    if config.objective.kind == "softmax" and config.model.head_bias:
-        raise ConfigError(f"head_bias={config.model.head_bias:g} does nothing under softmax; set it to 0 or use --objective.kind sigmoid")
-
-
-def check_model(model: ViTConfig) -> None:
-    """What a ViT needs to exist at all. Raises ConfigError."""
-    for name in ("depth", "width", "mlp_dim", "num_heads", "patch_size"):
-        if getattr(model, name) < 1:
-            raise ConfigError(f"model.{name}={getattr(model, name)} must be at least 1")
-    if model.width % model.num_heads:
-        fitting = [h for h in range(1, model.width + 1) if model.width % h == 0]
-        nearest = min(fitting, key=lambda h: (abs(h - model.num_heads), h))
-        raise ConfigError(f"model.width={model.width} is not a multiple of num_heads={model.num_heads}; num_heads={nearest} works")
-    for side in model.image_size:
-        if side < model.patch_size or side % model.patch_size:
-            nearest = max(1, round(side / model.patch_size)) * model.patch_size
-            raise ConfigError(
-                f"model.image_size={model.image_size[0]}x{model.image_size[1]}: {side} is not a multiple of "
-                f"patch_size={model.patch_size}; {nearest} is"
-            )
-    if model.position in ("learned_2d", "sincos") and model.width % 4:
-        raise ConfigError(f"model.width={model.width} must be a multiple of 4 for position={model.position}; {-(-model.width // 4) * 4} is")
-    for name in ("dropout", "drop_path_rate"):
-        if not 0 <= getattr(model, name) < 1:
-            raise ConfigError(f"model.{name}={getattr(model, name):g} must lie in [0, 1)")
-    for name in ("num_classes", "representation_size"):
-        if getattr(model, name) < 0:
-            raise ConfigError(f"model.{name}={getattr(model, name)} must be at least 0")
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    least = {
-        "global_batch_size": 1, "micro_batch_size": 1, "log_every": 1, "eval_every": 0, "checkpoint_every": 1, "keep_checkpoints": 0,
-        "epochs": 0, "steps": 0, "seed": 0, "stream.lanes": 0, "stream.window": 0, "stream.workers": 0, "stream.prefetch": 1,
-        "stream.buffer_bytes": 0, "stream.read_threads": 1, "stream.read_timeout": 1, "stream.max_unusable": 0,
-        "stream.max_unusable_per_shard": 0, "optimizer.peak_lr": 0,
-        "optimizer.weight_decay": 0, "optimizer.grad_clip": 0, "schedule.warmup_steps": 0,
-        "schedule.cooldown_steps": 0, "schedule.end_lr": 0, "schedule.timescale": 1, "engine.checkpoint_every_n_blocks": 0,
-        "mix.mixup_alpha": 0, "mix.cutmix_alpha": 0, "preprocess.randaugment_layers": 0,
-    }  # fmt: skip
-    for name, low in least.items():
-        value = _lookup(config, name)
-        if not (math.isfinite(value) and value >= low):
-            raise ConfigError(f"{name}={value:g} must be a number of at least {low}")
-    if config.data_weights and len(config.data_weights) != len(config.datasets):
-        raise ConfigError(
-            f"data_weights={_listed(config.data_weights)} for {len(config.datasets)} datasets; "
-            "give each one weight, or none to take each by its samples"
-        )
-    if not all(math.isfinite(weight) and weight > 0 for weight in config.data_weights):
-        raise ConfigError(f"data_weights={_listed(config.data_weights)} must all be above 0; leave out a dataset that is not wanted")
-    if config.seed >= 2**63:
-        raise ConfigError(f"seed={config.seed} must be below 2**63")
-    for name in ("optimizer.eps", "model.layer_norm_eps"):
-        if not 0 < _lookup(config, name) < 1:
-            raise ConfigError(f"{name}={_lookup(config, name):g} must lie in (0, 1)")
-    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise ConfigError(f"optimizer.betas={config.optimizer.betas} must both lie in [0, 1), as 0.9 0.999 do")
-    for name, high in (("preprocess.flip", 1), ("mix.prob", 1), ("mix.switch_prob", 1), ("preprocess.randaugment_magnitude", 30)):
-        if not 0 <= _lookup(config, name) <= high:
-            raise ConfigError(f"{name}={_lookup(config, name):g} must lie in [0, {high}]")
-    for name in ("objective.label_smoothing", "optimizer.average_decay", "optimizer.momentum"):
-        if not 0 <= _lookup(config, name) < 1:
-            raise ConfigError(f"{name}={_lookup(config, name):g} must lie in [0, 1)")
-    for name, most in (("crop_scale", 1.0), ("crop_ratio", 1000.0)):
-        low_end, high_end = getattr(config.preprocess, name)
-        if not 0 < low_end <= high_end <= most:
-            rule = "0 < low <= high <= 1, as 0.05 1.0 does" if name == "crop_scale" else "0 < low <= high <= 1000, as 0.75 1.3333 does"
-            raise ConfigError(f"preprocess.{name}=({low_end:g}, {high_end:g}) must satisfy {rule}")
-    if not 0.1 <= config.preprocess.eval_crop <= 1:
-        raise ConfigError(f"preprocess.eval_crop={config.preprocess.eval_crop:g} must lie in [0.1, 1]")
-    for name in ("lanes", "window"):
-        if getattr(config.stream, name) > 2**40:
-            raise ConfigError(f"stream.{name}={getattr(config.stream, name)} must be at most 2**40")
-    if config.preprocess.eval_protocol == "paper" and config.preprocess.eval_crop != 1:
-        raise ConfigError(
-            f"preprocess.eval_crop={config.preprocess.eval_crop:g} means nothing under eval_protocol=paper, which shows the whole image; "
-            "--preprocess.eval-crop 1 says so"
-        )
-    if min(config.preprocess.std) <= 0:
-        raise ConfigError(f"preprocess.std={config.preprocess.std} must be above 0")
-
-
-def _listed(numbers: tuple[float, ...]) -> str:
-    return " ".join(f"{number:g}" for number in numbers)
-
-
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
 MAY_CHANGE = (
     "data", "eval_data", "stage", "cache", "cache_bytes", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every",
@@ -536,7 +407,7 @@ MAY_CHANGE = (
 
 def changes(old: TrainConfig, new: TrainConfig) -> dict[str, str]:
     """The settings that differ, as {name: "old -> new"}."""
-    before, after = _flatten(to_dict(old)), _flatten(to_dict(new))
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
     names = sorted(before.keys() | after.keys())
     return {name: f"{before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)}
 
@@ -582,17 +453,12 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's settings by their dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
-
-
-def _lookup(config: Any, dotted: str) -> Any:
-    for name in dotted.split("."):
-        config = getattr(config, name)
-    return config

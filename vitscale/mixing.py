@@ -2,7 +2,7 @@
 
 transfer.py draws a `Mix` for each micro-batch and sends it along; train.py mixes the normalised images with it, objective.py the targets.
 Samples 2j and 2j+1 of a micro-batch are a pair, and both are mixed: each keeps its own share and takes the rest from the other.
-The stream keeps positions 2j and 2j+1 of the run side by side (an even micro-batch is `config.check_config`'s to ask for), and all draws
+The stream keeps positions 2j and 2j+1 of the run side by side (an even micro-batch is `check.check_config`'s to ask for), and all draws
 come from the key of the first, so what is mixed does not depend on ranks or micro-batches. Evaluation never comes here.
 
 What is drawn is computed on the host from keys that are there anyway; the device is never waited for.

@@ -12,15 +12,8 @@ from data_tools.cache import Cache
 from data_tools.dataset import Dataset, DatasetError
 from data_tools.storage import Location, Url, exists, location
 from vitscale import checkpoint, unindexed
-from vitscale.config import (
-    ConfigError,
-    FinetuneConfig,
-    StreamConfig,
-    TrainConfig,
-    check_config,
-    fine_tuning_run,
-    total_steps,
-)
+from vitscale.check import check_config
+from vitscale.config import ConfigError, FinetuneConfig, StreamConfig, TrainConfig, fine_tuning_run, total_steps
 from vitscale.locality import choose_order, locality
 from vitscale.mixture import Mixture, class_difference
 from vitscale.run import RunError, has_begun, is_of_tars, overlay_fields, read_config, read_record, trained_datasets, used_overlays

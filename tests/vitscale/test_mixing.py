@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tests.distributed import run_on_ranks
 from vitscale import keyed
-from vitscale.config import ConfigError, FinetuneConfig, MixConfig, ObjectiveConfig, TrainConfig, check_config, from_dict, to_dict
+from vitscale.check import check_config
+from vitscale.config import ConfigError, FinetuneConfig, MixConfig, ObjectiveConfig, TrainConfig, from_dict, to_dict
 from vitscale.mixing import Mix, draw_mix, mix_pairs, random_box, symmetric_beta
 from vitscale.model import normalize
 from vitscale.objective import compute_loss, per_sample_loss

@@ -19,8 +19,9 @@ from PIL import Image
 from tests.vitscale.models import random_vit, write_checkpoint
 from tests.vitscale.pictures import png
 from vitscale import images, protocols
+from vitscale.check import check_config
 from vitscale.checkpoint import CheckpointError, describe
-from vitscale.config import ConfigError, PreprocessConfig, TrainConfig, ViTConfig, check_config, from_dict, to_dict
+from vitscale.config import ConfigError, PreprocessConfig, TrainConfig, ViTConfig, from_dict, to_dict
 from vitscale.export import export
 
 Pixels, Floats = npt.NDArray[np.uint8], npt.NDArray[np.float64]

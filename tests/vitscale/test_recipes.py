@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vitscale.check import check_config
 from vitscale.config import (
     ConfigError,
     InitConfig,
     PreprocessConfig,
     TrainConfig,
     ViTConfig,
-    check_config,
     fine_tuning_run,
     grad_accum_steps,
     total_steps,
