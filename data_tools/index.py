@@ -343,7 +343,7 @@ def _judged(data: bytes | None, there: bool, config: IndexConfig) -> tuple[int, 
 def _labels(key: str, members: dict[str, Any], tar: str, config: PackConfig) -> tuple[list[Any], list[float]] | Reject:
     """Labels and scores of a sample, or why it has none. Whether they are of the classes is seen when all are known."""
     try:
-        labels, scores = labels_of({"__key__": key, **members}, Path(Path(tar).name), config)
+        labels, scores = labels_of({"__key__": key, **members}, Path(Path(tar).name), config.label_column, config.score_column)
     except (PackError, RecursionError, TypeError) as error:
         return Reject("no label", str(error) or "its json is nested too deep")
     if not (all(type(label) is str for label in labels) or all(type(label) is int and 0 <= label < 2**31 for label in labels)):

@@ -37,7 +37,9 @@ def list_tar(tar: Location, prefix: str, config: PackConfig) -> tuple[Origin, It
     def parts() -> Iterator[Part]:
         samples = tar_samples(tar)
         first = 0
-        while chunk := list(itertools.islice(((s["__key__"], *labels_of(s, tar, config)) for s in samples), ROWS)):
+        while chunk := list(
+            itertools.islice(((s["__key__"], *labels_of(s, tar, config.label_column, config.score_column)) for s in samples), ROWS)
+        ):
             keys, labels, scores = zip(*chunk, strict=True)
             flat = [label for of in labels for label in of]
             kinds = {type(label) for label in flat}
@@ -114,14 +116,17 @@ class _SoundHeader(tarfile.TarInfo):
             raise tarfile.ReadError(f"a header is damaged ({error})") from None
 
 
-def labels_of(sample: dict[str, Any], tar: Location, config: PackConfig) -> tuple[list[Any], list[Any]]:
-    """Labels and scores of a sample, as its `json` or `cls` tells them. Raises PackError where neither does."""
+def labels_of(
+    sample: dict[str, Any], tar: Location, label_column: str | None = None, score_column: str | None = None
+) -> tuple[list[Any], list[Any]]:
+    """Labels and scores of a sample, as its `json` (by these names in it, or the usual ones) or `cls` tells them. Raises PackError where
+    neither does."""
     where = f"sample {sample['__key__']} of {tar}"
     try:
         told = json.loads(sample["json"]) if "json" in sample else {}
         if not isinstance(told, dict):
             raise PackError(f"{where} has a json that is no object; an object with `labels` works")
-        names = LABEL_COLUMNS if config.label_column is None else (config.label_column,)
+        names = LABEL_COLUMNS if label_column is None else (label_column,)
         name = next((name for name in names if name in told), None)
         if name is None and "cls" in sample:
             return [int(sample["cls"])], []
@@ -130,7 +135,7 @@ def labels_of(sample: dict[str, Any], tar: Location, config: PackConfig) -> tupl
     if name is None:
         raise PackError(f"{where} has no label: neither a `cls` nor a `json` with {' or '.join(names)}; give label_column")
     labels = told[name] if isinstance(told[name], list) else [told[name]]
-    scores = told.get(config.score_column or "scores") or []
+    scores = told.get(score_column or "scores") or []
     if not isinstance(scores, list):
         scores = [scores]
     return labels, scores

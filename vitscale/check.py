@@ -1,6 +1,6 @@
 """What can be said of a config without data or devices: settings that cannot work, each with what would.
 
-Where it stands: `resolve.py` asks before a run starts; nothing else has to be right for a process to begin.
+Where it stands: `resolve.py` asks before a run starts, when nothing has been written yet.
 """
 
 import math

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.config import PackConfig, PackError
+from data_tools.config import PackError
 from data_tools.images import MAX_IMAGE_BYTES
 from data_tools.members import OpenTar, TarError, read_samples
 from data_tools.storage import Location, Missing, sequential
@@ -127,7 +127,7 @@ def _labels(sample: dict[str, object], tar: Location, usable: Usable) -> tuple[t
         if suffix in sample and sample[suffix] is None:
             raise PackError(f"its {suffix} is too large")
     try:
-        labels, scores = labels_of(sample, tar, _AS_PACKED)
+        labels, scores = labels_of(sample, tar)
     except RecursionError:
         raise PackError("its json is nested too deeply") from None
     if not labels:
@@ -145,7 +145,6 @@ def _labels(sample: dict[str, object], tar: Location, usable: Usable) -> tuple[t
     return tuple(labels), tuple(map(float, scores))
 
 
-_AS_PACKED = PackConfig(sources=(), out="")  # the fields that labels have where nothing else is said
 _LARGEST = float(np.finfo(np.float32).max)
 
 
