@@ -35,11 +35,10 @@ def list_tar(tar: Location, prefix: str, config: PackConfig) -> tuple[Origin, It
     """Samples of a WebDataset tar: labels in a member `json` (`labels` and `scores`, or `label`) or `cls`."""
 
     def parts() -> Iterator[Part]:
-        samples = tar_samples(tar)
+        columns = config.label_column, config.score_column
+        labelled = ((sample["__key__"], *labels_of(sample, tar, *columns)) for sample in tar_samples(tar))
         first = 0
-        while chunk := list(
-            itertools.islice(((s["__key__"], *labels_of(s, tar, config.label_column, config.score_column)) for s in samples), ROWS)
-        ):
+        while chunk := list(itertools.islice(labelled, ROWS)):
             keys, labels, scores = zip(*chunk, strict=True)
             flat = [label for of in labels for label in of]
             kinds = {type(label) for label in flat}
