@@ -36,7 +36,7 @@ def test_recipes_and_files_that_the_readme_names_exist() -> None:
     named = set(re.findall(r"`((?:vit|finetune|tiny)-[a-z0-9-]+)`", text))
     assert named
     assert named <= recipes
-    layout = text[text.index("## Layout") : text.index("## Goals")]
+    layout = text[text.index("## Layout") : text.index("## Figures")]
     files = re.findall(r"\b(\w+\.py)\b", layout)
     there = {path.name for folder in ("launch", "vitscale", "data_tools") for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
     assert set(files) <= there

@@ -28,9 +28,6 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
     asked = dataclasses.replace(asked, out=asked.out or f"runs/{asked.recipe}")
     if not all(asked.datasets) or not asked.datasets:
         raise ConfigError("no dataset is given; --data DATASET names the directory of a training split, as `vitscale pack` writes it")
-    for path in map(location, asked.datasets):
-        if not isinstance(path, Url) and Path(asked.out).resolve().is_relative_to(path.resolve()):
-            raise ConfigError(f"out={asked.out} lies inside {path}, which holds images and nothing else; --out runs/{asked.recipe} works")
     stage, cache = stage_at(asked.stage), cache_at(asked.cache, asked.cache_bytes)
     if tars := named_tars(asked.datasets):
         return _resolve_tars(asked, tars, world_size)
@@ -43,11 +40,14 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
             f"model.num_classes={classes} but {config.datasets[0]} has {dataset.num_classes} classes; "
             f"--model.num-classes {dataset.num_classes} fits it"
         )
-    for of in dataset.components:
-        if not of.num_kept:
-            raise DatasetError(f"{of.path} holds no samples{' that its overlays leave' if len(of) else ''}; a run needs at least one")
+    for component in dataset.components:
+        if not component.num_kept:
+            why = " that its overlays leave" if len(component) else ""
+            raise DatasetError(f"{component.path} holds no samples{why}; a run needs at least one")
+        if not isinstance(component.path, Url) and Path(config.out).resolve().is_relative_to(component.path.resolve()):
+            raise ConfigError(f"out={config.out} lies inside the dataset {component.path}; --out runs/{config.recipe} works")
         if config.objective.soft_targets:
-            _check_scores(of)
+            _check_scores(component)
     _check_schedule(config, total_steps(config, dataset.num_samples))
     stream = choose_order(_begun_order(config), dataset.num_samples, config.global_batch_size, remote=not dataset.is_local)
     reads = locality(

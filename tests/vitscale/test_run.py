@@ -18,6 +18,7 @@ from tests.command import SMALL, vitscale
 from tests.conftest import with_engine, write_images
 from tests.runs import begin, last_start, log
 from vitscale.config import ConfigError, ObjectiveConfig, TrainConfig, ViTConfig, changes, may_change
+from vitscale.quarantine import Fault, Quarantine
 from vitscale.resolve import resolve
 from vitscale.run import (
     RunError,
@@ -28,6 +29,8 @@ from vitscale.run import (
     read_config,
     read_metrics,
     read_record,
+    status,
+    unusable_line,
     used_overlays,
     write_json,
 )
@@ -109,6 +112,21 @@ def test_a_run_that_never_made_a_step_has_the_length_of_its_next_start(config: T
     begin(replace(config, steps=40))
     with pytest.raises(RunError, match="steps: 40 -> 41"):
         begin(replace(config, steps=41))
+
+
+def test_unusable_samples_are_told_by_their_commonest_reason(config: TrainConfig) -> None:
+    run = Path(begin(config).out)
+    assert (status(run)["unusable"], unusable_line(run)) == ({}, "")
+    quarantine = Quarantine(run / "quarantine.jsonl", 0, max_samples=9, max_per_shard=9)
+    quarantine.add(
+        [Fault(position, sample, "d", "s", "k", reason) for position, sample, reason in ((0, 4, "cut"), (1, 5, "bent"), (2, 5, "bent"))]
+    )
+    quarantine.add([Fault(3, 6, "d", "s", "k", "bent")])
+    assert quarantine.count() == 3
+    assert status(run)["unusable"] == {"cut": 1, "bent": 2}
+    told = unusable_line(run)
+    assert told.startswith("warning: others came in the place of 3 unusable samples; 2 for: bent, and 1 other reason; ")
+    assert told.endswith("quarantine.jsonl names them")
 
 
 def test_records_are_cut_back_to_the_checkpoint(config: TrainConfig) -> None:

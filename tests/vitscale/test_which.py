@@ -187,7 +187,7 @@ def test_as_typed(dataset: Path, second: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [of["samples"] for of in json.loads(done.stdout)["dataset"]] == [131, 43]
     seen = [seen for n in range(1, 7) for seen in json.loads(vitscale("run", "which", out, "--step", n, "--json").stdout)["samples"]]
-    assert Counter(of["dataset"] for of in seen) == {"train": 12, "packed": 36}
+    assert Counter(of["dataset"] for of in seen) == {"train": 12, "images": 36}
     step = json.loads(vitscale("run", "which", out, "--step", 2, "--json").stdout)
     assert [seen["position"] for seen in step["samples"]] == list(range(8, 16))
     key = step["samples"][0]["key"]
