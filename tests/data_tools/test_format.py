@@ -245,7 +245,7 @@ def test_the_content_hash_names_every_part(packed: Dataset) -> None:
 def test_a_folder_of_splits_is_not_opened_by_guess(packed: Dataset) -> None:
     with pytest.raises(DatasetError, match=f"open one of its splits: {packed.path}$"):
         Dataset.open(packed.path.parent)
-    with pytest.raises(DatasetError, match="`vitscale pack .*/shards OUT` makes one of images or tables in it"):
+    with pytest.raises(DatasetError, match=r"`vitscale pack .*/shards OUT` makes one of images or tables in it"):
         Dataset.open(packed.path / "shards")
 
 

@@ -98,9 +98,7 @@ def test_what_cannot_be_mixed_is_refused(dataset: Path, second: Path, tmp_path: 
     images = write_images(tmp_path / "images", 10, 3)
     (images / "class-4").rename(images / "klasse-4")
     (other,) = pack(PackConfig((str(images),), str(tmp_path / "other")))
-    with pytest.raises(
-        DatasetError, match="classes of other names; what is mixed must have the same: pack or index each with the same --class-names"
-    ):
+    with pytest.raises(DatasetError, match="classes of other names; what is mixed must have the same: pack or index each with"):
         resolve(replace(config, data=(str(second), str(other.path))), 1)
     copied = shutil.copytree(second, tmp_path / "copy")
     with pytest.raises(DatasetError, match="same dataset as"):
