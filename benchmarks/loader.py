@@ -1,6 +1,6 @@
 """Loading against peers: images a second a core from JPEG photographs to 224-pixel training batches, and what of that reaches training.
 
-    python benchmarks/loader.py                                    # speed, stages, workers and training, some 7 minutes
+    python benchmarks/loader.py                                    # speed, stages, workers and training, some 12 minutes
     python benchmarks/loader.py --peers .venv-peers/bin/python     # beside the peers that `make peers` installed, 4 more
     python benchmarks/loader.py --parts memory resume              # minutes each; resume builds 11 GB of index unless --shards is less
     python benchmarks/loader.py --quick                            # that it runs; its figures mean nothing

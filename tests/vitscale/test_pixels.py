@@ -427,7 +427,7 @@ def test_random_bytes_behind_a_header_do_no_harm() -> None:
 
 
 def test_errors_leave_no_memory_behind() -> None:
-    """10,000 damaged images of 1 MB each when decoded."""
+    """300 damaged images of 1 MB each when decoded, where 20 show what is held anyway."""
     import resource
 
     whole = jpeg(600, 600, "4:2:0", 1, progressive=True)
