@@ -1,12 +1,11 @@
-"""A run's processes on one machine: starts one a rank, and ends them all when one dies or the user asks.
+"""A run's processes on one machine: starts one a rank, ends them all when one dies, and starts them again where that is likely to help.
 
-A rank's output goes to RUN/logs/, a file a node and a start; rank 0 gets the user's terminal for its progress lines. What ended a rank, it
-writes to a file of its own, from which the one line or the traceback is shown.
+A rank's output goes to RUN/logs/, a file a node and a start; rank 0 gets the user's terminal for its progress lines. Why a rank ended, it
+writes to RUN/ends; what follows is `vitscale.ending`'s to judge, as it is under SLURM.
 """
 
 import contextlib
 import itertools
-import math
 import os
 import random
 import select
@@ -15,15 +14,21 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
-from data_tools.errors import UserError
+from launch.terminal import LaunchError
+from vitscale.checkpoint import committed
+from vitscale.config import TrainConfig
+from vitscale.ending import EXIT_FINISHED, EXIT_STOPPED, Cause, End, Verdict, conclude, killed_by, read_ends, this_host, write_end
+from vitscale.run import log_file, newest_start, open_run, reached
 
-
-class LaunchError(UserError):
-    """A rank ended badly; the message is what it said, one line or a traceback."""
+_EXIT_INTERRUPTED = 130  # as a shell has it
+_GRACE_MS = 10_000  # for the cause to show, once a rank has said no more than that another one went away
 
 
 def visible_gpus() -> int:
@@ -38,61 +43,139 @@ def visible_gpus() -> int:
     return listed.stdout.count("GPU ")
 
 
-def run_ranks(run: Path, nproc: int, lock: TextIO, terminal: TextIO) -> None:
-    """Trains RUN on `nproc` ranks and waits for them; rank 0 writes its progress to `terminal`.
+def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO) -> int:
+    """Starts the run of a resolved config on `nproc` ranks, again and again as long as that helps; rank 0 tells its progress at `terminal`.
 
-    The ranks inherit the run's `lock`, so that it is held as long as any of them lives. Raises LaunchError where a rank fails. However it
-    ends, all ranks have ended.
+    Returns the command's exit status: 0 for a finished run, 130 after Ctrl-C, 75 where a person asked in another way to stop. Raises
+    LaunchError where it is no use to go on. However it ends, all ranks have ended.
     """
-    logs = run / "logs"
-    logs.mkdir(exist_ok=True)
-    log = logs / f"node-0000-start-{len(list(logs.glob('node-0000-start-*.log'))):03d}.log"
+    run = Path(config.out)
+    ranks: list[subprocess.Popen[bytes]] = []
+    with _stopping(ranks) as asked:
+        for restart in itertools.count(1):
+            if open_run(config, nproc):
+                print(f"{run} is finished; another --out starts anew", file=sys.stderr)
+                return EXIT_FINISHED
+            start = newest_start(run)
+            try:
+                status = _run_ranks(run, start, nproc, lock, terminal, ranks, asked)
+            except KeyboardInterrupt:
+                status = -signal.SIGKILL
+            verdict, saved = conclude(run, start, status, stop_asked=bool(asked)), committed(run)
+            if verdict.action == "finished":
+                return EXIT_FINISHED
+            ends = read_ends(run, start)
+            if asked or (run / "stop").exists():
+                if ends and ends[0].cause is Cause.DISK_FULL:  # what was to be saved is not
+                    print(ends[0].words, file=sys.stderr)
+                where = f"goes on from {saved[-1]}" if saved else "starts anew, because no checkpoint was written yet"
+                print(f"stopped; the same command {where}", file=sys.stderr)
+                return _EXIT_INTERRUPTED if signal.SIGINT in asked else EXIT_STOPPED
+            if verdict.action == "stop":
+                raise LaunchError(_last_words(run, start, ends, verdict))
+            # what is requeued under SLURM is started again here: there is no other machine
+            goes_on = f"going on from {saved[-1].name}" if saved else "starting anew, because no checkpoint was written yet"
+            print(f"{_what_happened(ends, verdict)}; {goes_on} (restart {restart})", file=terminal, flush=True)
+    raise AssertionError("itertools.count ended")
+
+
+@contextmanager
+def _stopping(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Ctrl-C and TERM ask the ranks to save and end; a second one is a KeyboardInterrupt. Yields the signals that came."""
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        print("\nstopping: the ranks save at their next step; once more ends them at once", file=sys.stderr, flush=True)
+        _ask_to_save(ranks)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ask_to_save(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for process in ranks:
+        process.send_signal(signal.SIGTERM)  # nothing is sent to one that was waited for
+
+
+def _run_ranks(
+    run: Path, start: int, nproc: int, lock: TextIO, terminal: TextIO, ranks: list[subprocess.Popen[bytes]], asked: list[int]
+) -> int:
+    """One start, whose processes are put into `ranks`: the exit status of the first that failed, else of those that ended well.
+
+    They inherit the run's `lock`, so that it is held as long as any of them lives.
+    """
+    log = log_file(run, start)
+    log.parent.mkdir(exist_ok=True)
     port = free_port()
     terminal_fd = os.dup(terminal.fileno())
-    ranks: list[subprocess.Popen[bytes]] = []
-    with tempfile.TemporaryDirectory() as errors, open(log, "ab", buffering=0) as output:
-        error_files = [Path(errors) / f"rank-{rank}" for rank in range(nproc)]
+    ranks.clear()
+    with open(log, "ab", buffering=0) as output:
         try:
             for rank in range(nproc):
                 ranks.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "vitscale.train", str(run)],
+                        [sys.executable, "-m", "vitscale.rank", str(run)],
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,
-                        env=os.environ | _environment(rank, nproc, port, error_files[rank], terminal_fd),
+                        env=os.environ | _environment(rank, nproc, port, terminal_fd),
                         pass_fds=(terminal_fd, lock.fileno()),
                         start_new_session=True,  # the user's Ctrl-C reaches the launcher alone, which ends the ranks in order
                     )
                 )
-            ended_badly = _wait(ranks)
+            if asked:  # before all of them were there
+                _ask_to_save(ranks)
+            failed = _wait(run, start, ranks)
         finally:
             _end(ranks)
             os.close(terminal_fd)
-        if ended_badly:
-            failed = min(ended_badly, key=lambda rank: _cause(ranks[rank].returncode, error_files[rank]))
-            raise LaunchError(f"{_last_words(ranks[failed].returncode, error_files[failed])}\n(rank {failed}; all output is in {log})")
+    if failed:
+        return ranks[failed[0]].returncode
+    return EXIT_STOPPED if any(process.returncode == EXIT_STOPPED for process in ranks) else EXIT_FINISHED
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Returns the ranks that were found to have failed first, one or some at once, or none when all are done."""
+def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Returns the ranks that failed first, once one of them is known to be the cause, or none when all have ended well.
+
+    One that left no record is given one.
+    """
     poll = select.poll()
     running = {os.pidfd_open(process.pid): rank for rank, process in enumerate(ranks)}
     for descriptor in running:
         poll.register(descriptor, select.POLLIN)
+    failed: list[int] = []
     try:
         while running:
-            ended = []
-            for descriptor, _ in poll.poll():
+            ended = poll.poll(_GRACE_MS if failed else None)
+            for descriptor, _ in ended:
                 poll.unregister(descriptor)
-                ended.append(running.pop(descriptor))
+                rank = running.pop(descriptor)
                 os.close(descriptor)
-            if failed := [rank for rank in ended if ranks[rank].wait() != 0]:
-                return failed
-        return []
+                status = ranks[rank].wait()
+                if status not in (EXIT_FINISHED, EXIT_STOPPED):
+                    failed.append(rank)
+                    _see_to_a_record(run, start, rank, status)
+            if failed and (not ended or any(end.cause is not Cause.LOST_PEER for end in read_ends(run, start))):
+                break
+        return failed
     finally:
         for descriptor in running:
             os.close(descriptor)
+
+
+def _see_to_a_record(run: Path, start: int, rank: int, status: int) -> None:
+    """Writes an end record for a rank that could not, or leaves the one that is there."""
+    name = killed_by(status)
+    words = f"error: rank {rank} was killed by SIG{name}" if name else f"error: rank {rank} ended with status {status} and without a word"
+    cause = Cause.KILLED if name else Cause.ERROR
+    write_end(run, End(cause, words, start, rank, 0, this_host(), time.time(), reached(run), signal=name))
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
@@ -103,18 +186,27 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _cause(status: int, error_file: Path) -> tuple[bool, float]:
-    """Sorts ranks that failed together: a killed one first, then by when they said why. The others failed for want of the first."""
-    return status >= 0, error_file.stat().st_mtime if error_file.is_file() else math.inf
+def _what_happened(ends: Sequence[End], verdict: Verdict) -> str:
+    """Why a start ended, in a line."""
+    if not ends:
+        return verdict.why
+    first = ends[0]
+    if first.cause is Cause.KILLED:
+        return f"rank {first.rank} was killed by SIG{first.signal} at step {first.step}"
+    return f"rank {first.rank} at step {first.step}: {first.words.rstrip().rpartition(chr(10))[2].removeprefix('error: ')}"
 
 
-def _last_words(status: int, error_file: Path) -> str:
-    if error_file.is_file():
-        return error_file.read_text().rstrip()
-    return f"error: a rank was killed by {signal.Signals(-status).name}" if status < 0 else f"error: a rank ended with status {status}"
+def _last_words(run: Path, start: int, ends: Sequence[End], verdict: Verdict) -> str:
+    """Why a run ended for good: what its first error said, where to read on, and what was decided where that does not follow."""
+    log = f"all output is in {log_file(run, start)}"
+    if not ends:
+        return f"error: {verdict.why} ({log})"
+    first = ends[0]
+    decided = "" if first.cause in (Cause.INPUT, Cause.ERROR) else f"\nnot started again: {verdict.why}"
+    return f"{first.words.rstrip()}\n(rank {first.rank}; {log}){decided}"
 
 
-def _environment(rank: int, nproc: int, port: int, error_file: Path, terminal_fd: int) -> dict[str, str]:
+def _environment(rank: int, nproc: int, port: int, terminal_fd: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
     environment = {
         "RANK": str(rank),
@@ -124,7 +216,6 @@ def _environment(rank: int, nproc: int, port: int, error_file: Path, terminal_fd
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        "VITSCALE_ERROR_FILE": str(error_file),
         "VITSCALE_LAUNCHER_PID": str(os.getpid()),
     }
     return environment | ({"VITSCALE_TERMINAL_FD": str(terminal_fd)} if rank == 0 else {})

@@ -1,6 +1,7 @@
 """The `vitscale` command: finds the verb, and turns every failure into one line and an exit status.
 
-Exit status: 0 success, 1 a failure (one line; a traceback with --debug), 2 words that make no sense, 130 Ctrl-C.
+Exit status: 0 success, 1 a failure (one line; a traceback with --debug), 2 words that make no sense, 75 a run that
+was stopped on request and can be gone on with, 130 Ctrl-C.
 """
 
 import difflib
@@ -11,7 +12,7 @@ import traceback
 from data_tools.errors import UserError
 from launch import terminal, verbs
 from launch.flags import UsageError, parse
-from launch.local import LaunchError
+from launch.terminal import LaunchError
 
 
 def main() -> None:
@@ -44,7 +45,21 @@ def quickstart(words: list[str]) -> None:
     go(flags)
 
 
-VERBS = verbs.VERBS | {"quickstart": quickstart}  # apart from the others, because it goes through them
+def submit(words: list[str]) -> None:
+    """Train, evaluate or pack as a job of SLURM, which starts a run again by itself until it is finished."""
+    from launch.submit import submit as go
+
+    go(words)
+
+
+def doctor(words: list[str]) -> None:
+    """This machine or allocation: what works, what does not, and what to do."""
+    from launch.doctor import doctor as look
+
+    look(words)
+
+
+VERBS = verbs.VERBS | {"submit": submit, "doctor": doctor, "quickstart": quickstart}  # apart from the others: they go through them
 
 
 def dispatch(words: list[str]) -> None:
@@ -79,3 +94,7 @@ def overview() -> str:
 
 def _summary(verb: str) -> str:
     return (VERBS[verb].__doc__ or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    main()

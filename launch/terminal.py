@@ -21,6 +21,10 @@ class VerbError(UserError):
     """A verb that cannot run on this machine, or whose result is bad; the message is one line for the user."""
 
 
+class LaunchError(UserError):
+    """A rank ended badly; the message is what it said, one line or a traceback."""
+
+
 def need(*packages: str) -> None:
     """Raises VerbError where a package is not installed, with the extra that brings it."""
     extras = {"torch": "train", "deepspeed": "train", "safetensors": "train", "sklearn": "quickstart"}

@@ -16,7 +16,7 @@ from tyro.conf import Positional
 from data_tools.config import MAYBE_BYTES
 from launch.data_verbs import DATA_VERBS
 from launch.flags import UsageError, given, parse, take_recipe
-from launch.local import run_ranks, visible_gpus
+from launch.run_verbs import RUN_VERBS
 from launch.terminal import Json, Verb, need, print_json, progress_bar
 from vitscale.config import EvalProtocol, FinetuneConfig, TrainConfig, settle_length
 from vitscale.recipes import FINETUNE, PRETRAIN, Recipe, recipe, recipe_name
@@ -41,10 +41,16 @@ class PretrainFlags:
 
 def pretrain(words: list[str]) -> None:
     """Train a ViT from the start, by a recipe; the same command on a run that exists resumes it."""
+    flags = pretrain_flags(words)
+    train(flags.config, flags.nproc, flags.json)
+
+
+def pretrain_flags(words: list[str]) -> PretrainFlags:
+    """What `vitscale pretrain` is told."""
     name, rest = take_recipe(words, "pretrain", PRETRAIN)
     default = recipe(name, PRETRAIN)
     flags = parse(PretrainFlags, rest, f"pretrain {name}", PretrainFlags(default), f"Recipe {name}. {recipe_doc(name, PRETRAIN)}")
-    train(settle_length(flags.config, given(rest, "epochs", "steps")), flags.nproc, flags.json)
+    return dataclasses.replace(flags, config=settle_length(flags.config, given(rest, "epochs", "steps")))
 
 
 @dataclass(frozen=True)
@@ -58,17 +64,24 @@ class FinetuneFlags:
 
 def finetune(words: list[str]) -> None:
     """Train on from a checkpoint, with a new head, at another resolution."""
+    flags = finetune_flags(words)
+    train(flags.config, flags.nproc, flags.json)
+
+
+def finetune_flags(words: list[str]) -> FinetuneFlags:
+    """What `vitscale finetune` is told."""
     name, rest = take_recipe(words, "finetune", FINETUNE)
     default = recipe(name, FINETUNE)
     flags = parse(FinetuneFlags, rest, f"finetune {name}", FinetuneFlags(default), f"Recipe {name}. {recipe_doc(name, FINETUNE)}")
-    train(settle_length(flags.config, given(rest, "epochs", "steps")), flags.nproc, flags.json)
+    return dataclasses.replace(flags, config=settle_length(flags.config, given(rest, "epochs", "steps")))
 
 
 def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> None:
     """Starts or resumes a run on this machine and waits for its end."""
-    from vitscale.checkpoint import committed
+    from launch.local import run_to_end, visible_gpus
     from vitscale.resolve import resolve
-    from vitscale.run import locked, open_run, status
+    from vitscale.run import locked
+    from vitscale.status import status
 
     gpus = visible_gpus()
     if nproc < 0 or (gpus and nproc > gpus):
@@ -79,18 +92,12 @@ def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> Non
     config = resolve(asked, nproc)
     run = Path(config.out)
     with locked(run) as lock:
-        if open_run(config, nproc):
-            print(f"{run} is finished; another --out starts anew", file=sys.stderr)
-        else:
-            try:
-                run_ranks(run, nproc, lock, terminal=sys.stderr if as_json else sys.stdout)
-            except KeyboardInterrupt:
-                saved = committed(run)
-                where = f"goes on from {saved[-1]}" if saved else "starts anew, because no checkpoint was written yet"
-                print(f"\nstopped; the same command {where}", file=sys.stderr)
-                raise
+        (run / "stop").unlink(missing_ok=True)  # who starts a run wants it to go on
+        ended = run_to_end(config, nproc, lock, terminal=sys.stderr if as_json else sys.stdout)
     if as_json:
         print_json(status(run))
+    if ended:
+        sys.exit(ended)
 
 
 # -- evaluate -----------------------------------------------------------------------------------------------------------------------------
@@ -211,88 +218,48 @@ def checkpoint_export(words: list[str]) -> None:
         print(f"{out}: the {used} tensors of {description.path} for {flags.to}{', without head' if flags.headless else ''}")
 
 
-# -- run ----------------------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class StatusFlags:
-    """Shows how far a run is, and what it last measured."""
+class PruneFlags:
+    """Removes checkpoints of a run that are not to be kept. The newest whole one stays, and the best as the run's settings say."""
 
     run: Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help="Run directory.")]
+    keep: int | None = None
+    """Newest checkpoints to keep; 0 keeps all. As the run has it where it is not given."""
+    keep_every: int | None = None
+    """Keep those of every so many steps, too. As the run has it where it is not given."""
+    dry_run: bool = False
+    """Only tell what would go."""
     json: Json = False
 
 
-def run_status(words: list[str]) -> None:
-    """How far a run is."""
-    flags = parse(StatusFlags, words, "run status")
-    from vitscale.metrics import counted, duration
-    from vitscale.run import status, unusable_line
+def checkpoint_prune(words: list[str]) -> None:
+    """Remove the checkpoints of a run that are not to be kept."""
+    flags = parse(PruneFlags, words, "checkpoint prune")
+    from vitscale import retention
+    from vitscale.checkpoint import CheckpointError, newest_durable, step_folder, step_of
+    from vitscale.run import read_config, read_metrics
 
-    found = status(Path(flags.run))
+    run = Path(flags.run)
+    policy = retention.policy_of(read_config(run), flags.keep, flags.keep_every)
+    if policy.newest < 0 or policy.every < 0:
+        raise UsageError(f"keep={policy.newest} and keep-every={policy.every} must be at least 0; 0 of keep keeps all")
+    newest, faults = newest_durable(run)
+    if newest is None:
+        raise CheckpointError(f"{run} has no whole checkpoint, so none is removed; {faults[0] if faults else 'none is there'}")
+    sizes = retention.sizes_up_to(run, step_of(newest))
+    steps = retention.superfluous(sizes, retention.goodness(read_metrics(run)), policy)
+    if not flags.dry_run:
+        retention.remove(run, steps)
+    for fault in faults:
+        print(f"warning: {fault}; it is left as it is", file=sys.stderr)
     if flags.json:
-        print_json(found)
+        kept = [step for step in sizes if step not in steps]
+        print_json({"run": flags.run, "removed": steps, "kept": kept, "bytes": sum(sizes[s] for s in steps), "dry_run": flags.dry_run})
         return
-    starts = counted(found["starts"], "start")
-    print(f"{found['run']}: {found['recipe']}, {found['state']} at step {found['step']} of {found['total_steps']}, {starts}")
-    if last := found["last"]:
-        left = f", {duration(last['seconds_left'])} left" if found["state"] == "running" else ""
-        print(f"loss {last['loss']:.4f}, epoch {last['epoch']:.2f}, {last['images_per_second']:,.0f} img/s{left}")
-    if evaluation := found["evaluation"]:
-        print(f"held out at step {evaluation['step']}: top-1 {evaluation['eval_top1']:.2%}, loss {evaluation['eval_loss']:.4f}")
-    if said := unusable_line(Path(flags.run)):
-        print(said)
-    goes_on = f"; the same command goes on from {found['checkpoints'][-1]}" if found["checkpoints"] and found["state"] == "stopped" else ""
-    print(f"checkpoints: {', '.join(found['checkpoints']) or 'none yet'}{goes_on}")
-
-
-@dataclass(frozen=True)
-class WhichFlags:
-    """Tells which samples a step of a run saw, or which steps saw a sample.
-
-    Nothing is recorded for it while a run trains: it follows from the order. The datasets must be there; no image is read."""
-
-    run: Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help="Run directory.")]
-    step: int | None = None
-    """The step, from 1; metrics.jsonl and `run status` count them so."""
-    rank: int | None = None
-    """Only what this rank saw."""
-    sample: Annotated[str | None, tyro.conf.arg(metavar="KEY", help="The key of a sample: tells all steps so far that saw it.")] = None
-    data: tuple[str, ...] = ()
-    """Where the run's datasets lie now, if not where they lay."""
-    json: Json = False
-
-
-def run_which(words: list[str]) -> None:
-    """Which samples a step saw, or which steps saw a sample."""
-    flags = parse(WhichFlags, words, "run which")
-    if (flags.step is None) == (flags.sample is None) or (flags.rank is not None and flags.step is None):
-        raise UsageError("`vitscale run which RUN` needs --step N (with --rank R for one rank's) or --sample KEY, one of the two")
-    from vitscale.metrics import counted
-    from vitscale.which import which_sample, which_step
-
-    if flags.sample is not None:
-        with progress_bar("looking for the key", quiet=flags.json, unit="keys") as update:
-            found = which_sample(Path(flags.run), flags.sample, flags.data, update)
-        if flags.json:
-            print_json(dataclasses.asdict(found))
-            return
-        for named in found.samples:
-            print(f"{flags.sample}: sample {named.sample}, in {named.shard} of {named.dataset}")
-        for line in found.seen:
-            print(f"step {line['step']}, position {line['position']}{', in place of another' if line['stood_in'] else ''}")
-        trained_on = f"; checkpoints that were trained on it: {', '.join(found.checkpoints)}" if found.checkpoints else ""
-        print(f"seen {counted(len(found.seen), 'time')} in {counted(found.steps_made, 'step')}{trained_on}")
-        return
-    assert flags.step is not None
-    step = which_step(Path(flags.run), flags.step, flags.rank, flags.data)
-    if flags.json:
-        print_json(dataclasses.asdict(step))
-        return
-    for seen in step.samples:
-        instead = "".join(f", instead of {other.key} ({other.reason})" for other in seen.instead_of)
-        print(f"position {seen.position}, rank {seen.rank}: sample {seen.sample}, {seen.key} in {seen.shard} of {seen.dataset}{instead}")
-    of = f"rank {flags.rank} of {step.world_size}" if flags.rank is not None else counted(step.world_size, "rank")
-    print(f"step {step.step} of {step.run}, {of}: {counted(len(step.samples), 'sample')}{'' if step.made else '; it is still to be made'}")
+    for step in steps:
+        print(f"{step_folder(run, step)}: {sizes[step]:,} bytes")
+    would = "would be removed" if flags.dry_run else "removed"
+    print(f"{len(steps)} of {len(sizes)} checkpoints {would}, {sum(sizes[step] for step in steps):,} bytes")
 
 
 def recipe_doc(name: str, recipes: tuple[Recipe[Any], ...]) -> str:
@@ -300,12 +267,15 @@ def recipe_doc(name: str, recipes: tuple[Recipe[Any], ...]) -> str:
     return next(" ".join((function.__doc__ or "").split()) for function in recipes if recipe_name(function) == name)
 
 
-VERBS: dict[str, Verb] = DATA_VERBS | {
-    "pretrain": pretrain,
-    "finetune": finetune,
-    "evaluate": evaluate,
-    "checkpoint show": checkpoint_show,
-    "checkpoint export": checkpoint_export,
-    "run status": run_status,
-    "run which": run_which,
-}
+VERBS: dict[str, Verb] = (
+    DATA_VERBS
+    | RUN_VERBS
+    | {
+        "pretrain": pretrain,
+        "finetune": finetune,
+        "evaluate": evaluate,
+        "checkpoint show": checkpoint_show,
+        "checkpoint export": checkpoint_export,
+        "checkpoint prune": checkpoint_prune,
+    }
+)

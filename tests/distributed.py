@@ -18,14 +18,20 @@ from launch.local import free_port
 ROOT = Path(__file__).parents[1]
 
 
-def run_on_ranks(target: str, world_size: int, payload: dict[str, Any], folder: Path) -> Any:
-    """Calls `module:function`(payload) on every rank; raises with the output of the first rank that failed."""
+def run_on_ranks(target: str, world_size: int, payload: dict[str, Any], folder: Path, *, ranks_per_node: int = 0) -> Any:
+    """Calls `module:function`(payload) on every rank; raises with the output of the first rank that failed.
+
+    Args:
+        ranks_per_node: what ranks are told, as if this were several nodes, the last of them perhaps smaller; 0: all ranks on one.
+    """
+    ranks_per_node = ranks_per_node or world_size
     port = free_port()
     (folder / "payload.json").write_text(json.dumps(payload))
     ranks = []
     for rank in range(world_size):
         environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+            "RANK": str(rank), "LOCAL_RANK": str(rank % ranks_per_node), "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(ranks_per_node),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         command = [sys.executable, "-m", "tests.distributed", target, str(folder)]
@@ -59,7 +65,7 @@ def main() -> None:
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # as vitscale.train does: see there
+    os._exit(status)  # as vitscale.rank does: see there
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tests.conftest import with_engine
+from vitscale import checkpoint
 from vitscale.config import OptimizerConfig, TrainConfig, to_dict
 from vitscale.resolve import resolve
-from vitscale.run import locked, open_run
+from vitscale.run import locked, open_run, read_metrics
 
 
 def begin(config: TrainConfig, world_size: int = 1) -> TrainConfig:
@@ -52,3 +54,29 @@ def case(config: TrainConfig, *, stop_at: int | None = None, copy_of: str | None
 
 def losses_of(result: dict[str, Any], first: int, last: int) -> np.ndarray:
     return np.array([result["losses"][str(step)] for step in range(first + 1, last + 1)])
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Of each step, which stands in metrics.jsonl once."""
+    lines = [line for line in read_metrics(run) if "loss" in line]
+    found = {line["step"]: line["loss"] for line in lines}
+    assert len(found) == len(lines), "a step stands in metrics.jsonl twice"
+    return found
+
+
+def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """All tensors of the newest durable checkpoint, by kind and name."""
+    folder, faults = checkpoint.newest_durable(run)
+    assert folder
+    assert not faults
+    description = checkpoint.describe(folder)
+    reader = checkpoint.TensorReader(description)
+    return {(tensor.kind, tensor.name): reader.whole(tensor.name, tensor.kind) for tensor in description.tensors}
+
+
+def check_alike(run: Path, whole: Path) -> None:
+    """Losses of all steps and the last weights, with the optimizer's state, to the bit."""
+    assert losses(run) == losses(whole)
+    ours, theirs = state(run), state(whole)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

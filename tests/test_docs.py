@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.verbs import VERBS
+from launch.main import VERBS
 from vitscale.recipes import FINETUNE, PRETRAIN, recipe_name
 
 ROOT = Path(__file__).parents[1]

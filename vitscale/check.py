@@ -83,6 +83,9 @@ def check_model(model: ViTConfig) -> None:
 def _check_ranges(config: TrainConfig) -> None:
     least = {
         "global_batch_size": 1, "micro_batch_size": 1, "log_every": 1, "eval_every": 0, "checkpoint_every": 1, "keep_checkpoints": 0,
+        "keep_every": 0, "guard.max_nonfinite": 0,
+        "guard.spike_deviations": 0, "guard.spike_window": 8, "guard.spike_steps": 1, "guard.max_rollbacks": 0, "guard.compare_every": 0,
+        "guard.hang_seconds": 0, "guard.max_restarts": 0,
         "epochs": 0, "steps": 0, "seed": 0, "stream.lanes": 0, "stream.window": 0, "stream.workers": 0, "stream.prefetch": 1,
         "stream.buffer_bytes": 0, "stream.read_threads": 1, "stream.read_timeout": 1, "stream.max_unusable": 0,
         "stream.max_unusable_per_shard": 0, "optimizer.peak_lr": 0,

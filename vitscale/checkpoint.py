@@ -1,38 +1,46 @@
-"""Checkpoints: written at once or not at all, read at any world size and ZeRO stage. The format is docs/design.md's "Run directory".
+"""Checkpoints: there whole or not at all, read at any world size and ZeRO stage. The format is docs/design.md's "Run directory".
 
     RUN/checkpoints/step-00012000/
         node-0000.safetensors   flat fp32 pieces of tensors, named KIND/PARAMETER/OFFSET
         checkpoint.json         format version, model, preprocessing, class names, clock, and for every tensor its shape and pieces
         COMMIT.json             sizes and checksums of the others; written last
 
-A folder is durable once COMMIT.json is there and its checksums hold. It is written under a hidden name, synced, and renamed. Finding,
-describing and checking checkpoints works without torch; only reading and writing tensors imports it.
+A folder is durable once COMMIT.json is there and its checksums hold. It is written (by `saving.py`) under a hidden name, synced, and
+renamed. Finding, describing and checking checkpoints works without torch; only reading and writing tensors imports it. What is read may
+have been written by anybody.
 """
 
+import contextlib
 import json
 import math
 import os
+import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from data_tools.durable import fsync, publish_folder, replace_file
+from data_tools.durable import publish_folder, replace_file
 from data_tools.errors import UserError
-from vitscale.config import ConfigError, EvalProtocol, ObjectiveConfig, PreprocessConfig, ViTConfig, from_dict
+from vitscale.check import check_model
+from vitscale.config import ConfigError, EvalProtocol, ObjectiveConfig, PreprocessConfig, ViTConfig, flatten, from_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vitscale.engine import Engine
-
 FORMAT_VERSION = 1
 EXPORT_DESCRIPTION = "vitscale.json"  # what an exported folder holds in place of checkpoint.json
 WEIGHT, AVERAGE = "weight", "average"  # kinds of tensors, beside the optimizer's moments
+_STEP_FOLDER = re.compile(r"step-\d{8,18}")
+_FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # of files in a checkpoint: no path, and not hidden
+_MOST = 2**63  # no count in a checkpoint reaches it
+_LARGEST = 2**24  # of a model's sizes
 
 
 class CheckpointError(UserError):
@@ -73,6 +81,16 @@ class Description:
     tensors: tuple[TensorEntry, ...] = ()
     cursor: int = 0
     """Of a run on tars without an index: the shards, counted through epochs, that all ranks have used up (`foreign.py`)."""
+    updates: int | None = None
+    """Updates that the optimizer has made, without the steps that were left out; None: as many as steps."""
+    skipped: tuple[tuple[int, int], ...] = ()
+    """Ranges of positions, half open, that the run leaves out."""
+    recent_losses: tuple[float, ...] = ()
+    """What the guard against spikes compares the next losses with."""
+    spikes: tuple[float, ...] = ()
+    """Losses in a row up to this step that lay far above those (`guards.py`)."""
+    nonfinite_steps: int = 0
+    """Steps in a row up to this one that were left out."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -105,7 +123,8 @@ def step_of(folder: Path) -> int:
 
 def committed(run: Path) -> list[Path]:
     """A run's committed checkpoints, oldest first; their checksums have not been looked at."""
-    return sorted(folder.parent for folder in (run / "checkpoints").glob("step-*/COMMIT.json"))
+    folders = (file.parent for file in (run / "checkpoints").glob("step-*/COMMIT.json"))
+    return sorted((folder for folder in folders if _STEP_FOLDER.fullmatch(folder.name)), key=step_of)
 
 
 def newest_durable(run: Path) -> tuple[Path | None, list[str]]:
@@ -122,23 +141,44 @@ def newest_durable(run: Path) -> tuple[Path | None, list[str]]:
 def verify(folder: Path) -> str | None:
     """None if a checkpoint is whole, otherwise what is wrong with it in one line. An OSError is the machine's, not the checkpoint's."""
     try:
-        files = {
-            name: (entry["size"], entry["xxh3_128"]) for name, entry in json.loads((folder / "COMMIT.json").read_text())["files"].items()
-        }
+        files = _read_commit(folder)
+    except CheckpointError as error:
+        return str(error)
+    with ThreadPoolExecutor(min(8, len(files))) as pool:
+        faults = pool.map(lambda name: _fault(folder, name, *files[name]), files)
+        return next((fault for fault in faults if fault), None)
+
+
+def _read_commit(folder: Path) -> dict[str, tuple[int, str]]:
+    """The size and checksum of each file, as COMMIT.json has them. Raises CheckpointError, and an OSError that is the machine's."""
+    file = folder / "COMMIT.json"
+    try:
+        files = {}
+        for name, entry in _read_object(file)["files"].items():
+            if not _FILE_NAME.fullmatch(name):
+                raise ValueError(f"{name!r:.100} is not the name of a file in the folder")
+            size, checksum = entry["size"], entry["xxh3_128"]
+            if not (_is_count(size) and isinstance(checksum, str)):
+                raise ValueError(f"{name} has no size and checksum")
+            files[name] = (size, checksum)
     except FileNotFoundError:
-        return f"{folder}: COMMIT.json is missing"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{folder}: COMMIT.json cannot be read ({error})"
+        raise CheckpointError(f"{folder}: COMMIT.json is missing") from None
+    except _UNREADABLE as error:
+        raise CheckpointError(f"{folder}: COMMIT.json cannot be read ({_words(error)})") from None
     if not files.keys() & {"checkpoint.json", EXPORT_DESCRIPTION}:
-        return f"{folder}: COMMIT.json does not list the description; the file is damaged"
-    for name, (size, checksum) in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{folder}: {name} is missing"
-        if path.stat().st_size != size:
-            return f"{folder}: {name} has {path.stat().st_size} bytes, COMMIT.json says {size}"
-        if file_checksum(path) != checksum:
-            return f"{folder}: {name} does not have the checksum in COMMIT.json; the file is damaged"
+        raise CheckpointError(f"{folder}: COMMIT.json does not list the description; the file is damaged")
+    return files
+
+
+def _fault(folder: Path, name: str, size: int, checksum: str) -> str | None:
+    """What is wrong with one file of a checkpoint."""
+    path = folder / name
+    if not _is_plain(path):
+        return f"{folder}: {name} is {'not a plain file' if os.path.lexists(path) else 'missing'}"
+    if path.stat().st_size != size:
+        return f"{folder}: {name} has {path.stat().st_size} bytes, COMMIT.json says {size}"
+    if file_checksum(path) != checksum:
+        return f"{folder}: {name} does not have the checksum in COMMIT.json; the file is damaged"
     return None
 
 
@@ -172,30 +212,112 @@ def find_checkpoint(spec: str) -> Path:
 
 
 def describe(folder: Path) -> Description:
-    """Reads checkpoint.json, or an export's description. Raises CheckpointError."""
+    """Reads checkpoint.json, or an export's description, as what a stranger may have written. Raises CheckpointError."""
     file = folder / (EXPORT_DESCRIPTION if (folder / EXPORT_DESCRIPTION).is_file() else "checkpoint.json")
     try:
-        values = json.loads(file.read_text())
+        values = _read_object(file)
         if values["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(f"{file} has format version {values['format_version']}; this vitscale reads {FORMAT_VERSION}")
-        if values["skipped"]:
-            raise CheckpointError(f"{file} skips positions {values['skipped']}, which this vitscale cannot; use a newer one")
+            raise CheckpointError(f"{file} has format version {values['format_version']!r:.20}; this vitscale reads {FORMAT_VERSION}")
+        model = from_dict(ViTConfig, values["model"], "model")
+        _check_bounds(model)
+        check_model(model)
+        clock = {name: values[name] for name in ("samples_seen", "step")}
+        clock["cursor"] = values.get("cursor", 0)  # which checkpoints of before had not, nor the next
+        clock["nonfinite_steps"] = values.get("nonfinite_steps", 0)
+        clock["updates"] = clock["step"] if values.get("updates") is None else values["updates"]
+        for name, value in clock.items():
+            if not _is_count(value):
+                raise ValueError(f"{name} is {value!r:.50}, not a number of things")
+        class_names = values["class_names"]
+        if class_names and not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
+            raise ValueError("class_names are not a list of names")
+        skipped = tuple((low, high) for low, high in values["skipped"])
+        if not all(_is_count(low) and _is_count(high) and low < high for low, high in skipped):
+            raise ValueError("skipped are not ranges of positions")
+        losses, spikes = (tuple(values.get(name, ())) for name in ("recent_losses", "spikes"))
+        if not all(isinstance(loss, int | float) and math.isfinite(loss) for loss in (*losses, *spikes)):
+            raise ValueError("recent_losses or spikes are not finite numbers")
         return Description(
             path=folder,
-            model=from_dict(ViTConfig, values["model"], "model"),
+            model=model,
             preprocess=from_dict(PreprocessConfig, values["preprocess"], "preprocess"),
             objective=from_dict(ObjectiveConfig, values["objective"], "objective"),
-            class_names=tuple(values["class_names"]) if values["class_names"] else None,
-            samples_seen=values["samples_seen"],
-            step=values["step"],
-            tensors=tuple(
-                TensorEntry(t["name"], t["kind"], tuple(t["shape"]), tuple(Piece(**piece) for piece in t["pieces"]))
-                for t in values["tensors"]
-            ),
-            cursor=values.get("cursor", 0),  # which checkpoints of before had not
+            class_names=tuple(class_names) if class_names else None,
+            tensors=_read_entries(values["tensors"]),
+            skipped=skipped,
+            recent_losses=losses,
+            spikes=spikes,
+            **clock,
         )
-    except (OSError, KeyError, TypeError, ConfigError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read as a checkpoint ({type(error).__name__}: {error})") from None
+    except (OSError, *_UNREADABLE) as error:
+        raise CheckpointError(f"{file} cannot be read as a checkpoint ({_words(error)})") from None
+
+
+def _check_bounds(model: ViTConfig) -> None:
+    """Raises ValueError on a model that nobody could build, before anybody tries."""
+    for name, value in flatten(asdict(model)).items():
+        if any(isinstance(number, int) and number > _LARGEST for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"model.{name} is {value!r:.50}, which no model has")
+
+
+def _read_entries(tensors: Any) -> tuple[TensorEntry, ...]:
+    """The tensors of a description. Raises ValueError where pieces do not cover a tensor once, or what `_UNREADABLE` names."""
+    entries: dict[tuple[str, str], TensorEntry] = {}
+    for tensor in tensors:
+        name, kind, shape = tensor["name"], tensor["kind"], tuple(tensor["shape"])
+        pieces = tuple(Piece(**piece) for piece in tensor["pieces"])
+        if not (isinstance(name, str) and isinstance(kind, str) and all(map(_is_count, shape)) and math.prod(shape) < _MOST):
+            raise ValueError(f"{kind!r:.50} {name!r:.100} of shape {shape!r:.100} is not a tensor")
+        if (name, kind) in entries:
+            raise ValueError(f"{kind} {name:.100} is there twice")
+        for piece in pieces:
+            if not (_is_count(piece.offset) and _is_count(piece.length)):
+                raise ValueError(f"{kind} {name:.100} has a piece at {piece.offset!r:.50} of {piece.length!r:.50} elements")
+            if not (isinstance(piece.file, str) and _FILE_NAME.fullmatch(piece.file)):
+                raise ValueError(f"{piece.file!r:.100} is not the name of a file in the folder")
+        end = 0
+        for piece in sorted(pieces, key=lambda piece: piece.offset):
+            if piece.offset != end:
+                break
+            end += piece.length
+        if end != math.prod(shape) or end != sum(piece.length for piece in pieces):
+            raise ValueError(f"the pieces of {kind} {name:.100} do not cover its {math.prod(shape)} elements, each once")
+        entries[name, kind] = TensorEntry(name, kind, shape, pieces)
+    return tuple(entries.values())
+
+
+# What reading JSON that is not what it should be raises
+_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, ConfigError)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A file of JSON. Raises what `_UNREADABLE` names, and OSError."""
+    if os.path.lexists(file) and not _is_plain(file):
+        raise ValueError("it is not a plain file")
+    values: dict[str, Any] = json.loads(file.read_bytes(), object_pairs_hook=_each_once)
+    return values
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose names are there once; of two, as a flipped bit makes of neighbours, the second would hide the first."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name is there twice")
+    return values
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether a file is there, and is none that leads elsewhere or waits for a writer."""
+    return os.path.lexists(path) and stat.S_ISREG(path.lstat().st_mode)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+
+
+def _words(error: BaseException) -> str:
+    """An error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -213,20 +335,16 @@ class TensorReader:
         self._files: dict[str, Any] = {}
 
     def stretch(self, name: str, kind: str, start: int, length: int) -> "Tensor":
-        """Elements [start, start + length) of the flattened tensor, fp32."""
+        """Elements [start, start + length) of the flattened tensor, fp32. Raises CheckpointError where a file does not hold its pieces."""
         import torch
 
+        end = start + length
+        overlapping = [p for p in self._entries[name, kind].pieces if p.offset < end and start < p.offset + p.length]
+        stored = [self._stored(name, kind, piece) for piece in overlapping]  # first, for a length may be a lie
         out = torch.empty(length, dtype=torch.float32)
-        filled = 0
-        for piece in self._entries[name, kind].pieces:
-            low, high = max(start, piece.offset), min(start + length, piece.offset + piece.length)
-            if low < high:
-                file = self._open(piece.file)
-                stored = file.get_tensor(name).flatten() if self._exported else file.get_slice(piece_key(name, kind, piece.offset))
-                out[low - start : high - start] = stored[low - piece.offset : high - piece.offset]
-                filled += high - low
-        if filled != length:
-            raise CheckpointError(f"{self._folder}: the pieces of {kind} {name} do not cover elements {start} to {start + length}")
+        for piece, of in zip(overlapping, stored, strict=True):
+            low, high = max(start, piece.offset), min(end, piece.offset + piece.length)
+            out[low - start : high - start] = of[low - piece.offset : high - piece.offset]
         return out
 
     def whole(self, name: str, kind: str) -> "Tensor":
@@ -234,12 +352,23 @@ class TensorReader:
         entry = self._entries[name, kind]
         return self.stretch(name, kind, 0, math.prod(entry.shape)).view(entry.shape)
 
-    def _open(self, file: str) -> Any:
-        from safetensors import safe_open
+    def _stored(self, name: str, kind: str, piece: Piece) -> Any:
+        """What can be cut into elements of a piece; nothing has been read of it where it is a checkpoint's."""
+        from safetensors import SafetensorError, safe_open
 
-        if file not in self._files:
-            self._files[file] = safe_open(self._folder / file, framework="pt")
-        return self._files[file]
+        file = self._folder / piece.file
+        key = name if self._exported else piece_key(name, kind, piece.offset)
+        try:
+            if piece.file not in self._files:
+                if not _is_plain(file):
+                    raise ValueError("it is not a plain file")
+                self._files[piece.file] = safe_open(file, framework="pt")
+            stored = self._files[piece.file].get_slice(key)
+            if stored.get_dtype() != "F32" or math.prod(stored.get_shape()) != piece.length:
+                raise ValueError(f"{key:.100} is {stored.get_dtype()} of shape {stored.get_shape()}, not {piece.length} elements of F32")
+            return self._files[piece.file].get_tensor(key).flatten() if self._exported else stored
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{file} cannot be read as tensors ({_words(error)})") from None
 
 
 def piece_key(name: str, kind: str, offset: int) -> str:
@@ -280,54 +409,12 @@ def check_tensors(description: Description, expected: dict[str, tuple[int, ...]]
 
 
 def write_description(file: Path, description: Description) -> None:
-    """Writes checkpoint.json or an export's description."""
-    values = asdict(description)
-    del values["path"]  # a folder may be moved
-    # "skipped": ranges of positions that the run left out; none can be yet
-    file.write_text(json.dumps({"format_version": FORMAT_VERSION, "skipped": [], **values}, indent=1))
-
-
-def save(run: Path, engine: "Engine", about: Description) -> Path:
-    """Writes the checkpoint of a step, `about` with the engine's tensors, and returns its folder.
-
-    A collective; the leader of each node writes its share of the tensors, whole ones. Raises CheckpointError or OSError on a rank that
-    cannot write, and leaves the others waiting for it: the rank must end.
-    """
-    import torch.distributed as dist
-
-    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    node, local_rank = divmod(dist.get_rank(), ranks_per_node)
-    num_nodes = dist.get_world_size() // ranks_per_node
-    hidden = partial_folder(run, about.step)
-    if dist.get_rank() == 0:
-        for leftover in hidden.parent.glob(".step-*.partial"):
-            shutil.rmtree(leftover)
-        hidden.mkdir(parents=True)
-    dist.barrier()
-
-    mine: dict[str, Tensor] = {}
-    entries = []
-    for index, (kind, name) in enumerate((kind, name) for kind in engine.kinds for name in engine.shapes):
-        whole = engine.gather(name, kind)
-        owner = index % num_nodes
-        if local_rank == 0 and owner == node:
-            mine[piece_key(name, kind, 0)] = whole.flatten().cpu()
-        piece = Piece(f"node-{owner:04d}.safetensors", 0, whole.numel())
-        entries.append(TensorEntry(name, kind, tuple(whole.shape), (piece,)))
-    checksums: dict[str, str] = {}
-    if local_rank == 0 and mine:
-        file = hidden / f"node-{node:04d}.safetensors"
-        write_tensors(file, mine)
-        fsync(file)
-        checksums[file.name] = file_checksum(file)
-    gathered: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(gathered, checksums)
-    if dist.get_rank() == 0:
-        file = hidden / "checkpoint.json"
-        write_description(file, replace(about, tensors=tuple(entries)))
-        commit(hidden, {name: value for part in gathered for name, value in part.items()} | {file.name: file_checksum(file)})
-    dist.barrier()
-    return step_folder(run, about.step)
+    """Writes checkpoint.json or an export's description: a setting a line, a tensor a line."""
+    values = asdict(replace(description, tensors=()))
+    del values["path"], values["tensors"]  # a folder may be moved
+    tensors = (json.dumps(vars(t) | {"pieces": [vars(piece) for piece in t.pieces]}) for t in description.tensors)
+    head = json.dumps({"format_version": FORMAT_VERSION, **values}, indent=1, allow_nan=False).removesuffix("\n}")
+    file.write_text(f"{head},\n " + '"tensors": [\n' + ",\n".join(tensors) + "\n]}\n")
 
 
 def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
@@ -355,7 +442,8 @@ def commit(hidden: Path, checksums: dict[str, str]) -> None:
     """Makes a written checkpoint durable and points `latest` at it."""
     folder = hidden.with_name(hidden.name.removeprefix(".").removesuffix(".partial"))
     publish(hidden, folder, checksums)
-    replace_file(folder.parent / "latest", folder.name + "\n")
+    with contextlib.suppress(OSError):  # it is for people and other tools; the checkpoint is there without
+        replace_file(folder.parent / "latest", folder.name + "\n")
 
 
 def publish(hidden: Path, folder: Path, checksums: dict[str, str]) -> None:
@@ -365,20 +453,6 @@ def publish(hidden: Path, folder: Path, checksums: dict[str, str]) -> None:
     if folder.exists():  # one that did not verify, or that a run was taken back to before
         shutil.rmtree(folder)
     publish_folder(hidden, folder)
-
-
-def prune(run: Path, keep: int, step: int) -> None:
-    """Removes all but the newest `keep` committed checkpoints up to `step`, the one just written; 0 keeps all.
-
-    What is newer than the one just written did not verify, or the run would have gone on from it.
-    """
-    kept = [folder for folder in committed(run) if folder <= step_folder(run, step)]
-    for folder in kept[:-keep] if keep else []:
-        doomed = folder.with_name(f".{folder.name}.doomed")
-        folder.rename(doomed)  # so that a kill in mid-removal leaves nothing that looks like a checkpoint
-        shutil.rmtree(doomed)
-    for leftover in (run / "checkpoints").glob(".*.doomed"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def file_checksum(path: Path) -> str:

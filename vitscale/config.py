@@ -12,6 +12,7 @@ import json
 import math
 import types
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -215,6 +216,13 @@ class OptimizerConfig:
     average_decay: float = 0.0
     """Decay a step of an average of the weights (EMA, Polyak), which evaluation and export then use; 0 keeps none."""
 
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """The tensors that the optimizer keeps for each parameter, by their names in torch's state of it."""
+        if self.name == "adamw":
+            return "exp_avg", "exp_avg_sq"
+        return ("momentum_buffer",) if self.momentum else ()
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -243,6 +251,29 @@ class EngineConfig:
     """Activation checkpointing: 0 none, 1 every block, n every n-th block."""
     deepspeed: Annotated[dict[str, Any], _JSON] = field(default_factory=dict)
     """Anything else that DeepSpeed's config takes, as JSON; merged over ours."""
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What a run does about steps that go wrong (docs/operations.md); all of it may change when a run is resumed."""
+
+    max_nonfinite: int = 10
+    """Steps in a row whose gradient may be not finite; each is left out by all ranks alike. One more and the run is rolled back."""
+    spike_deviations: float = 10.0
+    """A loss that lies so many robust deviations above the median of those before it is a spike; 0 looks for none."""
+    spike_window: int = 128
+    """Losses that the median and the deviation are taken over; nothing is judged before half as many are there."""
+    spike_steps: int = 3
+    """Spikes in a row that roll the run back to the newest checkpoint from before them; their steps are then skipped."""
+    max_rollbacks: int = 3
+    """Rollbacks in a run; after that spikes are told and trained through, and a gradient that stays not finite ends the run."""
+    compare_every: int = 500
+    """Steps between comparisons of what all ranks must hold alike; before every checkpoint in any case; 0 leaves it at that."""
+    hang_seconds: float = 0.0
+    """Seconds without progress after which a rank counts as hanging; 0 learns them: 20 times the slowest step of late, at least
+    120, and a minute more than stream.read_timeout."""
+    max_restarts: int = 3
+    """Starts in a row without progress, after which a run is not started again by itself."""
 
 
 @dataclass(frozen=True)
@@ -294,12 +325,19 @@ class RunConfig:
     """Steps between checkpoints; one is written at the end in any case."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept; 0 keeps all."""
+    keep_every: int = 0
+    """Keep the checkpoints of every so many steps for good, beside the newest; 0 keeps none for good."""
+    keep_best: bool = True
+    """Keep the checkpoint that was best on the held-out split, too."""
+    checkpoint_bytes: Annotated[int | None, MAYBE_BYTES] = None
+    """The most that the run's checkpoints may take together: 500GB, 2TB; the oldest give way. None: no bound."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     mix: MixConfig = field(default_factory=MixConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -399,7 +437,8 @@ def fine_tuning_run(
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
 MAY_CHANGE = (
     "data", "eval_data", "stage", "cache", "cache_bytes", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every",
-    "keep_checkpoints", "stream.workers", "stream.processes", "stream.prefetch", "stream.reads", "stream.buffer_bytes",
+    "keep_checkpoints", "keep_every", "keep_best", "checkpoint_bytes", "guard",
+    "stream.workers", "stream.processes", "stream.prefetch", "stream.reads", "stream.buffer_bytes",
     "stream.read_threads", "stream.read_timeout", "stream.max_unusable", "stream.max_unusable_per_shard", "engine.zero_stage",
     "engine.checkpoint_every_n_blocks", "engine.deepspeed.zero_optimization", "init.folder",
 )  # fmt: skip
@@ -441,15 +480,27 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "config") -> Any:
 
 
 def _from_plain(hint: Any, value: Any, where: str) -> Any:
+    """A value of the type that a hint says; a file may have been written by anybody. Raises ConfigError."""
     if get_origin(hint) in (Union, types.UnionType):
         if value is None:
             return None
         kinds = [arg for arg in get_args(hint) if arg is not type(None)]
         hint = next((kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, list)), kinds[0])
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return from_dict(hint, value, where)  # type: ignore[arg-type]
-    if get_origin(hint) is tuple:
-        return tuple(value)
+    if get_origin(hint) is tuple and isinstance(value, list | tuple):
+        each, *others = get_args(hint)
+        if others == [...] or len(others) + 1 == len(value):
+            hints = [each] * len(value) if others == [...] else [each, *others]
+            return tuple(_from_plain(of, item, where) for of, item in zip(hints, value, strict=True))
+    if isinstance(hint, type) and issubclass(hint, Enum) and value in tuple(hint):
+        return hint(value)
+    if hint is Any or (get_origin(hint) is Literal and value in get_args(hint)):
+        return value
+    accepted: Any = {int: int, float: (int, float), str: str, bool: bool, dict: dict}.get(get_origin(hint) or hint, ())
+    odd = isinstance(value, bool) != (hint is bool) or (isinstance(value, float) and not math.isfinite(value))
+    if odd or not isinstance(value, accepted):
+        raise ConfigError(f"{where}={value!r:.100} is not {getattr(hint, '__name__', hint)}")
     return value
 
 

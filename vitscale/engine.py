@@ -5,8 +5,8 @@ for each parameter its fp32 weight, the optimizer's moments and the running aver
 
 Where those live. DeepSpeed keeps fp32 weights in flat tensors, of which a rank has its partition (stage 0: the parameters themselves); the
 optimizer's moments, and our average, are tensors of the same shape. `_fragment` says which stretch of a parameter lies where in a flat
-tensor of this rank; everything that reads or writes state goes through it, so that no stage is a special case further up. Loading is local
-to a rank; reading a whole tensor is a collective.
+tensor of this rank; everything that reads or writes state goes through it, so that no stage is a special case further up. Loading and
+saving are local to a rank; reading a whole tensor is a collective.
 
 Gradients are averaged over ranks and micro-batches and clipped by DeepSpeed. In bf16 they accumulate in fp32.
 """
@@ -31,7 +31,8 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from vitscale.checkpoint import AVERAGE, WEIGHT
 from vitscale.config import EngineConfig, OptimizerConfig
-from vitscale.optim import build_optimizer, moments
+from vitscale.optim import build_optimizer
+from vitscale.rendezvous import ARRIVAL, join
 
 # (name, kind, start, length) -> that stretch of the flattened tensor, fp32
 Read = Callable[[str, str, int, int], Tensor]
@@ -46,17 +47,23 @@ class Fragment(NamedTuple):
     start: int  # first element of the flattened parameter
 
 
-def init_distributed(timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Joins the process group that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; NCCL on GPUs, gloo elsewhere."""
+def init_distributed(timeout: timedelta = timedelta(minutes=30), arrival: timedelta = ARRIVAL) -> None:
+    """Meets the other ranks (`rendezvous.join`) and makes the process group; NCCL on GPUs, gloo elsewhere.
+
+    Raises Ended where ranks do not come within `arrival`, or are not alike. `timeout` is that of a collective.
+    """
     deepspeed_logger.setLevel("ERROR")
     # On a CPU DeepSpeed would compile an all-reduce for inference, into a folder that environments share; nothing here calls it
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, and torch warns anew at every call
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout, verbose=False)
+        meeting = join(arrival)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if backend == "nccl":
+            torch.cuda.set_device(device())
+        dist.init_process_group(backend, store=meeting.store, rank=meeting.rank, world_size=meeting.world_size, timeout=timeout)
+        deepspeed.init_distributed(backend, timeout=timeout, verbose=False)  # takes the group that is there
 
 
 def device() -> torch.device:
@@ -91,10 +98,11 @@ class Engine:
         self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, *, micro_batch_size: int, grad_accum_steps: int
     ) -> None:
         self.stage, self.average_decay, self.grad_clip = config.zero_stage, optimizer.average_decay, optimizer.grad_clip
-        self.moments = moments(optimizer)
+        self.moments = optimizer.moments
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.parameters = dict(model.named_parameters())
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
+        self.updates = 0  # made so far, those of the run's earlier starts included; steps left out do not count
         self._grad_norm = float("nan")
         exact = {name: p.detach().flatten().clone() for name, p in self.parameters.items()}
         settings = deepspeed_config(config, optimizer.grad_clip, micro_batch_size, grad_accum_steps)
@@ -116,26 +124,31 @@ class Engine:
         """Adds a micro-batch's gradient; divides the loss by the number of micro-batches."""
         self.deepspeed.backward(loss)
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float) -> bool:
         """Call after each micro-batch's backward: after the last of a step it updates the weights and the average.
 
-        Raises FloatingPointError where DeepSpeed left the update out because a gradient was not finite.
+        Returns False, on all ranks alike, where the update was left out because the gradient is not finite.
         """
         for group in self._zero.param_groups:  # under stage 3 these are the wrapper's own, and it copies them
             group["lr"] = learning_rate
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         updates = self.deepspeed.is_gradient_accumulation_boundary()
+        finite = True
         if updates and self.stage == 0:  # DeepSpeed would update with a gradient that is not finite, and keeps no norm
-            norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.grad_clip or float("inf"))
-            self._grad_norm = float(norm)
-            if not math.isfinite(self._grad_norm):
-                raise FloatingPointError("the gradient is not finite")
+            self._grad_norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.grad_clip or float("inf")))
+            if not (finite := math.isfinite(self._grad_norm)):
+                for parameter in self.parameters.values():
+                    parameter.grad = None  # a step without gradients changes nothing, moments and weight decay included
         self.deepspeed.step()
-        if updates and not self.deepspeed.was_step_applied():
-            raise FloatingPointError("the gradient is not finite")
-        if updates and self._averages:
-            torch._foreach_lerp_(self._averages, self._flat_weights(), 1 - self.average_decay)
+        if not updates:
+            return True
+        applied = finite and self.deepspeed.was_step_applied()
+        if applied:
+            self.updates += 1
+            if self._averages:
+                torch._foreach_lerp_(self._averages, self._flat_weights(), 1 - self.average_decay)
+        return bool(applied)
 
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient, before clipping."""
@@ -163,18 +176,52 @@ class Engine:
             dist.all_reduce(whole)  # each element is on one rank, and zero on the others
         return whole.view(shape)
 
-    def load(self, read: Read, step: int) -> None:
-        """Sets fp32 weights, moments and averages to a checkpoint's of `step`; a rank reads only what it holds, and nothing is sent.
+    def shares(self) -> dict[str, tuple[int, int]]:
+        """The (start, length) of the stretch of each flattened parameter that this rank writes to a checkpoint.
+
+        Stretches of consecutive ranks are adjacent and cover the parameter, at every stage; without ZeRO each parameter is cut evenly.
+        """
+        if self.stage == 0:
+            rank, ranks = dist.get_rank(), dist.get_world_size()
+            cuts = {name: (rank * shape.numel() // ranks, (rank + 1) * shape.numel() // ranks) for name, shape in self.shapes.items()}
+            return {name: (start, end - start) for name, (start, end) in cuts.items()}
+        fragments = {name: self._fragment(parameter) for name, parameter in self.parameters.items()}
+        return {name: (fragment.start, fragment.length) if fragment else (0, 0) for name, fragment in fragments.items()}
+
+    def stretch(self, name: str, kind: str, start: int, length: int) -> Tensor:
+        """A view of elements [start, start + length) of a flattened tensor, fp32, which this rank must hold."""
+        fragment = self._fragment(self.parameters[name])
+        assert fragment is not None
+        return self._view(fragment, kind)[start - fragment.start :][:length]
+
+    def load(self, read: Read, updates: int) -> None:
+        """Sets fp32 weights, moments and averages to a checkpoint's; a rank reads only what it holds, and nothing is sent.
 
         The model's own copies of the weights must have been loaded before the engine was made.
+
+        Args:
+            updates: that were made before the checkpoint.
         """
+        self.updates = updates
         for flat in self._flat_weights():
             state: dict[str, Tensor] = {moment: torch.zeros_like(flat) for moment in self.moments}
             if isinstance(self._optimizer, torch.optim.AdamW):  # its bias correction counts steps
-                state["step"] = torch.tensor(float(step))
+                state["step"] = torch.tensor(float(updates))
             self._optimizer.state[flat] = state
         for kind in self.kinds:
             self._fill(kind, read)
+
+    def bit_sum(self) -> int:
+        """The sum of the bits of what this rank computes with, where all ranks should hold the same; 0 under stage 3, where none do.
+
+        One flipped bit changes it. It reads every weight once and waits for the device.
+        """
+        if self.stage == 3:
+            return 0
+        ints = torch.int16 if self.dtype == torch.bfloat16 else torch.int32
+        sums = [parameter.detach().view(-1).view(ints).sum(dtype=torch.int64) for parameter in self.parameters.values()]
+        odd = torch.arange(1, 2 * len(sums), 2, device=device())  # so that two flips in two tensors do not cancel out
+        return int((torch.stack(sums) * odd).sum())
 
     def _fill(self, kind: str, read: Read) -> None:
         for name, parameter in self.parameters.items():
@@ -240,8 +287,13 @@ class Engine:
     def _view(self, fragment: Fragment, kind: str) -> Tensor:
         flat = fragment.flat
         if kind != WEIGHT:
-            flat = self._average_of[id(flat)] if kind == AVERAGE else self._optimizer.state[flat][kind]
+            flat = self._average_of[id(flat)] if kind == AVERAGE else self._moment(flat, kind)
         return flat.detach().view(-1)[fragment.flat_start : fragment.flat_start + fragment.length]
+
+    def _moment(self, flat: Tensor, kind: str) -> Tensor:
+        """A moment of a flat tensor; before the first update, when the optimizer has none yet, zeros as it will begin with."""
+        moment = self._optimizer.state.get(flat, {}).get(kind)
+        return torch.zeros_like(flat) if moment is None else moment
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""What a model costs: FLOPs of its matrix products, and the peaks of devices they are held against. Imports no torch.
+"""What a model costs: its parameters, the bytes of a checkpoint, FLOPs, and the peaks of devices they are held against. Imports no torch.
 
 MFU counts model FLOPs only, never recomputation (PaLM, arXiv 2204.02311, appendix B).
 """
 
-from vitscale.config import ViTConfig
+from vitscale.config import OptimizerConfig, ViTConfig
 
 # Dense peaks in TFLOP/s from NVIDIA's datasheets (H100 and H200 SXM, A100, B200), by a piece of the device's name.
 PEAK_TFLOPS = {
@@ -12,6 +12,29 @@ PEAK_TFLOPS = {
     "A100": {"bf16": 312.0, "fp32": 19.5},
     "B200": {"bf16": 2250.0, "fp32": 80.0},
 }
+
+
+def parameters(model: ViTConfig) -> int:
+    """How many numbers a model learns."""
+    D, M = model.width, model.mlp_dim
+    rows, columns = model.grid
+    mlp = D * M + M + M * D + D
+    position = {
+        "learned_1d": model.num_tokens * D,
+        "learned_2d": (rows + columns) * (D // 2),
+        "relative": model.depth * ((2 * rows - 1) * (2 * columns - 1) + 3 * (model.pool == "cls")) * model.num_heads,
+    }.get(model.position, 0)
+    embed = 3 * model.patch_size**2 * D + D + D * (model.pool == "cls")
+    block = 4 * D * D + 4 * D + mlp + 4 * D
+    pooling = (D + 4 * D * D + 4 * D + 2 * D + mlp) * (model.pool == "map")
+    R = model.representation_size
+    head = (R * D + R) + ((R or D) + 1) * model.num_classes
+    return embed + position + model.depth * block + 2 * D + pooling + head
+
+
+def checkpoint_bytes(model: ViTConfig, optimizer: OptimizerConfig) -> int:
+    """Bytes of a checkpoint's tensors: in fp32 each weight, its moments, and its average where one is kept."""
+    return 4 * parameters(model) * (1 + len(optimizer.moments) + bool(optimizer.average_decay))
 
 
 def forward_flops(model: ViTConfig) -> int:

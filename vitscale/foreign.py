@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -41,6 +41,7 @@ from data_tools.tars import IMAGE_MEMBERS, labels_of
 from vitscale import images, keyed
 from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.decoding import View
+from vitscale.guards import is_skipped
 from vitscale.order import Int64
 from vitscale.quarantine import Fault, Quarantine
 from vitscale.stream import Batch, Share, StreamError, ahead, stalled
@@ -363,8 +364,10 @@ class ForeignStream:
         """Passes over the tars, about; nobody knows how many samples they have."""
         return self.cursor / len(self._tars.shards)
 
-    def micro_batches(self, samples_seen: int, end: int | None = None) -> Iterator[Batch]:
+    def micro_batches(self, samples_seen: int, end: int | None = None, skipped: Sequence[tuple[int, int]] = ()) -> Iterator[Batch]:
         """Micro-batches of this rank from the position `samples_seen` on, and from the cursor's shard, up to `end` or without end.
+
+        What is drawn for positions in one of the half-open ranges `skipped` is thrown away.
 
         Raises QuarantineError or StreamError where too many samples are unusable or a tar is gone, StorageError where one cannot be read,
         WorkerError where a worker dies.
@@ -376,7 +379,8 @@ class ForeignStream:
         )  # fmt: skip
         self._given = self.cursor
         try:
-            begun = ahead((self._begin(positions, drawn, pool) for positions in self._positions(samples_seen, end)), self._config.prefetch)
+            todo = (of for of in self._positions(samples_seen, end) if not self._thrown_away(of, drawn, skipped))
+            begun = ahead((self._begin(positions, drawn, pool) for positions in todo), self._config.prefetch)
             yield from map(partial(self._finish, drawn, pool), begun)
         finally:
             pool.close()
@@ -388,6 +392,13 @@ class ForeignStream:
             first = samples_seen + self.share.rank * each
             yield from np.arange(first, first + each, dtype=np.int64).reshape(-1, self.share.micro_batch_size)
             samples_seen += self.share.global_batch_size
+
+    def _thrown_away(self, positions: Int64, drawn: _Drawn, skipped: Sequence[tuple[int, int]]) -> bool:
+        if not is_skipped(int(positions[0]), skipped):
+            return False
+        for position in positions.tolist():
+            drawn.draw(position)
+        return True
 
     def _begin(self, positions: Int64, drawn: _Drawn, pool: WorkerPool) -> _Begun:
         samples = [drawn.draw(position) for position in positions.tolist()]

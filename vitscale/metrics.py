@@ -4,38 +4,97 @@ import contextlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 
 class Metrics:
     """Rank 0's writer, from `step` on."""
 
     def __init__(self, run: Path, step: int) -> None:
-        self._file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 - open as long as the run
+        self._file = os.open(run / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._unwritten = b""  # what a full disk had no room for
         self._terminal = open_terminal()
         self._board = _tensorboard(run / "tensorboard", step)
 
     def log(self, values: dict[str, Any], text: str) -> None:
-        """Writes one line; `values` must hold `step`."""
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        """Writes one line; `values` must hold `step`. A disk that is full keeps it waiting and the run going."""
+        before = self._unwritten
+        self._unwritten += (json.dumps(values, allow_nan=False) + "\n").encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
+        except OSError as error:
+            if not before:
+                self.say(f"warning: metrics.jsonl cannot be written ({error.strerror}); its lines wait until it can")
         self.say(text)
-        if self._board is not None:
+        if self._board is None:
+            return
+        try:
             for name, value in values.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, values["step"])
+        except OSError as error:
+            self._board = None
+            self.say(f"warning: tensorboard/ cannot be written ({error.strerror}), and is not until the next start")
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal, and for the log where that is another file."""
         for file in {self._terminal, sys.stdout}:
-            with contextlib.suppress(BrokenPipeError):  # `vitscale pretrain ... | head` must not end the run
+            with contextlib.suppress(OSError):  # neither `vitscale pretrain ... | head` nor a full disk must end the run
                 print(text, file=file, flush=True)
 
     def close(self) -> None:
-        """Writes what is buffered."""
-        self._file.close()
+        """Writes what is buffered, as far as there is room."""
+        with contextlib.suppress(OSError):
+            os.write(self._file, self._unwritten)
+        os.close(self._file)
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
+
+
+class Moment(NamedTuple):
+    """Where a run was at the end of a step."""
+
+    step: int
+    seconds: float
+    """Of this process's clock."""
+    waited: float
+    """Seconds in all that were waited for data."""
+    stalled: float
+    """Seconds in all that training stood still for checkpoints."""
+
+
+class Pace:
+    """How fast steps are made from one logged step to the next, and what they waited for.
+
+    What is done between steps, saves and evaluations, does not count: `restart` after it.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.waited = self.stalled = self._told = 0.0
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """What follows is measured from here on."""
+        self._since = self.moment(step)
+
+    def moment(self, step: int) -> Moment:
+        """Now, at the end of a step."""
+        return Moment(step, time.perf_counter(), self.waited, self.stalled)
+
+    def measure(self, until: Moment, global_batch_size: int) -> dict[str, float]:
+        """Fields of metrics.jsonl for the steps up to a moment; the next ones are measured from there on."""
+        seconds = until.seconds - self._since.seconds
+        found = {
+            "images_per_second": (until.step - self._since.step) * global_batch_size / seconds,
+            "data_wait": (until.waited - self._since.waited) / seconds,
+            "checkpoint_seconds": until.stalled - self._told,
+        }
+        self._since, self._told = until, until.stalled
+        return found
 
 
 def open_terminal() -> TextIO:

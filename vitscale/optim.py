@@ -8,13 +8,6 @@ from torch import Tensor, nn
 from vitscale.config import OptimizerConfig, ScheduleConfig
 
 
-def moments(config: OptimizerConfig) -> tuple[str, ...]:
-    """The tensors that the optimizer keeps for each parameter, by their names in its state."""
-    if config.name == "adamw":
-        return "exp_avg", "exp_avg_sq"
-    return ("momentum_buffer",) if config.momentum else ()
-
-
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """torch's AdamW or SGD over two groups: kernels, which decay, and everything else, which does not."""
     kernels, others = split_by_decay(dict(model.named_parameters()))

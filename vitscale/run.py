@@ -1,8 +1,9 @@
-"""The run directory: how a run is begun or taken up, and what can be told of it from outside.
+"""The run directory: how a run is begun or taken up, and what is written down of it (`status.py` tells how it is).
 
     RUN/config.json      the resolved config, enough to repeat the run
     RUN/run.json         versions, commit, dataset hashes, one entry for each start
     RUN/metrics.jsonl    a line a logged step, and a line an evaluation
+    RUN/stop             there while a person asks the run to stop
 
 Imports no torch: it works on login nodes.
 """
@@ -10,6 +11,7 @@ Imports no torch: it works on login nodes.
 import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import time
@@ -34,11 +36,13 @@ from vitscale.config import (
     to_dict,
     total_steps,
 )
+from vitscale.goodput import steps_lost
 from vitscale.metrics import counted
 from vitscale.quarantine import parse_lines
 from vitscale.unindexed import named_tars
 
 FORMAT_VERSION = 1
+LOCK_SECONDS = 60.0  # for which a start that SLURM is still ending may hold a run's lock
 
 
 class RunError(UserError):
@@ -56,6 +60,33 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     Raises RunError where the directory holds something else; it is left as it was.
     """
     run = Path(config.out)
+    record, held_out, changed = check_start(config)
+    if is_finished(run, config.eval_data):
+        return True
+    record["held_out"] = record["held_out"] or (held_out[0] if held_out else None)
+    record["starts"].append(
+        {
+            "overlays": _overlays(run, record, config),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "host": platform.node(),
+            "job": os.environ.get("SLURM_JOB_ID", ""),
+            "world_size": world_size,
+            "changed": changed,
+            "commit": git_commit(),
+            "versions": _versions(),
+        }
+    )
+    write_json(run / "config.json", to_dict(config))
+    write_json(run / "run.json", record)  # last: its presence is what makes a directory a run
+    return False
+
+
+def check_start(config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, str]]:
+    """What run.json holds before a start with a resolved config, what is held out, and which settings are others than before.
+
+    Writes nothing. Raises RunError where the directory holds a run that cannot go on so.
+    """
+    run = Path(config.out)
     tars = named_tars(config.datasets)
     trained_on = [tars.identity()] if tars else [_identity(path) for path in config.datasets]
     held_out = [] if config.eval_data == "none" else [_identity(config.eval_data)]
@@ -67,9 +98,7 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
         started = read_config(run)
         if started.recipe != config.recipe:
             raise RunError(f"{run} holds a run of {started.recipe}, not of {config.recipe}; give another --out")
-        for flag, before, now in (("data", trained_datasets(record), trained_on), ("eval-data", _several(record["held_out"]), held_out)):
-            if before and now:
-                _check_same(run, flag, before, now)
+        check_same_data(run, record, config)
         if not has_begun(run):
             record["total_steps"] = _total_steps(config, trained_on)
         changed = changes(started, config) if has_begun(run) else {}
@@ -83,23 +112,22 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
             "total_steps": _total_steps(config, trained_on),
             "starts": [],
         }
-    if is_finished(run, config.eval_data):
-        return True
-    record["held_out"] = record["held_out"] or (held_out[0] if held_out else None)
-    record["starts"].append(
-        {
-            "overlays": _overlays(run, record, config),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "host": platform.node(),
-            "world_size": world_size,
-            "changed": changed,
-            "commit": _git_commit(),
-            "versions": _versions(),
-        }
-    )
-    write_json(run / "config.json", to_dict(config))
-    write_json(run / "run.json", record)  # last: its presence is what makes a directory a run
-    return False
+    return record, held_out, changed
+
+
+def planned_steps(config: TrainConfig, record: dict[str, Any]) -> int:
+    """Steps of a run with this config on the datasets of run.json."""
+    return _total_steps(config, trained_datasets(record))
+
+
+def check_same_data(run: Path, record: dict[str, Any], config: TrainConfig) -> None:
+    """Raises RunError unless a config names the datasets of a run, wherever they lie."""
+    tars = named_tars(config.datasets)
+    trained_on = [tars.identity()] if tars else [_identity(path) for path in config.datasets]
+    held_out = [] if config.eval_data == "none" else [_identity(config.eval_data)]
+    for flag, before, now in (("data", trained_datasets(record), trained_on), ("eval-data", _several(record["held_out"]), held_out)):
+        if before and now:
+            _check_same(run, flag, before, now)
 
 
 def _total_steps(config: TrainConfig, trained_on: list[dict[str, Any]]) -> int:
@@ -159,12 +187,34 @@ def note_begin(run: Path, step: int) -> None:
     write_json(run / "run.json", record)
 
 
+def note_skipped(run: Path, positions: tuple[int, int], cause: str, words: str) -> None:
+    """Writes down a range of positions, half open, that the run leaves out from now on."""
+    record = _read_json(run / "run.json")
+    record.setdefault("skipped", []).append({"positions": list(positions), "cause": cause, "words": words, "time": time.time()})
+    write_json(run / "run.json", record)
+
+
+def skipped_ranges(record: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    """The ranges of positions, half open, that a run leaves out, in the order of their rollbacks."""
+    return tuple((of["positions"][0], of["positions"][1]) for of in record.get("skipped", []))
+
+
 def start_of_step(record: dict[str, Any], step: int) -> dict[str, Any]:
     """The start, of those in run.json, that made a step or will: the newest that took the run up before it. Raises RunError."""
-    for start in reversed(record["starts"]):
+    for start in reversed([*record.get("origin", {}).get("starts", []), *record["starts"]]):
         if start.get("step", step) < step:  # one that has no step came to an end before it began
             return start  # type: ignore[no-any-return]
     raise RunError(f"run.json does not tell which start made step {step}: no start came so far, or a version of before did not note it")
+
+
+def newest_start(run: Path) -> int:
+    """The number of a run's newest start, from 0; -1 where it has none."""
+    return len(read_record(run)["starts"]) - 1
+
+
+def log_file(run: Path, start: int, node: int = 0) -> Path:
+    """Where a node's processes write what they print."""
+    return run / "logs" / f"node-{node:04d}-start-{start:03d}.log"
 
 
 def read_record(run: Path) -> dict[str, Any]:
@@ -203,24 +253,29 @@ def read_config(run: Path) -> TrainConfig:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[TextIO]:
+def locked(run: Path, seconds: float = 1.0) -> Iterator[TextIO]:
     """Makes a run's directory and holds it against a second start, as long as any process has the file open.
 
-    Raises RunError if another process or something else has the directory.
+    Waits `seconds` for who has it: `run status` holds it for an instant. Raises RunError if another process or something else has it.
     """
-    foreign = run.exists() and not (run / "run.json").is_file()
-    ours = {"run.lock", "config.json", ".config.json.partial", ".run.json.partial"}  # what a start that was killed leaves
-    if foreign and (not run.is_dir() or {entry.name for entry in run.iterdir()} - ours):
-        raise RunError(f"{run} exists and is not a run; give another --out")
+    check_directory(run)
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "run.lock", "a") as file:
-        for attempt in range(10):  # `run status` holds it for an instant
-            if _lock(file, fcntl.LOCK_EX):
-                break
-            if attempt == 9:
+        end = time.monotonic() + seconds
+        while not _lock(file, fcntl.LOCK_EX):
+            if time.monotonic() > end:
                 raise RunError(f"{run} is being trained by another process; `vitscale run status {run}` shows how far it is")
             time.sleep(0.1)
         yield file
+
+
+def check_directory(run: Path) -> None:
+    """Raises RunError where a run's directory is something else."""
+    foreign = run.exists() and not (run / "run.json").is_file()
+    # What a start that was killed leaves, and what is there before the first start of a run that was submitted
+    ours = {"run.lock", "config.json", ".config.json.partial", ".run.json.partial", "submissions", "logs", "stop"}
+    if foreign and (not run.is_dir() or {entry.name for entry in run.iterdir()} - ours):
+        raise RunError(f"{run} exists and is not a run; give another --out")
 
 
 def is_finished(run: Path, eval_data: str | None = None) -> bool:
@@ -239,35 +294,17 @@ def was_evaluated(run: Path, step: int) -> bool:
     return any(line["step"] == step for line in read_metrics(run) if "eval_loss" in line)
 
 
-def status(run: Path) -> dict[str, Any]:
-    """How far a run is: what `vitscale run status` prints. Raises RunError."""
-    config = read_config(run)
-    record = _read_json(run / "run.json")
-    lines = read_metrics(run)
-    steps = [line for line in lines if "loss" in line]
-    evaluations = [line for line in lines if "eval_loss" in line]
-    running = False
-    if (run / "run.lock").is_file():
-        with open(run / "run.lock") as file:
-            running = not _lock(file, fcntl.LOCK_SH)
-    return {
-        "run": str(run),
-        "recipe": config.recipe,
-        "state": "running" if running else "finished" if is_finished(run) else "stopped",
-        "step": steps[-1]["step"] if steps else 0,
-        "total_steps": record["total_steps"],
-        "last": steps[-1] if steps else None,
-        "evaluation": evaluations[-1] if evaluations else None,
-        "checkpoints": [folder.name for folder in checkpoint.committed(run)],
-        "unusable": dict(unusable(run)),
-        "starts": len(record["starts"]),
-        "dataset": record["dataset"],
-    }
+def is_locked(run: Path) -> bool:
+    """Whether a process on this machine, or wherever the file system tells of locks, trains the run."""
+    if not (run / "run.lock").is_file():
+        return False
+    with open(run / "run.lock") as file:
+        return not _lock(file, fcntl.LOCK_SH)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
-    return _read_lines(run / "metrics.jsonl")
+    return read_json_lines(run / "metrics.jsonl")
 
 
 def read_quarantine(run: Path) -> list[dict[str, Any]]:
@@ -291,34 +328,57 @@ def unusable_line(run: Path) -> str:
 
 
 def cut_back(run: Path, step: int, samples_seen: int) -> None:
-    """Takes from metrics.jsonl and quarantine.jsonl what a start wrote whose checkpoint never came to be."""
+    """Takes from metrics.jsonl, quarantine.jsonl and left-out.jsonl what a start wrote whose checkpoint never came to be.
+
+    What that was run.json notes.
+    """
+    if lost := steps_lost(step, read_metrics(run)):
+        record = _read_json(run / "run.json")
+        if record["starts"]:
+            record["starts"][-1]["lost"] = lost
+            write_json(run / "run.json", record)
+    for name, lines in records_until(run, step, samples_seen).items():
+        replace_file(run / name, lines)
+
+
+def records_until(run: Path, step: int, samples_seen: int) -> dict[str, str]:
+    """What those files of a run that have lines said when it was at a step, by their names; without those that are not there."""
     kept = {
-        run / "metrics.jsonl": [line for line in read_metrics(run) if line["step"] <= step],
-        run / "quarantine.jsonl": [line for line in read_quarantine(run) if line["position"] < samples_seen],
+        "metrics.jsonl": [line for line in read_metrics(run) if line["step"] <= step],
+        "quarantine.jsonl": [line for line in read_quarantine(run) if line["position"] < samples_seen],
+        "left-out.jsonl": [line for line in _whole_lines(run / "left-out.jsonl") if line["position"] < samples_seen],
     }
-    for file, lines in kept.items():
-        if file.is_file():
-            replace_file(file, "".join(json.dumps(line) + "\n" for line in lines))
+    return {name: "".join(json.dumps(line) + "\n" for line in lines) for name, lines in kept.items() if (run / name).is_file()}
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
+def _whole_lines(file: Path) -> list[dict[str, Any]]:
+    """Of a file that ranks of several machines add to, those lines that did not get in each other's way."""
+    return parse_lines(file.read_bytes()) if file.is_file() else []
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines; a last one that a kill cut short is left out."""
     lines = file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
+        values = [json.loads(line) for line in lines if line.endswith("\n")]
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{file} has a damaged line ({error}); take it out to go on") from None
+    if odd := next((value for value in values if not isinstance(value, dict)), None):
+        raise RunError(f"{file} has a line that is no object, {odd!r:.50}; take it out to go on")
+    return values
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(file.read_bytes())
+        if not isinstance(values, dict) or (file.name == "run.json" and not {"starts", "dataset", "total_steps"} <= values.keys()):
+            raise ValueError("it does not hold what it should")
         return values
     except FileNotFoundError:
         if not file.parent.exists():
             raise RunError(f"{file.parent} does not exist; a run is what `vitscale pretrain --out RUN` makes") from None
         raise RunError(f"{file.parent} is not a run: it has no {file.name}; a run is what `vitscale pretrain --out RUN` makes") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{file} is damaged ({error}); restore it") from None
 
 
@@ -335,9 +395,11 @@ def _lock(file: TextIO, kind: int) -> bool:
     return True
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the code that runs, with a mark where it was edited; None outside a checkout."""
     here = Path(__file__).parent
+    if (snapshot := here.parent / "COMMIT").is_file():  # of a submission, which may lie in a checkout of something else
+        return snapshot.read_text().strip() or None
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)

@@ -16,7 +16,7 @@ Axes: B batch, H height, W width, C channels, L labels of a sample.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from data_tools.errors import UserError
 from vitscale import keyed
 from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.decoding import Decoded, Decoder, Task, View, kept_candidates
+from vitscale.guards import is_skipped
 from vitscale.locality import locality
 from vitscale.metrics import counted
 from vitscale.mixture import Mixture
@@ -109,8 +110,10 @@ class TrainStream:
         """Passes over the data."""
         return samples_seen / self._dataset.num_samples
 
-    def micro_batches(self, samples_seen: int, end: int | None = None) -> Iterator[Batch]:
+    def micro_batches(self, samples_seen: int, end: int | None = None, skipped: Sequence[tuple[int, int]] = ()) -> Iterator[Batch]:
         """Micro-batches of this rank from `samples_seen` on, in order, up to `end` (a whole number of steps) or without end.
+
+        Steps whose positions lie in one of the half-open ranges `skipped` are left out.
 
         Raises QuarantineError or StreamError where too many samples are unusable, ReadError or StorageError where they cannot be read,
         WorkerError where a worker dies.
@@ -120,7 +123,7 @@ class TrainStream:
             lambda positions: self.order.preferred_ranks(positions, self.share.global_batch_size, self.share.world_size) == self.share.rank,
             shared=self._config.processes, threads=self._config.read_threads,
         )  # fmt: skip
-        return _prepare_ahead(self._jobs(samples_seen, end), self._decoder, reader, self._config, self._quarantine)
+        return _prepare_ahead(self._jobs(samples_seen, end, skipped), self._decoder, reader, self._config, self._quarantine)
 
     def unusable(self) -> int:
         """Distinct samples that could not be used so far, in the whole run."""
@@ -138,9 +141,12 @@ class TrainStream:
             f"{batches / 1e6:,.0f} MB of batches"
         )
 
-    def _jobs(self, samples_seen: int, end: int | None) -> Iterator[_Job]:
+    def _jobs(self, samples_seen: int, end: int | None, skipped: Sequence[tuple[int, int]]) -> Iterator[_Job]:
         share = self.share
         while end is None or samples_seen < end:
+            if is_skipped(samples_seen, skipped):
+                samples_seen += share.global_batch_size
+                continue
             taken = self.order.positions_of_rank(samples_seen, share.global_batch_size, share.rank, share.world_size)
             for positions in taken.reshape(-1, share.micro_batch_size):
                 samples = self.order.samples_at(positions)

@@ -1,63 +1,77 @@
 """A run, from its config to its last checkpoint: the loop of pre-training and of fine-tuning, one process a rank.
 
-    python -m vitscale.train RUN        one rank of the run in RUN, which `run.open_run` has prepared; the launcher starts all of them
-
 Follow one batch from here: `stream.py` (which samples, and their pixels) -> `transfer.py`, `mixing.py` -> `model.py` -> `objective.py` ->
 `engine.py`; what the stream is made of it tells itself.
 `samples_seen` is the only clock: with it, the seed and the checkpoint's tensors a run continues exactly where it was.
+
+However a start ends before the run does, it ends as `ending.py` says, and another start is the only way to go on: after a signal
+(`stopping.py`), which all ranks agree on at a step's end (`agreement.py`) and save, and after steps that went wrong (`guards.py`).
 """
 
-import contextlib
 import math
-import os
-import resource
-import sys
 import time
-import traceback
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from data_tools.cache import cache_advice
 from data_tools.dataset import Dataset
-from data_tools.errors import UserError
-from data_tools.processes import die_with
-from vitscale import checkpoint, keyed
+from vitscale import checkpoint, keyed, stopping
+from vitscale.agreement import Agreement
 from vitscale.checkpoint import CheckpointError
 from vitscale.config import TrainConfig, ViTConfig, grad_accum_steps, total_steps
-from vitscale.engine import Engine, device, init_distributed
+from vitscale.ending import Cause, Ended
+from vitscale.engine import Engine, device
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
 from vitscale.flops import peak_flops, train_flops
 from vitscale.foreign import ForeignStream, Usable
-from vitscale.metrics import Metrics, counted, progress_line
+from vitscale.guards import Guard, is_skipped
+from vitscale.heartbeat import EVALUATING, SAVING, TRAINING
+from vitscale.metrics import Metrics, Moment, Pace, counted, progress_line
 from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
+from vitscale.recovery import compare_ranks, left_out_line, note_left_out, roll_back, take_up
 from vitscale.resolve import open_data, open_held_out
-from vitscale.run import cut_back, note_begin, read_config, read_metrics, unusable_line, was_evaluated
+from vitscale.retention import policy_of
+from vitscale.run import unusable_line
+from vitscale.saving import PATIENCE, Saver
+from vitscale.stopping import Asked
 from vitscale.stream import Share, TrainStream
 from vitscale.transfer import on_device
 from vitscale.unindexed import Tars
 
-_DESCRIPTORS = 65_536  # files that a rank may have open, where the machine lets it
+Beat = Callable[[int, int, str], None]  # (step, samples_seen, phase): tells that the rank goes on
 
 
-class TrainingError(UserError):
-    """Training cannot go on; the message is one line for the user."""
+class _Step(NamedTuple):
+    """What a rank keeps of a step until all ranks' losses of it are known."""
+
+    at: Moment
+    samples_seen: int
+    lr: float
+    grad_norm: float
+    applied: bool
+    """Whether the optimizer took it."""
+    logged: bool
 
 
-def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
+def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambda step, samples_seen, phase: None) -> None:
     """Trains from the newest durable checkpoint, or from the start, to the end. Needs a process group (`engine.init_distributed`).
 
-    Raises TrainingError where the run diverges, and what the parts raise; a rank that fails must end, for the others wait for it.
+    Raises Ended on all ranks alike where this start is over before the run is, and what the parts raise; a rank that fails must end, for
+    the others wait for it.
 
     Args:
         config: resolved (`resolve.resolve`), of a run directory that exists.
         stop_at: the step to stop after, with a checkpoint; None runs to the end.
+        beat: is called all the while.
     """
     rank, world_size, run = dist.get_rank(), dist.get_world_size(), Path(config.out)
 
@@ -66,7 +80,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     last_step = total_steps(config, dataset.num_samples)
 
     # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------
-    folder, faults, evaluated = _take_up(config)
+    folder, faults, evaluated, skipped = take_up(config)
     model = ViT(config.model, config.engine.checkpoint_every_n_blocks)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     resumed = checkpoint.describe(folder) if folder else None
@@ -85,7 +99,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
     engine = Engine(model, config.engine, config.optimizer, micro_batch_size=config.micro_batch_size, grad_accum_steps=accumulate)
     if resumed:
         checkpoint.check_tensors(resumed, shapes, engine.kinds)
-        engine.load(checkpoint.TensorReader(resumed).stretch, resumed.samples_seen // config.global_batch_size)
+        engine.load(checkpoint.TensorReader(resumed).stretch, resumed.step if resumed.updates is None else resumed.updates)
 
     # -- Stream -----------------------------------------------------------------------------------------------------------------------
     samples_seen = resumed.samples_seen if resumed else 0
@@ -103,6 +117,9 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
             dataset, config.model.image_size, config.preprocess, config.stream, share, seed=config.seed, quarantine=quarantine,
             weights=config.data_weights,
         )  # fmt: skip
+
+    # -- What the run leaves: checkpoints, and what people read ----------------------------------------------------------------------------
+    saver = Saver(run, engine, policy_of(config), step)
     metrics = Metrics(run, step) if rank == 0 else None
     if metrics:
         for fault in faults:
@@ -112,16 +129,79 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
         metrics.say(stream.describe())
         _say_of_data(metrics, dataset, config, step, samples_seen)
 
+    # -- What watches over the run, and what it does with each step once all ranks' losses are known --------------------------------------
+    guard = Guard(config.guard, rollbacks=len(skipped))
+    if resumed:
+        guard = Guard(config.guard, resumed.recent_losses, resumed.spikes, resumed.nonfinite_steps, rollbacks=len(skipped))
+    asked, agreement = Asked(run, rank), Agreement[_Step](device())
+    pace = Pace(step)
+
+    def hear(*, all_: bool, ends: bool = False) -> str:
+        """Takes note of the steps whose losses are known by now; returns why the ranks are to stop, or nothing."""
+        reason = ""
+        for known in agreement.heard(all_=all_):
+            done = known.note
+            if ends and done.applied:  # the last step of a start is told, whichever it is
+                done = done._replace(logged=True, grad_norm=engine.grad_norm())
+            reason = stopping.why(known.sums)
+            saver.advance(known.sums["unwritten"], known.sums["failed"])
+            rollback = guard.see(done.at.step, known.loss, applied=done.applied)
+            if rollback and rollback.spike and not guard.can_roll_back:
+                if metrics:
+                    metrics.say(f"warning: {rollback.words}; guard.max_rollbacks={config.guard.max_rollbacks} allows no rollback")
+            elif rollback:
+                beat(step, samples_seen, SAVING)
+                saver.wait()
+                if ended := roll_back(rollback, guard, config, last_step, skipped):
+                    raise ended
+            if metrics:
+                clock = {"step": done.at.step, "samples_seen": done.samples_seen, "time": time.time()}
+                if not done.applied:
+                    metrics.log(clock | {"left_out": "the gradient is not finite"}, left_out_line(run, done.at.step))
+                elif done.logged:
+                    learned = {"epoch": stream.epoch(done.samples_seen), "loss": known.loss, "lr": done.lr, "grad_norm": done.grad_norm}
+                    speed = pace.measure(done.at, config.global_batch_size) | {"unusable": stream.unusable()}
+                    line = clock | learned | speed | _outlook(speed["images_per_second"], last_step - done.at.step, config, world_size)
+                    line |= {"save_seconds": saver.seconds} if saver.seconds else {}
+                    metrics.log(line, progress_line(line, last_step))
+        if metrics:
+            for said in saver.news():
+                metrics.say(said)
+        return reason
+
+    def compare() -> None:
+        """Ends this start where ranks differ in what they must hold alike: before a checkpoint could make it last."""
+        if ended := compare_ranks(engine, step):
+            beat(step, samples_seen, SAVING)
+            saver.wait()
+            raise ended
+
+    def about() -> checkpoint.Description:
+        return checkpoint.Description(
+            run, config.model, config.preprocess, config.objective, dataset.class_names, samples_seen=samples_seen, step=step,
+            cursor=_used_up_by_all(stream), updates=engine.updates, skipped=tuple(of for of in skipped if of[0] < samples_seen),
+            recent_losses=guard.recent_losses, spikes=guard.spikes, nonfinite_steps=guard.nonfinite_steps,
+        )  # fmt: skip
+
     # -- The loop ---------------------------------------------------------------------------------------------------------------------
-    batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size), device(), config.mix)
+    batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size, skipped), device(), config.mix)
+    reason = _asked_by_any(asked)
     if held_out and step > 0 and _due(step, last_step, config.eval_every) and not evaluated:  # the last start ended before it was
-        _evaluate(engine, held_out, config, metrics, step, samples_seen)
-    since_time, since_step = time.perf_counter(), step
-    while step < last_step and step != stop_at:
+        reason = reason or _evaluate(engine, held_out, config, metrics, step, samples_seen, asked, saver, beat)
+    pace.restart(step)
+    while step < last_step and step != stop_at and not reason:
+        if is_skipped(samples_seen, skipped):
+            samples_seen, step = samples_seen + config.global_batch_size, step + 1
+            pace.restart(step)
+            continue
+        beat(step, samples_seen, TRAINING)
         lr = learning_rate(step, last_step, config.optimizer.peak_lr, config.schedule)
         loss = torch.zeros((), device=device())
+        seen = []  # the samples of each micro-batch, and its loss
         for micro in range(accumulate):
+            asks = time.perf_counter()
             batch = next(batches)
+            pace.waited += time.perf_counter() - asks
             if config.model.dropout:  # element dropout repeats at equal world size and micro-batch
                 torch.manual_seed(int(keyed.key(keyed.Purpose.DROPOUT, config.seed, step, micro, rank) >> 1))
             images_BCHW = normalize(batch.images_BHWC, config.preprocess)
@@ -129,75 +209,70 @@ def train(config: TrainConfig, *, stop_at: int | None = None) -> None:
             logits_BK = engine.forward(images_BCHW, batch.keys_B)
             micro_loss = compute_loss(logits_BK, batch.labels_BL, batch.scores_BL, config.objective, batch.mix)
             engine.backward(micro_loss)
-            try:
-                engine.step(lr)
-            except FloatingPointError as error:
-                raise TrainingError(_diverged(str(error), step + 1)) from None
+            applied = engine.step(lr)
             loss += micro_loss.detach() / accumulate
+            seen.append((batch.samples_B, micro_loss.detach()))
         samples_seen += config.global_batch_size
         step = samples_seen // config.global_batch_size
+        if not applied:
+            note_left_out(run, step, samples_seen - config.global_batch_size, seen)
 
-        saves = step == stop_at or _due(step, last_step, config.checkpoint_every)
         evaluates = held_out is not None and _due(step, last_step, config.eval_every)
-        if saves or step % config.log_every == 0 or step == 1:  # the first tells how long the run will take
-            dist.all_reduce(loss)
-            mean_loss = loss.item() / world_size
-            if not math.isfinite(mean_loss):
-                raise TrainingError(_diverged(f"the loss is {mean_loss}", step))
-            if metrics:
-                clock = {"step": step, "samples_seen": samples_seen, "epoch": stream.epoch(samples_seen)}
-                learned = {"loss": mean_loss, "lr": lr, "grad_norm": engine.grad_norm()}
-                rate = (step - since_step) * config.global_batch_size / (time.perf_counter() - since_time)
-                line = clock | learned | {"unusable": stream.unusable()} | _speed(rate, last_step - step, config, world_size)
-                metrics.log(line, progress_line(line, last_step))
-            since_time, since_step = time.perf_counter(), step
-        if saves:  # before the evaluation, which may be long
-            about = checkpoint.Description(
-                run, config.model, config.preprocess, config.objective, dataset.class_names, samples_seen=samples_seen, step=step,
-                cursor=_used_up_by_all(stream),
-            )  # fmt: skip
-            saved = checkpoint.save(run, engine, about)
-            if metrics:
-                checkpoint.prune(run, config.keep_checkpoints, step)
-                metrics.say(f"saved {saved}")
-        if evaluates and held_out:
-            _evaluate(engine, held_out, config, metrics, step, samples_seen)
-        if evaluates or saves:
-            since_time, since_step = time.perf_counter(), step
+        saves = evaluates or step == stop_at or _due(step, last_step, config.checkpoint_every)  # what is evaluated may be the best
+        logged = saves or step % config.log_every == 0 or step == 1  # the first tells how long the run will take
+        grad_norm = engine.grad_norm() if logged and applied else math.nan
+        done = _Step(pace.moment(step), samples_seen, lr, grad_norm, applied, logged)
+        agreement.tell(done, loss, **asked.counts(), unwritten=saver.unwritten, failed=saver.failed)
+        reason = hear(all_=saves)
+        if saves or (config.guard.compare_every and step % config.guard.compare_every == 0):
+            compare()
+        if saves and not reason and (step == last_step or not guard.in_doubt):
+            beat(step, samples_seen, SAVING)
+            before = time.perf_counter()
+            saver.snapshot(about(), patience=math.inf if step in (last_step, stop_at) else PATIENCE)
+            pace.stalled += time.perf_counter() - before
+            pace.restart(step)
+        if evaluates and held_out and not reason:
+            reason = _evaluate(engine, held_out, config, metrics, step, samples_seen, asked, saver, beat)
+            pace.restart(step)
+
+    # -- The end ----------------------------------------------------------------------------------------------------------------------
+    beat(step, samples_seen, SAVING)
+    hear(all_=True, ends=True)
+    saver.wait()
+    if step != (resumed.step if resumed else 0) and saver.newest != step:
+        compare()
+        saver.snapshot(about())
+    try:
+        saver.finish()
+    except CheckpointError as error:
+        raise Ended(Cause.DISK_FULL, f"error: {error}") from None
     if metrics:
+        for said in saver.news():
+            metrics.say(said)
         if said := unusable_line(run):
             metrics.say(said)
         metrics.close()
     engine.close()
+    if reason:
+        raise _stopped(reason, step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _take_up(config: TrainConfig) -> tuple[Path | None, list[str], bool]:
-    """The newest durable checkpoint or None, what is wrong with newer ones, and whether its step was evaluated.
+def _asked_by_any(asked: Asked) -> str:
+    """Why the ranks are to stop before they have begun, or nothing."""
+    counts = asked.counts()
+    sums = torch.tensor(list(counts.values()), device=device())
+    dist.all_reduce(sums)
+    return stopping.why(dict(zip(counts, sums.tolist(), strict=True)))
 
-    Rank 0 looks, checks what is fine-tuned, and cuts the run's records back to the checkpoint.
-    """
-    found: list[tuple[Path | None, list[str], bool]] = [(None, [], False)]
-    if dist.get_rank() == 0:
-        run = Path(config.out)
-        folder, faults = checkpoint.newest_durable(run)
-        description = checkpoint.describe(folder) if folder else None
-        reached = max((line["step"] for line in read_metrics(run)), default=0)
-        if not description and reached > config.checkpoint_every:  # nobody wants weeks of training begun anew without a word
-            found_there = "; ".join(faults) or "none is there"
-            raise CheckpointError(
-                f"metrics.jsonl tells of step {reached}, yet {run}/checkpoints has no whole one ({found_there}); restore one, or give "
-                "another --out to start anew"
-            )
-        if not description and config.init:
-            checkpoint.find_checkpoint(config.init.folder)
-        note_begin(run, description.step if description else 0)
-        cut_back(run, description.step if description else 0, description.samples_seen if description else 0)
-        found = [(folder, faults, bool(description and was_evaluated(run, description.step)))]
-    dist.broadcast_object_list(found, src=0, device=device())
-    return found[0]
+
+def _stopped(reason: str, step: int) -> Ended:
+    if reason == "asked":
+        return Ended(Cause.REQUEST, f"stopped at step {step} as RUN/stop asks, and saved")
+    return Ended(Cause.SIGNAL, f"stopped at step {step} by SIG{reason}, and saved", signal=reason)
 
 
 def _used_up_by_all(stream: TrainStream | ForeignStream) -> int:
@@ -221,9 +296,9 @@ def _say_of_data(metrics: Metrics, dataset: Mixture | Tars, config: TrainConfig,
         metrics.log(line, f"overlays: {relabelled:,} samples relabelled, {dataset.num_removed:,} removed")
 
 
-def _speed(images_per_second: float, steps_left: int, config: TrainConfig, world_size: int) -> dict[str, float]:
+def _outlook(images_per_second: float, steps_left: int, config: TrainConfig, world_size: int) -> dict[str, float]:
     """What a rate says of the run's end, and of its share of the devices' peak where that is known."""
-    found = {"images_per_second": images_per_second, "seconds_left": steps_left * config.global_batch_size / images_per_second}
+    found = {"seconds_left": steps_left * config.global_batch_size / images_per_second}
     if peak := peak_flops(_device_name(), config.engine.precision):
         found["mfu"] = train_flops(config.model) * images_per_second / world_size / peak
     return found
@@ -234,19 +309,39 @@ def _due(step: int, last_step: int, every: int) -> bool:
     return step == last_step or (every > 0 and step % every == 0)
 
 
-def _evaluate(engine: Engine, held_out: Dataset, config: TrainConfig, metrics: Metrics | None, step: int, samples_seen: int) -> None:
-    """Evaluates the weights as they are, or their average, and tells the result."""
-    with engine.evaluation():
-        result = evaluate(
-            engine.forward, held_out, config.model.image_size, config.preprocess, config.objective, device=device(),
-            batch_size=config.micro_batch_size, stream=config.stream,
-        )  # fmt: skip
+def _evaluate(
+    engine: Engine, held_out: Dataset, config: TrainConfig, metrics: Metrics | None, step: int, samples_seen: int, asked: Asked,
+    saver: Saver, beat: Beat,
+) -> str:  # fmt: skip
+    """Evaluates the weights as they are, or their average, and tells the result; returns why it was broken off, or nothing."""
+    agreement, nothing = Agreement[None](device()), torch.zeros((), device=device())
+
+    def between_batches(done: int, total: int) -> None:
+        beat(step, samples_seen, EVALUATING)
+        agreement.tell(None, nothing, **asked.counts(), unwritten=saver.unwritten, failed=saver.failed)
+        for known in agreement.heard(all_=False):
+            saver.advance(known.sums["unwritten"], known.sums["failed"])
+            if reason := stopping.why(known.sums):
+                raise _BrokenOff(reason)
+
+    try:
+        with engine.evaluation():
+            result = evaluate(
+                engine.forward, held_out, config.model.image_size, config.preprocess, config.objective, device=device(),
+                batch_size=config.micro_batch_size, stream=config.stream, progress=between_batches,
+            )  # fmt: skip
+    except _BrokenOff as broken_off:
+        return str(broken_off)
+    finally:
+        agreement.heard(all_=True)
     if metrics:
-        metrics.log({"step": step, "samples_seen": samples_seen} | _eval_fields(result), _eval_line(step, result))
+        clock = {"step": step, "samples_seen": samples_seen, "time": time.time()}
+        metrics.log(clock | _eval_fields(result), _eval_line(step, result))
+    return ""
 
 
-def _diverged(what: str, step: int) -> str:
-    return f"{what} at step {step}; the newest checkpoint is from before it, and a lower --optimizer.peak-lr or more warm-up may help"
+class _BrokenOff(Exception):  # noqa: N818 - asked for
+    """Ends an evaluation, on all ranks after the same batch; the next start makes it anew."""
 
 
 def _headline(config: TrainConfig, step: int, last_step: int, world_size: int, accumulate: int, parameters: int) -> str:
@@ -282,37 +377,3 @@ def _eval_line(step: int, result: Evaluation) -> str:
 
 def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# One rank
-# ---------------------------------------------------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """The entry of a rank; what ends it early goes to VITSCALE_ERROR_FILE, where the launcher finds it."""
-    die_with(int(os.environ.get("VITSCALE_LAUNCHER_PID", os.getppid())))  # a run that is started again has no second writer
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # windows in shared memory and tars have a descriptor each
-    if 0 <= soft < _DESCRIPTORS:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS if hard < 0 else min(hard, _DESCRIPTORS), hard))
-    try:
-        config = read_config(Path(sys.argv[1]))
-        init_distributed()
-        train(config)
-        dist.destroy_process_group()
-        status = 0
-    except BaseException as error:
-        text = f"error: {error}" if isinstance(error, UserError | OSError) else traceback.format_exc()
-        print(text, file=sys.stderr, flush=True)
-        if file := os.environ.get("VITSCALE_ERROR_FILE"):
-            with contextlib.suppress(OSError):
-                Path(file).write_text(text)
-        status = 1
-    # Not by the front door: peers may hang in a collective that this rank will never join, and even after a good end threads of torch now
-    # and then abort the interpreter's exit ("terminate called without an active exception"). All files are closed and committed by now.
-    sys.stdout.flush()
-    os._exit(status)
-
-
-if __name__ == "__main__":
-    main()

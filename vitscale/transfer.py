@@ -27,6 +27,8 @@ class DeviceBatch:
     scores_BL: Tensor
     keys_B: Tensor
     valid_B: Tensor
+    samples_B: np.ndarray
+    """On the CPU."""
     mix: Mix | None
     """How its samples are to be mixed, if at all."""
 
@@ -62,4 +64,4 @@ def _sent(batch: Batch, device: torch.device, mix: MixConfig | None) -> DeviceBa
     )
     height, width = images_BHWC.shape[1:3]
     drawn = draw_mix(batch.keys_B, (height, width), mix) if mix else None
-    return DeviceBatch(images_BHWC, labels_BL, scores_BL, keys_B, valid_B, Mix(*map(send, drawn)) if drawn else None)
+    return DeviceBatch(images_BHWC, labels_BL, scores_BL, keys_B, valid_B, batch.samples_B, Mix(*map(send, drawn)) if drawn else None)

@@ -22,6 +22,7 @@ from data_tools.amend import find_samples
 from data_tools.errors import UserError
 from vitscale import checkpoint
 from vitscale.config import TrainConfig
+from vitscale.guards import is_skipped
 from vitscale.mixture import Mixture
 from vitscale.order import MAX_DRAWS, Int64, RunOrder
 from vitscale.run import (
@@ -32,6 +33,7 @@ from vitscale.run import (
     read_config,
     read_quarantine,
     read_record,
+    skipped_ranges,
     start_of_step,
     trained_datasets,
 )
@@ -73,6 +75,8 @@ class StepSeen:
     step: int
     made: bool
     """Whether the run is known to have come so far; otherwise this is what the step will see."""
+    skipped: bool
+    """Whether the run leaves the step out, since it was rolled back to before it."""
     world_size: int
     samples: tuple[Seen, ...]
     """By position."""
@@ -114,7 +118,8 @@ def which_step(run: Path, step: int, rank: int | None = None, data: Sequence[str
         Seen(*names[used], position, r, tuple(Replaced(*names[other], reason) for other, reason in before))
         for position, r, used, before in sorted(found)
     ]
-    return StepSeen(str(run), step, step <= reached(run), world_size, tuple(seen))
+    skipped = is_skipped((step - 1) * batch, skipped_ranges(past.record))
+    return StepSeen(str(run), step, step <= reached(run), skipped, world_size, tuple(seen))
 
 
 def which_sample(
@@ -139,7 +144,9 @@ def which_sample(
     if not samples:
         raise RunError(f"no dataset of {run} has a sample with the key {key!r}; `vitscale data preview` and samples/*.parquet tell keys")
     end = steps_made * batch
-    seen = {position: own for sample in samples for position, own in past.positions_that_saw(sample, end).items()}
+    skipped = skipped_ranges(past.record)
+    looked_at = (past.positions_that_saw(sample, end) for sample in samples)
+    seen = {position: own for found in looked_at for position, own in found.items() if not is_skipped(position, skipped)}
     lines = tuple({"step": p // batch + 1, "position": p, "stood_in": not own} for p, own in sorted(seen.items()))
     first = lines[0]["step"] if lines else steps_made + 1
     kept = tuple(folder.name for folder in checkpoint.committed(run) if checkpoint.step_of(folder) >= first)

@@ -6,14 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from launch.main import VERBS
-from tests.command import SMALL, vitscale
+from tests.command import SMALL, vitscale, without_torch
 from vitscale import checkpoint
-
-ROOT = Path(__file__).parents[2]
 
 
 def tree(folder: Path) -> dict[str, tuple[int, int]]:
@@ -185,22 +182,10 @@ def test_a_run_can_be_evaluated_and_exported_by_another_protocol(run: Path, data
 
 
 def test_what_does_not_train_works_without_torch(run: Path, dataset: Path, tmp_path: Path) -> None:
-    """In an environment that has all of this one's packages but torch and deepspeed."""
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    for entry in Path(np.__file__).parents[1].iterdir():
-        if not entry.name.lower().startswith(("torch", "deepspeed", "__editable__")):
-            (packages / entry.name).symlink_to(entry)
-
-    def without_torch(*words: object) -> subprocess.CompletedProcess[str]:
-        code = "from launch.main import main; main()"
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"}
-        return subprocess.run([sys.executable, "-S", "-c", code, *map(str, words)], capture_output=True, text=True, env=environment)
-
     for words in (("pack", dataset.parent / "images" / "val", tmp_path / "out"), ("checkpoint", "show", run), ("run", "status", run)):
-        done = without_torch(*words)
+        done = without_torch(tmp_path, *words)
         assert done.returncode == 0, done.stderr
-    done = without_torch("pretrain", "tiny-digits", "--data", dataset / "train", "--out", tmp_path / "r")
+    done = without_torch(tmp_path, "pretrain", "tiny-digits", "--data", dataset / "train", "--out", tmp_path / "r")
     assert (done.returncode, done.stderr) == (1, "error: torch is not installed; `pip install 'vitscale[train]'` brings it\n")
 
 
@@ -227,3 +212,24 @@ def test_the_log_tells_what_the_terminal_told(dataset: Path, tmp_path: Path) -> 
     (log,) = (tmp_path / "run/logs").iterdir()
     assert [line for line in done.stdout.splitlines() if line] == [line for line in log.read_text().splitlines() if line in done.stdout]
     assert "tiny-digits starts on cpu" in done.stdout
+
+
+def test_prune_removes_what_is_not_kept_and_says_so(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = (*SMALL, "--checkpoint-every", "1", "--keep-checkpoints", "0", "--eval-data", "none")
+    assert vitscale("pretrain", "tiny-digits", "--data", dataset / "train", "--out", run, *flags).returncode == 0
+
+    def steps() -> list[int]:
+        return [int(folder.name[5:]) for folder in sorted((run / "checkpoints").glob("step-*"))]
+
+    told = json.loads(vitscale("checkpoint", "prune", run, "--keep", "2", "--keep-every", "3", "--dry-run", "--json").stdout)
+    assert (told["removed"], told["kept"], steps()) == ([1, 2, 4], [3, 5, 6], [1, 2, 3, 4, 5, 6])
+    newest = run / "checkpoints/step-00000006/node-0000.safetensors"
+    newest.write_bytes(b"")
+    done = vitscale("checkpoint", "prune", run, "--keep", "1")
+    assert (done.returncode, steps()) == (0, [5, 6]), "the newest whole one stays, and what is damaged for who wants to look at it"
+    assert done.stdout.endswith("bytes\n")
+    assert "4 of 5 checkpoints removed" in done.stdout
+    assert "node-0000.safetensors has 0 bytes" in done.stderr
+    refused = vitscale("checkpoint", "prune", tmp_path, "--keep", "1")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)

@@ -1,12 +1,18 @@
 """Checkpoints: any cut of the pieces reads the same, damage is found, only what is whole counts."""
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import os
+import random
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,6 +22,7 @@ from tests.kills import killed_everywhere
 from vitscale import checkpoint
 from vitscale.checkpoint import CheckpointError, Description, Piece, TensorEntry, TensorReader, check_tensors, describe, find_checkpoint
 from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig
+from vitscale.retention import Policy, remove, sizes_up_to, superfluous
 
 MODEL = ViTConfig(depth=1, width=8, mlp_dim=8, num_heads=2, patch_size=4, image_size=(8, 8), num_classes=3)
 
@@ -77,18 +84,42 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
         original = file.read_bytes()
         for at in {0, len(original) // 3, len(original) - 1}:
             file.write_bytes(original[:at] + bytes([original[at] ^ 0x01]) + original[at + 1 :])
-            if file.name == "COMMIT.json" and json_equal(file.read_bytes(), original):
-                continue
             assert checkpoint.verify(folder) is not None, f"{file.name} at {at}"
         file.write_bytes(original)
     assert checkpoint.verify(folder) is None
 
 
-def json_equal(a: bytes, b: bytes) -> bool:
-    try:
-        return bool(json.loads(a) == json.loads(b))
-    except ValueError:
-        return False
+def walk_flips(tmp_path: Path, seeds: range) -> None:
+    """A bit anywhere in any of a checkpoint's files."""
+    folder = write(tmp_path, 1, tensors())
+    for seed in seeds:
+        rng = random.Random(seed)
+        file = rng.choice(sorted(folder.iterdir()))
+        original = file.read_bytes()
+        flipped = bytearray(original)
+        flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+        file.write_bytes(flipped)
+        assert checkpoint.verify(folder) is not None, f"{file.name}, seed {seed}"
+        file.write_bytes(original)
+    assert checkpoint.verify(folder) is None
+
+
+def test_flipped_bits_are_found(tmp_path: Path) -> None:
+    walk_flips(tmp_path, range(100))
+
+
+@pytest.mark.soak
+def test_a_thousand_flipped_bits_are_found(tmp_path: Path) -> None:
+    walk_flips(tmp_path, range(1000))
+
+
+def test_a_bit_that_makes_two_names_one_hides_no_file(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1, tensors())
+    commit = (folder / "COMMIT.json").read_text()
+    assert "node-0000" in commit
+    assert "node-0001" in commit
+    (folder / "COMMIT.json").write_text(commit.replace("node-0000", "node-0001"))
+    assert "a name is there twice" in str(checkpoint.verify(folder))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no commit"])
@@ -159,17 +190,8 @@ def test_prune_never_takes_the_good_one_for_damaged_ones(tmp_path: Path) -> None
         write(tmp_path, step, tensors())
         (checkpoint.step_folder(tmp_path, step) / "node-0000.safetensors").write_bytes(b"")
     good = write(tmp_path, 5, tensors())
-    checkpoint.prune(tmp_path, 1, step=5)
+    remove(tmp_path, superfluous(sizes_up_to(tmp_path, 5), {}, Policy(newest=1)))
     assert checkpoint.newest_durable(tmp_path)[0] == good
-
-
-def test_prune_keeps_the_newest(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4):
-        write(tmp_path, step, tensors())
-    checkpoint.prune(tmp_path, 0, step=4)
-    assert len(checkpoint.committed(tmp_path)) == 4
-    checkpoint.prune(tmp_path, 2, step=4)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000003", "step-00000004"]
 
 
 def test_missing_extra_and_misshapen_tensors_are_refused(tmp_path: Path) -> None:
@@ -205,7 +227,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new_one_whole(tmp_
 
     def save() -> None:
         write(run, 20, tensors(3))
-        checkpoint.prune(run, 1, 20)
+        remove(run, superfluous(sizes_up_to(run, 20), {}, Policy(newest=1)))
 
     found = []
     begin()
@@ -223,3 +245,122 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new_one_whole(tmp_
     assert len(found) > 12, "the child must have been ended at each of its writes, syncs, renames and removals"
     assert found == sorted(found), "once the new one is whole it stays"
     assert {10, 20} == set(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Files that anybody may have written
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+ABSURD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(2**62, 2**80) | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(["../../secret", "/etc/passwd", "a/b", ".", "..", "", "node-0000.safetensors\n", "node-0000.safetensors"])
+    | st.sampled_from([-1, 10**400]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+def places(values: object, path: tuple = ()) -> list[tuple]:
+    """Paths to everything in a value of JSON."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [path, *(place for key, value in inner for place in places(value, (*path, key)))]
+
+
+def with_absurdity(data: st.DataObject, text: str) -> str:
+    """JSON, with one to three of its values replaced or removed."""
+    values = json.loads(text)
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(places(values)))
+        if not path:
+            return json.dumps(data.draw(ABSURD))
+        at = values
+        for key in path[:-1]:
+            at = at[key]
+        if data.draw(st.booleans()):
+            at[path[-1]] = data.draw(ABSURD)
+        else:
+            del at[path[-1]]
+    return json.dumps(values)
+
+
+def with_other_header(content: bytes, header: str) -> bytes:
+    """A safetensors file whose header says something else of the same tensors."""
+    length = int.from_bytes(content[:8], "little")
+    return len(header.encode()).to_bytes(8, "little") + header.encode() + content[8 + length :]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.sampled_from(["checkpoint.json", "COMMIT.json", "node-0000.safetensors"]))
+def test_absurd_files_are_refused_in_a_line_and_lead_nowhere(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str
+) -> None:
+    """Whatever they say: it is refused, or every tensor that is said to be there is read, and nothing beside the folder is opened."""
+    tmp_path = tmp_path_factory.mktemp("absurd")
+    folder = write(tmp_path, 1, tensors(), {("head.weight", "weight"): [5, 9]})
+    (tmp_path / "secret").write_text("{}")
+    file = folder / name
+    if name.endswith(".json"):
+        file.write_text(with_absurdity(data, file.read_text()))
+    else:
+        content = file.read_bytes()
+        file.write_bytes(with_other_header(content, with_absurdity(data, content[8 : 8 + int.from_bytes(content[:8], "little")].decode())))
+    said = ""
+    with opened_files() as opened:
+        assert "\n" not in (checkpoint.verify(folder) or "")
+        try:
+            description = describe(folder)
+            reader = TensorReader(description)
+            for entry in description.tensors:
+                assert reader.whole(entry.name, entry.kind).shape == entry.shape
+        except CheckpointError as error:
+            said = str(error)
+    assert "\n" not in said
+    assert len(said) < 1000
+    assert all(Path(path).parent == folder for path in opened), opened
+
+
+@contextlib.contextmanager
+def opened_files() -> Iterator[list[str]]:
+    """The files that Python opens in the block, and those that safetensors is given."""
+    global _WATCH
+    _WATCH = seen = []
+    opens = safetensors.safe_open
+    safetensors.safe_open = lambda file, **how: seen.append(str(file)) or opens(file, **how)
+    try:
+        yield seen
+    finally:
+        _WATCH = None
+        safetensors.safe_open = opens
+
+
+_WATCH: list[str] | None = None
+sys.addaudithook(lambda event, args: _WATCH.append(str(args[0])) if event == "open" and _WATCH is not None else None)
+
+
+def test_a_length_that_no_file_has_takes_no_memory(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1, {("scale", "weight"): torch.ones(1)})
+    values = json.loads((folder / "checkpoint.json").read_text())
+    values["tensors"][0] |= {"shape": [2**60], "pieces": [{"file": "node-0000.safetensors", "offset": 0, "length": 2**60}]}
+    (folder / "checkpoint.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="not 1152921504606846976 elements"):
+        TensorReader(describe(folder)).whole("scale", "weight")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.json", "COMMIT.json", "node-0000.safetensors"])
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path, 1, tensors())
+    shutil.move(folder / name, tmp_path / name)
+    (folder / name).symlink_to(tmp_path / name)
+    assert "plain file" in str(checkpoint.verify(folder))
+
+
+def test_what_a_checkpoint_knows_of_its_run_is_read_again(tmp_path: Path) -> None:
+    folder = write(tmp_path, 3, tensors())
+    told = dataclasses.replace(describe(folder), updates=2, skipped=((8, 24), (100, 200)), recent_losses=(0.5, 1.25), cursor=7)
+    checkpoint.write_description(folder / "checkpoint.json", told)
+    assert describe(folder) == told
+    values = json.loads((folder / "checkpoint.json").read_text())
+    del values["updates"], values["recent_losses"], values["cursor"]  # as those of before
+    (folder / "checkpoint.json").write_text(json.dumps(values | {"skipped": []}))
+    assert describe(folder) == dataclasses.replace(told, updates=3, skipped=(), recent_losses=(), cursor=0)

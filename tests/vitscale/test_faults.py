@@ -278,8 +278,8 @@ def test_too_much_damage_in_one_shard_ends_the_run(small: Path, tmp_path: Path) 
 
 
 def run_with_processes(dataset: Path, out: Path) -> subprocess.Popen[str]:
-    """A run of two ranks with two worker processes each, that would go on for hours."""
-    flags = "--steps 400000 --nproc 2 --eval-data none --log-every 1 --stream.processes --stream.workers 2".split()
+    """A run of two ranks with two worker processes each, that would go on for hours, and is not started again by itself."""
+    flags = "--guard.max-restarts 0 --steps 400000 --nproc 2 --eval-data none --log-every 1 --stream.processes --stream.workers 2".split()
     run = subprocess.Popen(
         [VITSCALE, "pretrain", "tiny-digits", "--data", str(dataset / "train"), "--out", str(out), *SMALL, *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -22,7 +22,8 @@ from tests.runs import TOLERANCE, begin, case, last_start, variant
 from vitscale.config import ConfigError, TrainConfig, from_dict, to_dict, total_steps
 from vitscale.mixture import Mixture
 from vitscale.resolve import resolve
-from vitscale.run import RunError, read_config, read_record, status, used_overlays
+from vitscale.run import RunError, read_config, read_record, used_overlays
+from vitscale.status import status
 from vitscale.which import which_step
 
 

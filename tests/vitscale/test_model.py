@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -26,9 +27,9 @@ from tests.vitscale.models import (
     random_vit,
     relative_error,
 )
-from vitscale.config import PreprocessConfig, ViTConfig
-from vitscale.flops import forward_flops, peak_flops, train_flops
-from vitscale.model import ViT, initialize, keyed_uniform, normalize, sincos_2d
+from vitscale.config import OptimizerConfig, PreprocessConfig, ViTConfig
+from vitscale.flops import checkpoint_bytes, forward_flops, parameters, peak_flops, train_flops
+from vitscale.model import ViT, initialize, keyed_uniform, normalize, parameter_shapes, sincos_2d
 from vitscale.recipes import vit
 
 SMALL = ViTConfig(depth=2, width=64, mlp_dim=160, num_heads=4, patch_size=8, image_size=(24, 40), num_classes=7)
@@ -335,6 +336,15 @@ COSTED = [
     replace(SMALL, position="relative", num_classes=0, activation="gelu_tanh"),
     vit("ti16", num_classes=1000),
 ]
+
+
+@pytest.mark.parametrize("position", get_args(get_type_hints(ViTConfig)["position"]))
+@pytest.mark.parametrize("config", COSTED, ids=["cls", "mean", "map", "representation", "relative", "ti16"])
+def test_parameters_are_those_of_the_model(config: ViTConfig, position: str) -> None:
+    config = replace(config, position=position)
+    assert parameters(config) == sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    assert checkpoint_bytes(config, OptimizerConfig("sgd", momentum=0)) == 4 * parameters(config)
+    assert checkpoint_bytes(config, OptimizerConfig(average_decay=0.99)) == 16 * parameters(config)
 
 
 @pytest.mark.parametrize("config", COSTED, ids=["cls", "mean", "map", "representation", "relative", "ti16"])

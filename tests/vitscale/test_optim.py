@@ -7,7 +7,7 @@ import torch
 
 from vitscale.config import OptimizerConfig, ScheduleConfig, ViTConfig
 from vitscale.model import ViT
-from vitscale.optim import build_optimizer, learning_rate, moments, split_by_decay
+from vitscale.optim import build_optimizer, learning_rate, split_by_decay
 
 TINY = {"depth": 2, "width": 16, "mlp_dim": 32, "num_heads": 2, "patch_size": 4, "image_size": (8, 8), "num_classes": 3}
 
@@ -100,7 +100,7 @@ def test_settings_arrive_and_moments_bear_their_names(name: str, momentum: float
         p.grad = torch.ones_like(p)
     built.step()
     state = next(iter(built.state.values()), {})  # SGD without momentum keeps none
-    assert {key for key, value in state.items() if torch.is_tensor(value) and value.ndim} == set(moments(config))
+    assert {key for key, value in state.items() if torch.is_tensor(value) and value.ndim} == set(config.moments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

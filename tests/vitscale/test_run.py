@@ -1,5 +1,6 @@
 """The run directory: what may change on a resume, what is refused, what is remembered, and that an evaluation is not lost to a kill."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -16,6 +17,7 @@ from data_tools.dataset import Dataset, DatasetError
 from data_tools.pack import pack
 from tests.command import SMALL, vitscale
 from tests.conftest import with_engine, write_images
+from tests.disks import unreadable
 from tests.runs import begin, last_start, log
 from vitscale.config import ConfigError, ObjectiveConfig, TrainConfig, ViTConfig, changes, may_change
 from vitscale.quarantine import Fault, Quarantine
@@ -29,11 +31,11 @@ from vitscale.run import (
     read_config,
     read_metrics,
     read_record,
-    status,
     unusable_line,
     used_overlays,
     write_json,
 )
+from vitscale.status import status
 
 
 def test_what_changes_on_a_resume_is_remembered(config: TrainConfig) -> None:
@@ -148,14 +150,15 @@ def test_weeks_of_training_are_not_begun_anew_for_want_of_a_checkpoint(dataset: 
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
     if how == "gone":
         (tmp_path / "run/checkpoints").rename(tmp_path / "elsewhere")
+    stack = contextlib.ExitStack()
     for folder in (tmp_path / "run/checkpoints").glob("step-*"):
         file = folder / ("COMMIT.json" if how == "unreadable" else "checkpoint.json")
-        file.unlink()
         if how == "unreadable":
-            file.symlink_to("/proc/self/mem")  # reading it from the start is a real EIO
+            stack.enter_context(unreadable(file))
         else:
             file.write_bytes(b"{}")
-    done = vitscale(*command, "--checkpoint-every", "2")
+    with stack:
+        done = vitscale(*command, "--checkpoint-every", "2")
     assert (done.returncode, done.stderr.count("Traceback")) == (1, 0)
     assert ("Input/output error" in done.stderr) if how == "unreadable" else ("metrics.jsonl tells of step 6, yet" in done.stderr)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before

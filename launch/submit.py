@@ -1,0 +1,391 @@
+"""`vitscale submit`: the same verbs, as jobs of SLURM.
+
+    vitscale submit --site SITE.toml --nodes 32 -- pretrain vit-h14-jft300m --data jft300m --out runs/h14
+
+What a job needs is made on the login node and lies in RUN/submissions/NNN: the resolved config, the code as it is now, the script, and
+later the job's logs. Later edits change nothing, and nothing is pickled, so that the Python of the nodes may be another one.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+
+from data_tools.storage import is_url
+from launch.batch import Job, train_script, words_script
+from launch.data_verbs import PackFlags
+from launch.flags import UsageError, given, parse
+from launch.site import Site, check_extra, check_time, minutes, read_site
+from launch.terminal import Json, VerbError, print_json
+from launch.verbs import EvaluateFlags, finetune_flags, pretrain_flags
+from vitscale.config import FinetuneConfig, TrainConfig, grad_accum_steps, to_dict
+from vitscale.flops import checkpoint_bytes
+from vitscale.metrics import counted, duration
+from vitscale.resolve import resolve
+from vitscale.run import check_directory, check_start, git_commit, reached, read_metrics
+
+PACKAGES = ("data_tools", "launch", "vitscale")
+WRITTEN_BYTES_PER_SECOND = 200e6  # of one node, where a run has not measured its saves: a slow shared file system
+
+
+@dataclass(frozen=True)
+class SubmitFlags:
+    """Runs a verb as a job of SLURM: `vitscale submit [FLAGS] -- pretrain|finetune|evaluate|pack ...`.
+
+    A run that the cluster ends goes on by itself until it is finished: docs/operations.md."""
+
+    site: Annotated[Path | None, tyro.conf.arg(metavar="SITE.toml", help="What the cluster wants of a job (docs/site.toml).")] = None
+    nodes: int = 1
+    """Nodes of a run."""
+    gpus_per_node: int | None = None
+    """GPUs of each, a rank on each GPU. None: the site's."""
+    tasks_per_node: int = 0
+    """Ranks of each node of a cluster without GPUs; 0: one."""
+    time: str = ""
+    """Time limit of one job (24:00:00, 1-12, minutes); empty: the site's. A run may take many jobs."""
+    chain: int = 0
+    """Where jobs may not requeue (`requeue = false` in the site file): so many jobs, each of which waits for the one before it."""
+    tasks: int = 1
+    """Of pack: jobs that share the work; one more puts the dataset together."""
+    sbatch: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="ARGUMENT")] = ()
+    """One more argument of sbatch: --sbatch=--exclusive; may be given several times."""
+    dry_run: bool = False
+    """Print the script, submit and write nothing."""
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job that trains will do."""
+
+    run: str
+    nodes: int
+    tasks_per_node: int
+    world_size: int
+    steps: int
+    steps_made: int
+    images: int
+    global_batch_size: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    checkpoints: int
+    checkpoint_bytes: int
+    """Of one; an estimate from the model and the optimizer."""
+    time: str
+    images_per_second: float | None
+    """As the run last measured it; None: not known yet."""
+    step_seconds: float | None
+    save_seconds: float
+    hours_left: float | None
+    requeues: int | None
+    warnings: tuple[str, ...]
+
+
+def submit(words: list[str]) -> None:
+    """Reads the words, and submits."""
+    own, verb = split_words(words)
+    flags = parse(SubmitFlags, own, "submit")
+    if not verb:
+        raise UsageError("`vitscale submit` needs a verb after --, as in `vitscale submit --nodes 2 -- pretrain vit-b16-imagenet1k ...`")
+    site = read_site(flags.site) if flags.site else Site()
+    check_flags(flags, site, verb)
+    if verb[0] in ("pretrain", "finetune"):
+        submit_run(flags, site, verb)
+    elif verb[0] in ("evaluate", "pack"):
+        submit_words(flags, site, verb)
+    else:
+        raise UsageError(f"`vitscale {verb[0]}` is not submitted; pretrain, finetune, evaluate and pack are")
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words of `submit` itself, and those of the verb after --."""
+    at = words.index("--") if "--" in words else len(words)
+    own, rest = words[:at], iter(words[:at])
+    own = [f"--sbatch={next(rest, '')}" if word == "--sbatch" else word for word in rest]  # its value begins with a dash, too
+    return own, words[at + 1 :]
+
+
+def check_flags(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
+    """Raises UsageError, SiteError."""
+    for name, least in (("nodes", 1), ("tasks", 1), ("tasks_per_node", 0), ("chain", 0), ("gpus_per_node", 0)):
+        if (value := getattr(flags, name)) is not None and value < least:
+            raise UsageError(f"{name.replace('_', '-')}={value} must be at least {least}")
+    if flags.time:
+        check_time(flags.time, "time")
+    check_extra(flags.sbatch, "--sbatch")
+    if flags.chain and site.requeue:
+        raise UsageError(
+            f"chain={flags.chain} is for sites whose jobs may not requeue (`requeue = false`); without it a run requeues itself"
+        )
+    if flags.tasks_per_node and gpus(flags, site):
+        raise UsageError(f"tasks-per-node={flags.tasks_per_node} is for nodes without GPUs; --gpus-per-node tells the ranks of these")
+    if flags.tasks > 1 and verb[0] != "pack":
+        raise UsageError(f"tasks={flags.tasks} is for pack; --nodes tells the ranks of {verb[0]}")
+    if verb[0] in ("evaluate", "pack") and (flags.nodes > 1 or flags.chain):
+        raise UsageError(f"{verb[0]} is one task on one node; leave out --nodes and --chain")
+
+
+def gpus(flags: SubmitFlags, site: Site) -> int:
+    """GPUs of a node."""
+    return site.gpus_per_node if flags.gpus_per_node is None else flags.gpus_per_node
+
+
+def with_python(site: Site) -> Site:
+    """The site with the command that runs Python settled."""
+    return dataclasses.replace(site, python=site.python or ("python3" if site.container else shlex.quote(sys.executable)))
+
+
+# -- pretrain, finetune -------------------------------------------------------------------------------------------------------------------
+
+
+def submit_run(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
+    """A job of all ranks of a run, or a chain of them."""
+    if given(verb, "nproc", "json"):
+        raise UsageError(f"--nproc and --json of {verb[0]} are for this machine; --nodes and --json before the -- are submit's own")
+    asked = (pretrain_flags if verb[0] == "pretrain" else finetune_flags)(verb[1:]).config
+    tasks_per_node = gpus(flags, site) or flags.tasks_per_node or 1
+    config = resolve(located(asked, site.datasets), flags.nodes * tasks_per_node)
+    run = Path(config.out)
+    check_directory(run)
+    record, *_ = check_start(config)
+    plan = make_plan(config, flags, site, tasks_per_node, record["total_steps"])
+    folder = next_folder(run / "submissions")
+    job = Job(run.name, folder, flags.nodes, tasks_per_node, gpus(flags, site), flags.time or site.time, flags.sbatch)
+    script = train_script(with_python(site), job, run)
+    if not flags.json:
+        print_plan(plan)
+    if flags.dry_run:
+        tell(flags, script, {"plan": dataclasses.asdict(plan)})
+        return
+    if waiting := jobs_under_way(run):
+        raise VerbError(
+            f"job {', '.join(waiting)} of {run} is in SLURM's queue already, and two would train one run; "
+            f"`vitscale run stop {run} --wait` ends one that runs, and `scancel {' '.join(waiting)}` one that waits"
+        )
+    with submission(folder):
+        write_snapshot(folder, config)
+        jobs: list[str] = []
+        for _ in range(max(1, flags.chain)):
+            waits = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+            try:
+                jobs.append(Submitter(folder, script, waits, jobs[-1:]).send())
+            except VerbError as error:
+                if not jobs:
+                    raise
+                print(f"warning: {error}; the chain has {counted(len(jobs), 'job')}", file=sys.stderr)
+                break
+    (folder / "jobs").write_text("".join(f"{job}\n" for job in jobs))
+    (run / "stop").unlink(missing_ok=True)  # who submits a run wants it to go on
+    if flags.json:
+        print_json({"jobs": jobs, "folder": str(folder), "plan": dataclasses.asdict(plan)})
+        return
+    print(f"submitted job {', '.join(jobs)}; the code and the config are in {folder}")
+    print(f"watch: vitscale run status {run}; squeue -j {','.join(jobs)}; tail -f {folder}/job-{jobs[0]}.log; a log a node in {run}/logs")
+    print(f"stop: vitscale run stop {run} saves first; scancel {' '.join(jobs)} gives it KillWait seconds (`scontrol show config`) to save")
+
+
+def jobs_under_way(run: Path) -> list[str]:
+    """The jobs that were submitted for a run and that SLURM still has in its queue, waiting or running."""
+    noted = [job for file in (run / "submissions").glob("*/jobs") for job in file.read_text().split()]
+    if not noted or shutil.which("squeue") is None:
+        return []
+    queue = subprocess.run(
+        ["squeue", "--noheader", "--states=PENDING,RUNNING,SUSPENDED", "--format=%i", f"--user={os.getuid()}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return sorted(set(noted) & set(queue.stdout.split()))
+
+
+def located(asked: Any, datasets: dict[str, str]) -> Any:
+    """A config whose datasets are those that the site knows by name, and whose paths mean the same from every folder."""
+    paths = tuple(absolute(datasets.get(name, name)) for name in asked.datasets)
+    held_out = datasets.get(asked.eval_data, asked.eval_data)
+    changed: dict[str, Any] = {
+        "data": paths if len(paths) > 1 else paths[0],
+        "eval_data": held_out if held_out == "none" else absolute(held_out),
+        "out": absolute(asked.out or f"runs/{asked.recipe}"),
+        "stage": absolute(asked.stage),
+        "cache": absolute(asked.cache),
+    }
+    if isinstance(asked, FinetuneConfig):
+        changed["init"] = absolute(asked.init)
+    return dataclasses.replace(asked, **changed)
+
+
+def absolute(path: str) -> str:
+    """A path from the root; a URL and nothing stay what they are."""
+    return path if not path or is_url(path) else os.path.abspath(path)
+
+
+def make_plan(config: TrainConfig, flags: SubmitFlags, site: Site, tasks_per_node: int, steps: int) -> Plan:
+    """What is known before the start, and from the run's own measurements where it has some."""
+    run, world_size = Path(config.out), flags.nodes * tasks_per_node
+    lines = read_metrics(run)
+    made = reached(run)
+    rate = next((line["images_per_second"] for line in reversed(lines) if "images_per_second" in line), None)
+    size = checkpoint_bytes(config.model, config.optimizer)
+    measured = [line["save_seconds"] for line in lines if "save_seconds" in line]
+    save_seconds = max(measured) if measured else size / flags.nodes / WRITTEN_BYTES_PER_SECOND
+    step_seconds = config.global_batch_size / rate if rate else None
+    time = flags.time or site.time
+    seconds_left = (steps - made) * config.global_batch_size / rate if rate else None
+    per_job = minutes(time) * 60 - site.signal_lead_seconds if time else None
+    warnings = []
+    if per_job is not None and per_job <= 0:
+        warnings.append(
+            f"a time limit of {time} is over before signal_lead_seconds={site.signal_lead_seconds} have passed; give a longer one"
+        )
+    if (needed := (step_seconds or 0) + save_seconds) > site.signal_lead_seconds:
+        how = "measured" if measured else f"estimated at {WRITTEN_BYTES_PER_SECOND / 1e6:.0f} MB/s a node"
+        warnings.append(
+            f"signal_lead_seconds={site.signal_lead_seconds} is less than a step and a save take ({needed:.0f} s, {how}): what is not "
+            f"saved by the time limit is lost; {math.ceil(needed * 1.5)} would do"
+        )
+    return Plan(
+        run=str(run), nodes=flags.nodes, tasks_per_node=tasks_per_node, world_size=world_size, steps=steps, steps_made=made,
+        images=steps * config.global_batch_size, global_batch_size=config.global_batch_size, micro_batch_size=config.micro_batch_size,
+        grad_accum_steps=grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size),
+        checkpoints=math.ceil(steps / config.checkpoint_every), checkpoint_bytes=size, time=time, images_per_second=rate,
+        step_seconds=step_seconds, save_seconds=save_seconds, hours_left=seconds_left / 3600 if seconds_left is not None else None,
+        requeues=max(0, math.ceil(seconds_left / per_job) - 1) if seconds_left is not None and per_job and per_job > 0 else None,
+        warnings=tuple(warnings),
+    )  # fmt: skip
+
+
+def print_plan(plan: Plan) -> None:
+    """For the person who submits, before anything is."""
+    where = f"{counted(plan.nodes, 'node')} x {counted(plan.tasks_per_node, 'task')} = {counted(plan.world_size, 'rank')}"
+    work = f"{plan.global_batch_size:,} images = {plan.world_size:,} x {plan.micro_batch_size} x {plan.grad_accum_steps}"
+    print(f"{plan.run}: {plan.steps:,} steps of {work}, {plan.images:,} images in all, on {where}", file=sys.stderr)
+    done = f"{plan.steps_made:,} of them are made; " if plan.steps_made else ""
+    size = f"{plan.checkpoint_bytes / 1e9:,.1f} GB" if plan.checkpoint_bytes >= 1e8 else f"{plan.checkpoint_bytes / 1e6:,.1f} MB"
+    print(
+        f"{done}{counted(plan.checkpoints, 'checkpoint')} of about {size}; time limit of a job: {plan.time or 'the partition has one'}",
+        file=sys.stderr,
+    )
+    if plan.images_per_second and plan.hours_left is not None:
+        requeues = f", {counted(plan.requeues, 'requeue')}" if plan.requeues is not None else ""
+        pace = f"{plan.images_per_second:,.0f} images/s, as last measured"
+        print(f"{pace}: {duration(plan.hours_left * 3600)} left{requeues}", file=sys.stderr)
+    else:
+        print("images/s: not measured yet; `vitscale run status` will tell", file=sys.stderr)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+# -- evaluate, pack -----------------------------------------------------------------------------------------------------------------------
+
+
+def submit_words(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
+    """A job of one task; of pack an array of them, and one more that puts the dataset together after all have ended well."""
+    if verb[0] == "pack":
+        words = parse(PackFlags, verb[1:], "pack")
+        if words.config.task is not None:
+            raise UsageError(f"--task {words.config.task} is set for each job; `vitscale submit --tasks N` says how many there are")
+        if len(words.paths) < 2:
+            raise UsageError("`vitscale pack` needs SOURCE... and OUT; `vitscale submit --tasks 8 -- pack images/ dataset/` is one use")
+    else:
+        parse(EvaluateFlags, verb[1:], "evaluate")
+    folder = next_folder(Path("submissions").absolute())
+    on_gpus = 1 if verb[0] == "evaluate" and gpus(flags, site) else 0
+    job = Job(verb[0], folder, 1, 1, on_gpus, flags.time or site.time, flags.sbatch)
+    merge = words_script(with_python(site), job, verb)
+    share = words_script(with_python(site), job, verb, array=flags.tasks) if flags.tasks > 1 else ""
+    if flags.dry_run:
+        tell(flags, share + merge, {})
+        return
+    with submission(folder):
+        write_snapshot(folder, None)
+        jobs = [Submitter(folder, share, [], []).send()] if share else []
+        after = [f"--dependency=afterok:{jobs[0]}", "--kill-on-invalid-dep=yes"] if jobs else []
+        jobs.append(Submitter(folder, merge, after, []).send())
+    if flags.json:
+        print_json({"jobs": jobs, "folder": str(folder)})
+        return
+    what = f" ({counted(flags.tasks, 'share')}, and the one that puts the dataset together)" if share else ""
+    print(f"submitted job {', '.join(jobs)}{what}")
+    print(f"watch: squeue -j {','.join(jobs)}; their output: {folder}/job-*.log; stop: scancel {' '.join(jobs)}")
+
+
+# -- what both share ----------------------------------------------------------------------------------------------------------------------
+
+
+def tell(flags: SubmitFlags, script: str, more: dict[str, Any]) -> None:
+    """The result of a dry run."""
+    if flags.json:
+        print_json({"script": script} | more)
+    else:
+        print(script)
+
+
+def next_folder(submissions: Path) -> Path:
+    """The next submission's folder, which is not made."""
+    numbers = [int(entry.name) for entry in submissions.iterdir() if entry.name.isdigit()] if submissions.is_dir() else []
+    return submissions / f"{max(numbers, default=-1) + 1:03d}"
+
+
+@contextlib.contextmanager
+def submission(folder: Path) -> Any:
+    """Makes a submission's folder, for its owner alone; what was made goes where nothing is submitted."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder)
+        for path in made[1:]:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def write_snapshot(folder: Path, config: TrainConfig | None) -> None:
+    """The code as it is, its commit, and the config."""
+    root = Path(__file__).parent.parent
+    for package in PACKAGES:
+        shutil.copytree(root / package, folder / "code" / package, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    (folder / "code" / "COMMIT").write_text(f"{git_commit() or ''}\n")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+
+
+class Submitter(SlurmExecutor):  # type: ignore[misc]
+    """submitit's way to sbatch, with a script of our own."""
+
+    def __init__(self, folder: Path, script: str, options: list[str], arguments: list[str]) -> None:
+        if shutil.which("sbatch") is None or shutil.which("srun") is None:
+            raise VerbError("sbatch is not here: this machine submits to no SLURM; --dry-run prints what would be submitted")
+        super().__init__(folder)
+        self._script, self._options, self._arguments = script, options, arguments
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._script
+
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["sbatch", *self._options, str(submission_file_path), *self._arguments]
+
+    def send(self) -> str:
+        """Submits; the job's id. Raises VerbError with what sbatch said."""
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it raises as well
+                job: SlurmJob[Any] = self._submit_command("")
+        except (FailedJobError, FailedSubmissionError) as error:
+            said = " ".join(str(error).replace("sbatch: error: ", "").split())
+            raise VerbError(f"sbatch refused the job: {said or 'it did not say why'}") from None
+        return str(job.job_id)

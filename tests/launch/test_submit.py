@@ -1,0 +1,174 @@
+"""`vitscale submit` on a real SLURM of four nodes, and what it prints and refuses without one."""
+
+import json
+import shutil
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.command import VITSCALE
+from tests.jobs import logs, pretraining, site_file, submit, submitted, wait_for_end
+from tests.slurm import Cluster, wait_for
+from vitscale import checkpoint
+from vitscale.run import is_finished, read_metrics, read_record
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("cluster") / "slurm") as cluster:
+        yield cluster
+
+
+def test_a_run_on_two_nodes_comes_to_its_end(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text(f'cpus_per_task = 1\nscratch = "{tmp_path}/$SLURMD_NODENAME"\n[datasets]\nstripes = "{dataset}/train"\n')
+    words = pretraining(dataset, tmp_path / "run")
+    words[words.index("--data") + 1] = "stripes"  # by its name
+    (job,), folder = submitted(cluster, "--site", site, "--nodes", 2, "--time", 10, *words)
+    config = (folder / "config.json").read_bytes()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert wait_for_end(cluster, job, folder) == "COMPLETED", logs(folder)
+    run = tmp_path / "run"
+    assert is_finished(run)
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+    (start,) = read_record(run)["starts"]
+    assert start["world_size"] == 2
+    assert sorted(log.name for log in (run / "logs").iterdir()) == ["node-0000-start-000.log", "node-0001-start-000.log"]
+    assert "the run is finished" in logs(folder)
+    assert "step 6/6" in logs(folder)  # rank 0's progress, for who follows the job
+    assert (folder / "config.json").read_bytes() == config
+    assert not list(folder.rglob("*.pkl"))
+
+    (evaluation,), told = submitted(cluster, "--", "evaluate", run, "--data", dataset / "val", "--json", cwd=tmp_path)
+    assert wait_for_end(cluster, evaluation, told) == "COMPLETED", logs(told)
+    assert '"top1"' in logs(told)
+
+    # A finished run that is submitted once more trains nothing
+    (again,), folder = submitted(cluster, "--nodes", 2, *pretraining(dataset, run))
+    assert wait_for_end(cluster, again, folder) == "COMPLETED", logs(folder)
+    assert len(read_record(run)["starts"]) == 1
+    assert folder.name == "001"
+
+
+def test_later_edits_change_nothing(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """The job runs the code and the config of its submission, from any folder."""
+    jobs = tmp_path / "elsewhere"
+    shutil.copytree(Path(__file__).parents[2] / "launch", jobs / "launch")
+    (jobs / "launch" / "task.py").write_text("raise SystemExit('the code of the folder that submit was called in')\n")
+    (job,), folder = submitted(cluster, "--sbatch=--hold", *pretraining(dataset, tmp_path / "run", "--steps", 2), cwd=jobs)
+    (tmp_path / "run" / "config.json").unlink(missing_ok=True)
+    cluster.run("scontrol", "release", job)
+    assert wait_for_end(cluster, job, folder) == "COMPLETED", logs(folder)
+    assert is_finished(tmp_path / "run")
+
+
+def test_a_chain_goes_on_where_jobs_may_not_requeue(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text("requeue = false\n")
+    run = tmp_path / "run"
+    steps = ["--steps", 60, "--checkpoint-every", 100]
+    jobs, folder = submitted(cluster, "--site", site, "--nodes", 2, "--chain", 3, *pretraining(dataset, run, *steps))
+    assert len(jobs) == 3
+    wait_for(lambda: read_metrics(run), "the first step", 120, lambda: logs(folder))
+    cluster.run("scancel", "--signal=USR2", jobs[0])
+    states = [wait_for_end(cluster, job, folder) for job in jobs]
+    assert states == ["FAILED", "COMPLETED", "COMPLETED"], logs(folder)  # saved and passed on; finished; nothing left to do
+    first, second = read_record(run)["starts"]
+    assert first["step"] == 0
+    assert 0 < second["step"] < 60
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, 61))  # no step is lost, and none is made twice
+    assert checkpoint.verify(checkpoint.committed(run)[-1]) is None
+    assert "nothing is left to do: the run is finished" in logs(folder)
+
+
+def test_after_scancel_nothing_comes_back(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """Nor where the tasks have no client of SLURM, as in a container."""
+    site = site_file(tmp_path / "site", without_client=True, lines="requeue = false")
+    run = tmp_path / "run"
+    steps = ["--steps", 5000, "--checkpoint-every", 5000]
+    jobs, folder = submitted(cluster, "--site", site, "--nodes", 2, "--chain", 2, *pretraining(dataset, run, *steps))
+    wait_for(lambda: read_metrics(run), "the first step", 120, lambda: logs(folder))
+    cluster.run("scancel", jobs[0])
+    assert wait_for_end(cluster, jobs[0], folder) == "CANCELLED"
+    assert wait_for_end(cluster, jobs[1], folder) == "COMPLETED"
+    assert len(read_record(run)["starts"]) == 1
+    saved = checkpoint.committed(run)
+    assert checkpoint.step_of(saved[-1]) == read_metrics(run)[-1]["step"]  # it saved when it was told
+
+
+def test_a_pack_by_several_jobs_is_the_same_dataset(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    images = dataset.parent / "images" / "train"
+    words = ["--", "pack", images, tmp_path / "packed", "--samples-per-shard", 20]
+    jobs, folder = submitted(cluster, "--tasks", 3, *words, cwd=tmp_path)
+    assert len(jobs) == 2
+    assert wait_for_end(cluster, jobs[1], folder) == "COMPLETED", logs(folder)
+    assert len(list(folder.glob("job-*_*.log"))) == 3
+    hashes = [json.loads((of / "train" / "dataset.json").read_text())["content_hash"] for of in (dataset, tmp_path / "packed")]
+    assert hashes[0] == hashes[1]
+
+
+def test_what_sbatch_refuses_is_told_in_a_line_and_leaves_nothing(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    done = submit("--sbatch", "--partition=none-such", *pretraining(dataset, tmp_path / "run"), env=cluster.environment)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "sbatch refused the job" in line
+    assert "invalid partition" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_thousand_nodes_by_dry_run(dataset: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text('gpu_type = "h100"\ngpus_per_node = 8\ncpus_per_task = 12\ntime = "24:00:00"\n')
+    words = pretraining(dataset, tmp_path / "run", "--global-batch-size", 16_000, "--micro-batch-size", 2)
+    began = time.monotonic()
+    done = submit("--site", site, "--nodes", 1000, "--dry-run", "--json", *words)
+    seconds = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert (told["plan"]["world_size"], told["plan"]["grad_accum_steps"]) == (8000, 1)
+    assert "#SBATCH --nodes=1000\n#SBATCH --ntasks-per-node=8\n" in told["script"]
+    assert "--nodes=1000 --ntasks=8000 --ntasks-per-node=8 --cpus-per-task=12 --gpus-per-node=h100:8" in told["script"]
+    assert not (tmp_path / "run").exists()
+    assert seconds < 10, f"{seconds:.1f} s"  # one on a machine that has nothing else to do
+
+
+def test_the_plan_goes_by_what_the_run_measured(dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = subprocess.run([VITSCALE, *map(str, pretraining(dataset, run)[1:])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line = read_metrics(run)[-1] | {"step": 7, "images_per_second": 0.01, "save_seconds": 90.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    done = submit("--time", 30, "--dry-run", *pretraining(dataset, run))
+    assert done.returncode == 0, done.stderr
+    assert "signal_lead_seconds=120 is less than a step and a save take (890 s, measured)" in done.stderr
+    assert "#SBATCH --time=30" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nodes", "2"], "needs a verb after --"),
+        (["--", "quickstart"], "`vitscale quickstart` is not submitted"),
+        (["--nodes", "0", "--", "pretrain", "tiny-digits"], "nodes=0 must be at least 1"),
+        (["--chain", "3", "--", "pretrain", "tiny-digits"], "sites whose jobs may not requeue"),
+        (["--gpus-per-node", "8", "--tasks-per-node", "8", "--", "pretrain", "tiny-digits"], "nodes without GPUs"),
+        (["--time", "soon", "--", "pretrain", "tiny-digits"], "time='soon' is no time limit"),
+        (["--sbatch", "--gres=gpu:8", "--", "pretrain", "tiny-digits"], "sets itself"),
+        (["--site", "none.toml", "--", "pretrain", "tiny-digits"], "none.toml does not exist"),
+        (["--", "pretrain", "tiny-digits", "--nproc", "2"], "--nproc and --json"),
+        (["--", "pretrain", "tiny-digits"], "no dataset is given"),
+        (["--nodes", "2", "--", "evaluate", "x", "--data", "y"], "one task on one node"),
+        (["--", "pack", "in", "out", "--task", "0/2"], "--tasks N"),
+    ],
+)
+def test_words_that_make_no_sense_cost_a_line(tmp_path: Path, words: list[str], said: str) -> None:
+    done = submit(*words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []

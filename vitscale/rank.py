@@ -1,0 +1,90 @@
+"""One rank of a run: a process from its first line to its exit status.
+
+    python -m vitscale.rank RUN     what the launcher starts on this machine, once a rank; on a cluster `launch.task` calls `run_rank`
+
+All ranks meet (`rendezvous.py`), look their machines over (`preflight.py`) and train (`train.py`), while a heartbeat watches them.
+A rank that ends before the run does writes why (`ending.py`), from which whoever started it decides what follows.
+"""
+
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from data_tools.processes import die_with
+from vitscale import stopping
+
+_DESCRIPTORS = 65_536  # files that a rank may have open, where the machine lets it: windows in shared memory and tars have one each
+
+
+def run_rank(run: Path, log: Path | None = None) -> int:
+    """Trains as the rank that the environment tells, in a run that `run.open_run` has prepared by the time all ranks meet.
+
+    A node's `log`, made before the start had a number, then gets its name.
+    Returns the exit status: finished, stopped (saved, to be gone on with later) or failed, as `ending.py` has them.
+    """
+    from vitscale.ending import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, Cause, Ended, end_of_this_rank, words_of, write_end
+    from vitscale.run import newest_start
+
+    rank, local_rank, local_world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < _DESCRIPTORS:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS if hard < 0 else min(hard, _DESCRIPTORS), hard))
+    heartbeat = None
+    try:
+        import torch.distributed as dist  # which takes seconds, in which signals are listened for already
+
+        from vitscale.engine import init_distributed
+        from vitscale.heartbeat import Heartbeat
+        from vitscale.preflight import preflight
+        from vitscale.run import log_file, read_config
+        from vitscale.train import train
+
+        init_distributed()
+        config, start = read_config(run), newest_start(run)
+        node = rank // local_world_size
+        if log and local_rank == 0:
+            log.rename(log_file(run, start, node))
+        heartbeat = Heartbeat(
+            run, start, rank=rank, local_rank=local_rank, node=node, hang_seconds=config.guard.hang_seconds,
+            data_seconds=config.stream.read_timeout,
+        )  # fmt: skip
+        said = preflight(config)
+        if rank == 0:
+            print(said, flush=True)
+        train(config, beat=heartbeat.beat)
+        dist.destroy_process_group()
+        return EXIT_FINISHED
+    except BaseException as error:
+        words = words_of(error)
+        print(words, file=sys.stderr, flush=True)
+        if rank == 0 or not isinstance(error, Ended) or error.bad_nodes:  # of what all ranks have to say one record is enough
+            write_end(run, end_of_this_rank(error, words, start=newest_start(run), step=heartbeat.step if heartbeat else 0))
+        saved = isinstance(error, Ended) and error.cause in (Cause.SIGNAL, Cause.REQUEST)
+        return EXIT_STOPPED if saved else EXIT_FAILED
+    finally:
+        if heartbeat:
+            heartbeat.close()
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process, not by the front door: all files are closed by now.
+
+    Peers may hang in a collective that it will never join, and even after a good end threads of torch now and then abort the interpreter's
+    exit ("terminate called without an active exception").
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def main() -> NoReturn:
+    """The entry of a rank whose launcher has set its environment."""
+    stopping.listen()
+    die_with(int(os.environ.get("VITSCALE_LAUNCHER_PID", os.getppid())))  # a run that is started again has no second writer
+    leave(run_rank(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
