@@ -6,12 +6,14 @@ All ranks meet (`rendezvous.py`), look their machines over (`preflight.py`) and 
 A rank that ends before the run does writes why (`ending.py`), from which whoever started it decides what follows.
 """
 
+import contextlib
 import os
 import resource
 import sys
 from pathlib import Path
 from typing import NoReturn
 
+from data_tools.errors import UserError
 from data_tools.processes import die_with
 from vitscale import stopping
 
@@ -60,7 +62,8 @@ def run_rank(run: Path, log: Path | None = None) -> int:
         words = words_of(error)
         print(words, file=sys.stderr, flush=True)
         if rank == 0 or not isinstance(error, Ended) or error.bad_nodes:  # of what all ranks have to say one record is enough
-            write_end(run, end_of_this_rank(error, words, start=newest_start(run), step=heartbeat.step if heartbeat else 0))
+            with contextlib.suppress(UserError, OSError):  # nothing may be there yet to write it in
+                write_end(run, end_of_this_rank(error, words, start=newest_start(run), step=heartbeat.step if heartbeat else 0))
         saved = isinstance(error, Ended) and error.cause in (Cause.SIGNAL, Cause.REQUEST)
         return EXIT_STOPPED if saved else EXIT_FAILED
     finally:

@@ -4,7 +4,6 @@ import json
 import shutil
 import stat
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,16 +123,13 @@ def test_a_thousand_nodes_by_dry_run(dataset: Path, tmp_path: Path) -> None:
     site = tmp_path / "site.toml"
     site.write_text('gpu_type = "h100"\ngpus_per_node = 8\ncpus_per_task = 12\ntime = "24:00:00"\n')
     words = pretraining(dataset, tmp_path / "run", "--global-batch-size", 16_000, "--micro-batch-size", 2)
-    began = time.monotonic()
     done = submit("--site", site, "--nodes", 1000, "--dry-run", "--json", *words)
-    seconds = time.monotonic() - began
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert (told["plan"]["world_size"], told["plan"]["grad_accum_steps"]) == (8000, 1)
     assert "#SBATCH --nodes=1000\n#SBATCH --ntasks-per-node=8\n" in told["script"]
     assert "--nodes=1000 --ntasks=8000 --ntasks-per-node=8 --cpus-per-task=12 --gpus-per-node=h100:8" in told["script"]
     assert not (tmp_path / "run").exists()
-    assert seconds < 10, f"{seconds:.1f} s"  # one on a machine that has nothing else to do
 
 
 def test_the_plan_goes_by_what_the_run_measured(dataset: Path, tmp_path: Path) -> None:
