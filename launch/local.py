@@ -146,28 +146,47 @@ def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]]) -> list[i
 
     One that left no record is given one.
     """
-    poll = select.poll()
     running = {os.pidfd_open(process.pid): rank for rank, process in enumerate(ranks)}
-    for descriptor in running:
-        poll.register(descriptor, select.POLLIN)
     failed: list[int] = []
     try:
-        while running:
-            ended = poll.poll(_GRACE_MS if failed else None)
-            for descriptor, _ in ended:
-                poll.unregister(descriptor)
-                rank = running.pop(descriptor)
-                os.close(descriptor)
-                status = ranks[rank].wait()
-                if status not in (EXIT_FINISHED, EXIT_STOPPED):
-                    failed.append(rank)
-                    _see_to_a_record(run, start, rank, status)
-            if failed and (not ended or any(end.cause is not Cause.LOST_PEER for end in read_ends(run, start))):
-                break
+        with _signals() as signals:
+            poll = select.poll()
+            for descriptor in (signals, *running):
+                poll.register(descriptor, select.POLLIN)
+            while running:
+                ready = [descriptor for descriptor, _ in poll.poll(_GRACE_MS if failed else None)]
+                if signals in ready:
+                    os.read(signals, 1024)
+                for descriptor in [one for one in ready if one in running]:
+                    poll.unregister(descriptor)
+                    rank = running.pop(descriptor)
+                    os.close(descriptor)
+                    status = ranks[rank].wait()
+                    if status not in (EXIT_FINISHED, EXIT_STOPPED):
+                        failed.append(rank)
+                        _see_to_a_record(run, start, rank, status)
+                if failed and (not ready or any(end.cause is not Cause.LOST_PEER for end in read_ends(run, start))):
+                    break
         return failed
     finally:
         for descriptor in running:
             os.close(descriptor)
+
+
+@contextmanager
+def _signals() -> Iterator[int]:
+    """A descriptor that can be read once a signal with a handler has come.
+
+    One that comes between Python's last look for signals and poll(2) does not interrupt poll(2): its handler would wait until a rank ends.
+    """
+    signals, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(write)
+    try:
+        yield signals
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(signals)
+        os.close(write)
 
 
 def _see_to_a_record(run: Path, start: int, rank: int, status: int) -> None:

@@ -9,17 +9,19 @@ import select
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 
-from launch.local import visible_gpus
+from launch.local import _wait, visible_gpus
 from tests.command import SMALL, VITSCALE, vitscale
 from tests.disks import small_disk
 from vitscale.ending import read_history
 from vitscale.run import read_metrics
 
 LONG = [*SMALL, "--steps", "40", "--checkpoint-every", "10", "--keep-checkpoints", "0", "--nproc", "2", "--eval-data", "none"]
+POLL = ("7", "73", "271")  # poll(2) and ppoll(2), as x86-64 and arm64 number them
 
 
 def start(dataset: Path, out: Path, *more: str) -> subprocess.Popen[str]:
@@ -165,6 +167,27 @@ def test_a_second_ctrl_c_waits_for_nothing(dataset: Path, tmp_path: Path) -> Non
     assert "the same command starts anew, because no checkpoint was written yet" in errors
     assert "Traceback" not in errors
     wait_until_gone(ranks)
+
+
+def test_a_signal_that_does_not_interrupt_the_wait_ends_it(tmp_path: Path) -> None:
+    """As one does that comes right before the wait begins: here another thread than the one that waits receives it."""
+    rank: subprocess.Popen[bytes] = subprocess.Popen(["sleep", "infinity"])
+    main = Path(f"/proc/self/task/{threading.get_native_id()}/syscall")
+
+    def interrupt() -> None:
+        while main.read_text().split()[0] not in POLL and rank.poll() is None:
+            pass
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _wait(tmp_path, 1, [rank])
+    finally:
+        rank.kill()
+        rank.wait()
+        thread.join()
 
 
 def test_a_second_start_is_refused(dataset: Path, tmp_path: Path) -> None:
