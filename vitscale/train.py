@@ -191,6 +191,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
     pace.restart(step)
     while step < last_step and step != stop_at and not reason:
         if is_skipped(samples_seen, skipped):
+            reason = hear(all_=True)  # what was made before is measured before the pace begins anew
             samples_seen, step = samples_seen + config.global_batch_size, step + 1
             pace.restart(step)
             continue

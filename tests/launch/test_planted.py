@@ -1,6 +1,7 @@
 """Steps that go wrong in real runs, and what becomes of them: docs/operations.md's promises."""
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def test_a_spike_rolls_the_run_back_and_its_steps_are_skipped(dataset: Path, tmp
     found, usual = losses(run), losses(whole)
     assert sorted(found) == [step for step in range(1, 31) if not 17 <= step <= 22]
     assert [found[step] for step in range(1, 17)] == [usual[step] for step in range(1, 17)]
+    shares = [line["data_wait"] for line in read_metrics(run) if "data_wait" in line]
+    assert all(math.copysign(1, share) == 1 for share in shares), "what is measured before steps that are skipped took time"
     assert decided(run) == [("spike", "again"), ("", "finished")]
     newest = checkpoint.describe(checkpoint.committed(run)[-1])
     assert (newest.step, newest.skipped, newest.updates) == (30, ((16 * 8, 22 * 8),), 24)
