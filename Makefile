@@ -10,8 +10,8 @@ PEERS := .venv-peers
 quickstart: $(VENV)/installed  ## the whole road on real images, minutes
 	$(BIN)/vitscale quickstart
 
-test: $(VENV)/installed  ## everything that runs on a CPU within minutes
-	$(BIN)/python -m pytest -m "not soak and not peers"
+test: $(VENV)/installed  ## everything that runs on a CPU, two at a time
+	$(BIN)/python -m pytest -m "not soak and not peers" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed  ## format, lint, types, who may import whom
 	$(BIN)/ruff format --check .
