@@ -24,7 +24,8 @@ from typing import TextIO
 from launch.terminal import LaunchError
 from vitscale.checkpoint import committed
 from vitscale.config import TrainConfig
-from vitscale.ending import EXIT_FINISHED, EXIT_STOPPED, Cause, End, Verdict, conclude, killed_by, read_ends, this_host, write_end
+from vitscale.ending import EXIT_FINISHED, EXIT_STOPPED, Cause, End, Verdict, conclude, killed_by, read_ends, write_end
+from vitscale.machine import this_host
 from vitscale.run import log_file, newest_start, open_run, reached
 
 _EXIT_INTERRUPTED = 130  # as a shell has it

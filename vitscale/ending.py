@@ -11,7 +11,6 @@ import contextlib
 import errno
 import json
 import os
-import platform
 import re
 import signal
 import sys
@@ -25,6 +24,7 @@ from typing import Any, Literal
 
 from data_tools.errors import UserError
 from vitscale.config import ConfigError, from_dict
+from vitscale.machine import this_host
 from vitscale.run import is_finished, reached, read_config, read_record
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75  # of a rank; stopped: saved, to be gone on with later
@@ -95,11 +95,6 @@ class Ended(Exception):  # noqa: N818 - an end, not an error
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Records
 # ---------------------------------------------------------------------------------------------------------------------------------------
-
-
-def this_host() -> str:
-    """This machine's name as SLURM knows it; the host's own outside of a job."""
-    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def end_of_this_rank(error: BaseException | Cause, words: str, *, start: int, step: int) -> End:

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitscale.ending import EXIT_FAILED, Cause, End, this_host, write_end
+from vitscale.ending import EXIT_FAILED, Cause, End, write_end
+from vitscale.machine import this_host
 from vitscale.metrics import duration
 
 STARTING, TRAINING, EVALUATING, SAVING, ENDED = "starting", "training", "evaluating", "saving", "ended"  # phases

@@ -6,17 +6,21 @@
 import contextlib
 import errno
 import os
+import platform
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitscale.ending import this_host
-
 MB, GB = 10**6, 10**9
 PROBE = 64 * MB  # bytes that tell a disk's speed: more than a controller answers for at once
 _SYNC_EVERY = 8 * MB
 _PROBE_SECONDS = 0.5  # after which less than that has told enough: it is a slow disk, or a busy one
+
+
+def this_host() -> str:
+    """This machine's name as SLURM knows it; the host's own outside of a job."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from vitscale import rendezvous
 from vitscale.config import TrainConfig
-from vitscale.ending import Cause, Ended, this_host
+from vitscale.ending import Cause, Ended
 from vitscale.flops import checkpoint_bytes
-from vitscale.machine import GB, MB, PROBE, Disk, available_memory, probe_disk, size
+from vitscale.machine import GB, MB, PROBE, Disk, available_memory, probe_disk, size, this_host
 
 PATIENCE = timedelta(minutes=5)  # for all answers to a question: a disk that takes so long for 64 MB is broken
 MEMORY_A_RANK = 512 * MB  # less of the host's memory than this a rank, and not even torch and a stream's first windows fit

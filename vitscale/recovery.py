@@ -17,9 +17,10 @@ import torch.distributed as dist
 from vitscale import checkpoint, retention
 from vitscale.checkpoint import CheckpointError
 from vitscale.config import TrainConfig
-from vitscale.ending import Cause, Ended, this_host
+from vitscale.ending import Cause, Ended
 from vitscale.engine import Engine, device
 from vitscale.guards import Guard, Rollback, disagreeing, knows
+from vitscale.machine import this_host
 from vitscale.run import cut_back, note_begin, note_skipped, read_metrics, read_record, skipped_ranges, was_evaluated
 
 _HELP = "a lower --optimizer.peak-lr or more warm-up may help, in a run of its own (`vitscale run fork`)"

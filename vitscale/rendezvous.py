@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from vitscale.ending import Cause, Ended, this_host
-from vitscale.machine import expand_nodes
+from vitscale.ending import Cause, Ended
+from vitscale.machine import expand_nodes, this_host
 
 ARRIVAL = timedelta(minutes=10)  # between the first rank's coming and the last's: a thousand nodes import torch from one file system
 _GRACE = timedelta(seconds=60)  # that the other ranks wait longer than rank 0, which is who can tell what is wrong

@@ -10,7 +10,8 @@ import pytest
 from tests.command import SMALL, VITSCALE, vitscale
 from tests.faults import planted
 from vitscale import checkpoint
-from vitscale.ending import read_ends, read_history, this_host
+from vitscale.ending import read_ends, read_history
+from vitscale.machine import this_host
 from vitscale.run import read_metrics, read_record
 
 LONG = [*SMALL, "--steps", "30", "--checkpoint-every", "5", "--keep-checkpoints", "0", "--nproc", "2", "--eval-data", "none"]
