@@ -32,9 +32,9 @@ from data_tools.pack import pack
 from tests.conftest import write_images
 from tests.jobs import FAULTS, SIGNAL_LEAD, HeldRun, pretraining, site_file
 from tests.slurm import GRACE, KILL_WAIT, SLURMD_TIMEOUT, Cluster
-from vitscale.ending import read_history
 from vitscale.run import read_metrics
 from vitscale.status import status
+from vitscale.verdict import read_history
 
 CAUSES = ("a rank killed", "a node dies", "USR2", "a rank hangs")
 HANG_SECONDS, EVERY, LOGGED = 30, 400, 5  # steps between checkpoints, and between logged steps

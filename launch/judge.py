@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from data_tools.errors import UserError
-from vitscale.ending import conclude
 from vitscale.run import LOCK_SECONDS, is_finished, locked, newest_start, read_record
+from vitscale.verdict import conclude
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """A run's processes on one machine: starts one a rank, ends them all when one dies, and starts them again where that is likely to help.
 
 A rank's output goes to RUN/logs/, a file a node and a start; rank 0 gets the user's terminal for its progress lines. Why a rank ended, it
-writes to RUN/ends; what follows is `vitscale.ending`'s to judge, as it is under SLURM.
+writes to RUN/ends; what follows is `vitscale.verdict`'s to say, as it is under SLURM.
 """
 
 import contextlib
@@ -24,9 +24,10 @@ from typing import TextIO
 from launch.terminal import LaunchError
 from vitscale.checkpoint import committed
 from vitscale.config import TrainConfig
-from vitscale.ending import EXIT_FINISHED, EXIT_STOPPED, Cause, End, Verdict, conclude, killed_by, read_ends, write_end
+from vitscale.ending import EXIT_FINISHED, EXIT_STOPPED, Cause, End, killed_by, read_ends, write_end
 from vitscale.machine import this_host
 from vitscale.run import log_file, newest_start, open_run, reached
+from vitscale.verdict import Verdict, conclude
 
 _EXIT_INTERRUPTED = 130  # as a shell has it
 _GRACE_MS = 10_000  # for the cause to show, once a rank has said no more than that another one went away

@@ -29,7 +29,7 @@ import xxhash
 from data_tools.durable import publish_folder, replace_file
 from data_tools.errors import UserError
 from vitscale.check import check_model
-from vitscale.config import ConfigError, EvalProtocol, ObjectiveConfig, PreprocessConfig, ViTConfig, flatten, from_dict
+from vitscale.config import UNREADABLE, EvalProtocol, ObjectiveConfig, PreprocessConfig, ViTConfig, flatten, from_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +163,7 @@ def _read_commit(folder: Path) -> dict[str, tuple[int, str]]:
             files[name] = (size, checksum)
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: COMMIT.json is missing") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{folder}: COMMIT.json cannot be read ({_words(error)})") from None
     if not files.keys() & {"checkpoint.json", EXPORT_DESCRIPTION}:
         raise CheckpointError(f"{folder}: COMMIT.json does not list the description; the file is damaged")
@@ -249,7 +249,7 @@ def describe(folder: Path) -> Description:
             spikes=spikes,
             **clock,
         )
-    except (OSError, *_UNREADABLE) as error:
+    except (OSError, *UNREADABLE) as error:
         raise CheckpointError(f"{file} cannot be read as a checkpoint ({_words(error)})") from None
 
 
@@ -261,7 +261,7 @@ def _check_bounds(model: ViTConfig) -> None:
 
 
 def _read_entries(tensors: Any) -> tuple[TensorEntry, ...]:
-    """The tensors of a description. Raises ValueError where pieces do not cover a tensor once, or what `_UNREADABLE` names."""
+    """The tensors of a description. Raises ValueError where pieces do not cover a tensor once, or what `UNREADABLE` names."""
     entries: dict[tuple[str, str], TensorEntry] = {}
     for tensor in tensors:
         name, kind, shape = tensor["name"], tensor["kind"], tuple(tensor["shape"])
@@ -286,12 +286,8 @@ def _read_entries(tensors: Any) -> tuple[TensorEntry, ...]:
     return tuple(entries.values())
 
 
-# What reading JSON that is not what it should be raises
-_UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, ConfigError)
-
-
 def _read_object(file: Path) -> dict[str, Any]:
-    """A file of JSON. Raises what `_UNREADABLE` names, and OSError."""
+    """A file of JSON. Raises what `UNREADABLE` names, and OSError."""
     if os.path.lexists(file) and not _is_plain(file):
         raise ValueError("it is not a plain file")
     values: dict[str, Any] = json.loads(file.read_bytes(), object_pairs_hook=_each_once)

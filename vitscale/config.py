@@ -31,6 +31,10 @@ class ConfigError(UserError):
     """A setting that cannot work; the message is one line for the user."""
 
 
+# What reading JSON that a stranger may have written raises, `from_dict` included
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, ConfigError)
+
+
 def _parse_mapping(words: list[str]) -> dict[str, Any]:
     value = json.loads(words[0])
     if not isinstance(value, dict):

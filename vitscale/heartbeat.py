@@ -17,9 +17,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from vitscale.config import UNREADABLE, from_dict
 from vitscale.ending import EXIT_FAILED, Cause, End, write_end
 from vitscale.machine import this_host
 from vitscale.metrics import duration
@@ -32,6 +33,29 @@ _LEAST, _TIMES = 120.0, 20  # a bound is so many times the slowest of late, and 
 _TO_SAY_SO = 60.0  # seconds that a part which has a bound of its own, as the stream has, gets to end the run with better words
 _OF_LATE = 128  # beats
 _BACKSTOP = 60.0  # seconds over the bound after which C ends the process, where Python itself is held
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a node's first rank tells of itself."""
+
+    time: float
+    start: int
+    rank: int
+    ranks: int
+    """Of its node, from `rank` on."""
+    node: int
+    host: str
+    job: str
+    pid: int
+    step: int
+    samples_seen: int
+    phase: str
+    quiet: float
+    """Seconds since the last beat."""
+    seconds_per_step: float | None
+    hang_seconds: float
+    """The bound of `quiet`."""
 
 
 def hang_bound(phase: str, gaps: Sequence[float], hang_seconds: float, data_seconds: float) -> float:
@@ -156,25 +180,23 @@ class Heartbeat:
         beside = file.with_name(f".{file.name}.partial")
         with contextlib.suppress(OSError):  # a full disk must not end what can go on
             file.parent.mkdir(exist_ok=True)
-            beside.write_text(json.dumps(self._sign()) + "\n")
+            beside.write_text(json.dumps(asdict(self._sign())) + "\n")
             beside.replace(file)
 
-    def _sign(self) -> dict[str, Any]:
+    def _sign(self) -> Sign:
         step, samples_seen, phase = self._at
         steps = list(self._gaps[TRAINING])
-        return {
-            "time": time.time(),
-            "start": self._start,
-            "rank": self._rank,
-            "ranks": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            "node": self._node,
-            "host": this_host(),
-            "job": os.environ.get("SLURM_JOB_ID", ""),
-            "pid": os.getpid(),
-            "step": step,
-            "samples_seen": samples_seen,
-            "phase": phase,
-            "quiet": time.monotonic() - self._since,
-            "seconds_per_step": statistics.median(steps) if steps else None,
-            "hang_seconds": self.bound(),
-        }
+        return Sign(
+            time.time(), self._start, self._rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), self._node, this_host(),
+            os.environ.get("SLURM_JOB_ID", ""), os.getpid(), step, samples_seen, phase, time.monotonic() - self._since,
+            statistics.median(steps) if steps else None, self.bound(),
+        )  # fmt: skip
+
+
+def read_heartbeats(run: Path) -> list[Sign]:
+    """The last sign of life of each node, by node; one that is damaged is left out."""
+    signs = []
+    for file in sorted((run / "heartbeats").glob("node-*.json")):
+        with contextlib.suppress(OSError, *UNREADABLE):
+            signs.append(from_dict(Sign, json.loads(file.read_text())))
+    return signs

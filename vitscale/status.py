@@ -7,10 +7,11 @@ from typing import Any
 
 from vitscale import checkpoint
 from vitscale.config import TrainConfig
-from vitscale.ending import Cause, Past, read_heartbeats, read_history
+from vitscale.ending import Cause
 from vitscale.goodput import goodput
-from vitscale.heartbeat import ENDED, STARTING
+from vitscale.heartbeat import ENDED, STARTING, Sign, read_heartbeats
 from vitscale.run import is_finished, is_locked, read_config, read_metrics, read_record, unusable
+from vitscale.verdict import Past, read_history
 
 FRESH = 60.0  # seconds for which a sign of life counts: many times the interval between two, for file systems that show them late
 
@@ -27,10 +28,10 @@ def status(run: Path, *, verify: bool = False) -> dict[str, Any]:
     steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
     start = len(record["starts"]) - 1
-    beats = [beat for beat in read_heartbeats(run) if beat["start"] == start]
+    signs = [sign for sign in read_heartbeats(run) if sign.start == start]
     state, why = state_of(
         start,
-        beats,
+        signs,
         history,
         locked=is_locked(run),
         finished=is_finished(run),
@@ -38,7 +39,7 @@ def status(run: Path, *, verify: bool = False) -> dict[str, Any]:
         job_ended=_job_ended(run),
         now=now,
     )
-    seen = max([line.get("time", 0.0) for line in lines] + [beat["time"] for beat in beats] + [past.time for past in history], default=now)
+    seen = max([line.get("time", 0.0) for line in lines] + [sign.time for sign in signs] + [past.time for past in history], default=now)
     lives = state in ("running", "starting", "hanging")
     spent = goodput(record["starts"], {past.start: past.time for past in history}, lines, now if lives else seen)
     return {
@@ -46,9 +47,9 @@ def status(run: Path, *, verify: bool = False) -> dict[str, Any]:
         "recipe": config.recipe,
         "state": state,
         "why": why,
-        "job": beats[0]["job"] if beats else "",
-        "hosts": sorted({beat["host"] for beat in beats}),
-        "step": max([steps[-1]["step"] if steps else 0, *(beat["step"] for beat in beats if lives)]),
+        "job": signs[0].job if signs else "",
+        "hosts": sorted({sign.host for sign in signs}),
+        "step": max([steps[-1]["step"] if steps else 0, *(sign.step for sign in signs if lives)]),
         "total_steps": record["total_steps"],
         "samples_seen": steps[-1].get("samples_seen", 0) if steps else 0,
         "last": steps[-1] if steps else None,
@@ -68,7 +69,7 @@ def status(run: Path, *, verify: bool = False) -> dict[str, Any]:
 
 def state_of(
     start: int,
-    beats: list[dict[str, Any]],
+    signs: list[Sign],
     history: list[Past],
     *,
     locked: bool,
@@ -81,7 +82,7 @@ def state_of(
 
     Args:
         start: the newest.
-        beats: its nodes' heartbeats.
+        signs: of life of its nodes.
         history: of starts that ended.
         locked: whether a process on this machine holds the run; of others nothing is known.
         finished: whether it is at its end.
@@ -89,19 +90,19 @@ def state_of(
         job_ended: what the newest submission's batch script noted when it ended for good.
         now: seconds.
     """
-    fresh = [beat for beat in beats if beat["phase"] != ENDED and now - beat["time"] < FRESH]
+    fresh = [sign for sign in signs if sign.phase != ENDED and now - sign.time < FRESH]
     if locked or fresh:
-        if not beats or all(beat["phase"] == STARTING for beat in beats):
+        if not signs or all(sign.phase == STARTING for sign in signs):
             return "starting", ""
-        slowest = max(beats, key=lambda beat: now - beat["time"] + beat["quiet"])
-        quiet = now - slowest["time"] + slowest["quiet"]
-        if slowest["phase"] != ENDED and quiet > max(FRESH, slowest["hang_seconds"] / 2):
-            return "hanging", f"{slowest['host']} has made no step for {quiet:.0f} s; it ends itself after {slowest['hang_seconds']:.0f}"
+        slowest = max(signs, key=lambda sign: now - sign.time + sign.quiet)
+        quiet = now - slowest.time + slowest.quiet
+        if slowest.phase != ENDED and quiet > max(FRESH, slowest.hang_seconds / 2):
+            return "hanging", f"{slowest.host} has made no step for {quiet:.0f} s; it ends itself after {slowest.hang_seconds:.0f}"
         return "running", "it was asked to stop" if stop_asked else ""
     if finished:
         return "finished", ""
     if not history or history[-1].start < start:
-        return "stopped", f"its job ended: {job_ended}" if job_ended else "its processes went away" if beats else ""
+        return "stopped", f"its job ended: {job_ended}" if job_ended else "its processes went away" if signs else ""
     last = history[-1]
     if last.action == "requeue":
         return "waiting", f"{last.why}; SLURM starts it again"

@@ -17,8 +17,8 @@ from tests.disks import small_disk
 from tests.jobs import FAULTS, PATIENCE, SIGNAL_LEAD, HeldRun, logs, pretraining, site_file, submitted, wait_for_end
 from tests.runs import check_alike, losses
 from tests.slurm import NODES, Cluster
-from vitscale.ending import read_history
 from vitscale.run import is_finished
+from vitscale.verdict import read_history
 
 EVERY = 5  # steps between checkpoints
 ROOM = 12  # steps between two faults at least: two checkpoints, and the commit of one

@@ -10,7 +10,8 @@ import pytest
 from launch.judge import was_preempted
 from tests.runs import begin
 from vitscale.config import TrainConfig
-from vitscale.ending import Cause, End, read_history, write_end
+from vitscale.ending import Cause, End, write_end
+from vitscale.verdict import read_history
 
 # Of slurm 22.05, shortened
 JOB = (

@@ -17,8 +17,8 @@ import pytest
 from launch.local import _wait, visible_gpus
 from tests.command import SMALL, VITSCALE, vitscale
 from tests.disks import small_disk
-from vitscale.ending import read_history
 from vitscale.run import read_metrics
+from vitscale.verdict import read_history
 
 LONG = [*SMALL, "--steps", "40", "--checkpoint-every", "10", "--keep-checkpoints", "0", "--nproc", "2", "--eval-data", "none"]
 POLL = ("7", "73", "271")  # poll(2) and ppoll(2), as x86-64 and arm64 number them
