@@ -85,9 +85,11 @@ def _watch(run: Path, flags: StatusFlags) -> None:
 
 def status_lines(found: dict[str, Any], *, short: bool = False) -> list[str]:
     """What `run status` prints; `short`: one line."""
+    from vitscale.status import LIVE
+
     where = f" on {', '.join(found['hosts'][:3])}{', ...' if len(found['hosts']) > 3 else ''}" if found["hosts"] else ""
     where += f" (job {found['job']})" if found["job"] else ""
-    lives = found["state"] in ("running", "starting", "hanging")
+    lives = found["state"] in LIVE
     state = f"{found['state']}{where if lives else ''}{': ' + found['why'] if found['why'] else ''}"
     starts = counted(found["starts"], "start")
     last = found["last"] or {}
@@ -192,7 +194,7 @@ def run_stop(words: list[str]) -> None:
     """Ask a run to save and end."""
     flags = parse(StopFlags, words, "run stop")
     from data_tools.durable import replace_file
-    from vitscale.status import status
+    from vitscale.status import LIVE, status
 
     run = Path(flags.run)
     found = status(run)
@@ -207,7 +209,7 @@ def run_stop(words: list[str]) -> None:
         print(f"{run} was asked to stop; it saves at its next step (`vitscale run status {run}` tells)")
         return
     with progress_bar(f"waiting for {run} to save and end", quiet=False, unit="steps") as update:
-        while (found := status(run))["state"] in ("running", "starting", "hanging"):
+        while (found := status(run))["state"] in LIVE:
             update(found["step"], found["total_steps"])
             time.sleep(0.5)
     print(status_lines(found, short=True)[0])

@@ -11,7 +11,17 @@ from pathlib import Path
 from data_tools.durable import publish_folder
 from vitscale import checkpoint
 from vitscale.config import TrainConfig, changes, to_dict
-from vitscale.run import RunError, check_same_data, planned_steps, read_config, read_record, records_until, write_json
+from vitscale.run import (
+    RunError,
+    check_same_data,
+    identities,
+    planned_steps,
+    read_config,
+    read_record,
+    records_until,
+    trained_datasets,
+    write_json,
+)
 
 # What a checkpoint's tensors and its clock stand for: a run with others of these is not the same run continued.
 _FIXED = {
@@ -49,8 +59,8 @@ def fork(run: Path, origin: checkpoint.Description, config: TrainConfig) -> Path
         reason = next((reason for fixed, reason in _FIXED.items() if f"{name}.".startswith(f"{fixed}.") and name not in _FREE), None)
         if reason:
             raise RunError(f"{name}: {change}, and {reason}; a fork keeps it (`vitscale finetune --init` makes another model)")
-    check_same_data(run, record, config)
-    steps = planned_steps(config, record)
+    check_same_data(run, record, *identities(config))
+    steps = planned_steps(config, trained_datasets(record))
     if steps <= origin.step:
         raise RunError(f"the run would have {steps} steps, and the checkpoint is of step {origin.step}; give more --steps")
     hidden = out.with_name(f".{out.name}.partial")

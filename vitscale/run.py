@@ -60,10 +60,9 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     Raises RunError where the directory holds something else; it is left as it was.
     """
     run = Path(config.out)
-    record, held_out, changed = check_start(config)
+    record, changed = check_start(config)
     if is_finished(run, config.eval_data):
         return True
-    record["held_out"] = record["held_out"] or (held_out[0] if held_out else None)
     record["starts"].append(
         {
             "overlays": _overlays(run, record, config),
@@ -81,15 +80,13 @@ def open_run(config: TrainConfig, world_size: int) -> bool:
     return False
 
 
-def check_start(config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, str]]:
-    """What run.json holds before a start with a resolved config, what is held out, and which settings are others than before.
+def check_start(config: TrainConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """What run.json is to hold before it tells of a start with a resolved config, and which settings are others than before.
 
     Writes nothing. Raises RunError where the directory holds a run that cannot go on so.
     """
     run = Path(config.out)
-    tars = named_tars(config.datasets)
-    trained_on = [tars.identity()] if tars else [_identity(path) for path in config.datasets]
-    held_out = [] if config.eval_data == "none" else [_identity(config.eval_data)]
+    trained_on, held_out = identities(config)
     changed: dict[str, str] = {}
     if (run / "run.json").is_file():
         record = _read_json(run / "run.json")
@@ -98,9 +95,10 @@ def check_start(config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any
         started = read_config(run)
         if started.recipe != config.recipe:
             raise RunError(f"{run} holds a run of {started.recipe}, not of {config.recipe}; give another --out")
-        check_same_data(run, record, config)
+        check_same_data(run, record, trained_on, held_out)
+        record["held_out"] = record["held_out"] or (held_out[0] if held_out else None)
         if not has_begun(run):
-            record["total_steps"] = _total_steps(config, trained_on)
+            record["total_steps"] = planned_steps(config, trained_on)
         changed = changes(started, config) if has_begun(run) else {}
         if refused := [f"{name}: {change}" for name, change in changed.items() if not may_change(name)]:
             raise RunError(f"{run} holds a run with other settings: {', '.join(refused)}; give its own to resume it, or another --out")
@@ -109,29 +107,29 @@ def check_start(config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any
             "format_version": FORMAT_VERSION,
             "dataset": trained_on[0] if len(trained_on) == 1 else trained_on,
             "held_out": held_out[0] if held_out else None,
-            "total_steps": _total_steps(config, trained_on),
+            "total_steps": planned_steps(config, trained_on),
             "starts": [],
         }
-    return record, held_out, changed
+    return record, changed
 
 
-def planned_steps(config: TrainConfig, record: dict[str, Any]) -> int:
-    """Steps of a run with this config on the datasets of run.json."""
-    return _total_steps(config, trained_datasets(record))
-
-
-def check_same_data(run: Path, record: dict[str, Any], config: TrainConfig) -> None:
-    """Raises RunError unless a config names the datasets of a run, wherever they lie."""
-    tars = named_tars(config.datasets)
-    trained_on = [tars.identity()] if tars else [_identity(path) for path in config.datasets]
-    held_out = [] if config.eval_data == "none" else [_identity(config.eval_data)]
+def check_same_data(run: Path, record: dict[str, Any], trained_on: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
+    """Raises RunError unless these `identities` are those of a run's datasets, wherever they lie."""
     for flag, before, now in (("data", trained_datasets(record), trained_on), ("eval-data", _several(record["held_out"]), held_out)):
         if before and now:
             _check_same(run, flag, before, now)
 
 
-def _total_steps(config: TrainConfig, trained_on: list[dict[str, Any]]) -> int:
+def planned_steps(config: TrainConfig, trained_on: list[dict[str, Any]]) -> int:
+    """Steps of a run with this config on datasets of these identities."""
     return total_steps(config, sum(dataset.get("samples", 0) for dataset in trained_on))
+
+
+def identities(config: TrainConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What a run remembers of what it trains on, and of what is held out."""
+    tars = named_tars(config.datasets)
+    trained_on = [tars.identity()] if tars else [_identity(path) for path in config.datasets]
+    return trained_on, [] if config.eval_data == "none" else [_identity(config.eval_data)]
 
 
 def _identity(path: str) -> dict[str, Any]:
@@ -309,8 +307,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def read_quarantine(run: Path) -> list[dict[str, Any]]:
     """The lines of quarantine.jsonl: samples that could not be used, and where."""
-    file = run / "quarantine.jsonl"
-    return parse_lines(file.read_bytes()) if file.is_file() else []
+    return _whole_lines(run / "quarantine.jsonl")
 
 
 def unusable(run: Path) -> Counter[str]:

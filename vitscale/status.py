@@ -13,6 +13,7 @@ from vitscale.heartbeat import ENDED, STARTING, Sign, read_heartbeats
 from vitscale.run import is_finished, is_locked, read_config, read_metrics, read_record, unusable
 from vitscale.verdict import Past, read_history
 
+LIVE = ("starting", "running", "hanging")  # states in which the run has processes
 FRESH = 60.0  # seconds for which a sign of life counts: many times the interval between two, for file systems that show them late
 
 
@@ -40,7 +41,7 @@ def status(run: Path, *, verify: bool = False) -> dict[str, Any]:
         now=now,
     )
     seen = max([line.get("time", 0.0) for line in lines] + [sign.time for sign in signs] + [past.time for past in history], default=now)
-    lives = state in ("running", "starting", "hanging")
+    lives = state in LIVE
     spent = goodput(record["starts"], {past.start: past.time for past in history}, lines, now if lives else seen)
     return {
         "run": str(run),
