@@ -25,13 +25,11 @@ from typing import Literal
 
 from data_tools.errors import UserError
 from launch.flags import parse
-from launch.site import read_site
+from launch.site import Site, read_site
 from launch.terminal import Json, print_json
-from vitscale.machine import GB, MB, PROBE, available_memory, expand_nodes, probe_disk, size
+from vitscale.machine import DESCRIPTORS, FEW_FILES, GB, MB, PROBE, available_memory, expand_nodes, probe_disk, size
 
-SIGNAL_LEAD = 120  # seconds; SLURM may signal a minute early, and the rest is for a step and a save
 LITTLE_GRACE = 60  # seconds from a preemption to the kill in which a large run cannot save
-FILES = 65_536  # that a rank may want open: windows in shared memory and tars have a descriptor each
 PATIENCE = 30.0  # seconds for an answer of the cluster
 
 
@@ -189,8 +187,8 @@ def _machine() -> list[Check]:
     else:
         checks.append(Check("shared memory", "warn", "no /dev/shm", "NCCL wants it; mount a tmpfs there"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = hard == resource.RLIM_INFINITY or hard >= FILES
-    to_do = "" if enough else f"a rank asks for {FILES:,}; raise `nofile` in limits.conf or slurmd's LimitNOFILE if ranks run out"
+    enough = hard == resource.RLIM_INFINITY or hard >= DESCRIPTORS
+    to_do = "" if enough else f"a rank asks for {DESCRIPTORS:,}; raise `nofile` in limits.conf or slurmd's LimitNOFILE if ranks run out"
     checks.append(Check("open files", "ok" if enough else "warn", f"limit {_limit(soft)}, may be raised to {_limit(hard)}", to_do))
     return checks
 
@@ -206,7 +204,7 @@ def _storage(out: Path) -> list[Check]:
         files = f", {disk.free_files:,} files" if disk.free_files is not None else ""
         if disk.fault:
             checks.append(Check(name, "fail", disk.told(), "another --out" if name == "run directory" else "another TMPDIR"))
-        elif disk.free_bytes < 10 * GB or disk.rate < 50 * MB or (disk.free_files or FILES) < 10_000:
+        elif disk.free_bytes < 10 * GB or disk.rate < 50 * MB or (disk.free_files is not None and disk.free_files < FEW_FILES):
             to_do = "a checkpoint takes 12 bytes a parameter, ViT-H 8 GB; see docs/operations.md" if name == "run directory" else ""
             checks.append(Check(name, "warn", f"{folder}: {disk.told()}{files}", to_do))
         else:
@@ -336,7 +334,10 @@ def judge_cluster(config: dict[str, str], partitions: list[Partition]) -> list[C
         checks.append(Check(name, "warn" if mixed else "ok", f"{told}, at most {partition.max_time}", mixed))
     checks.append(
         Check(
-            "signal lead", "ok", f"{SIGNAL_LEAD} s suggested", "SLURM may signal 60 s early; raise it where a step and a save take longer"
+            "signal lead",
+            "ok",
+            f"{Site.signal_lead_seconds} s suggested",
+            "SLURM may signal 60 s early; raise it where a step and a save take longer",
         )
     )
     return checks
@@ -396,7 +397,7 @@ time = {_text(limit)}                   # of one job; a run takes as many as it 
 # python = "python3"
 # cpu_bind = "cores"
 scratch = {_text(scratch)}              # on each node's own disk; $VARIABLES of the job may stand in it
-signal_lead_seconds = {SIGNAL_LEAD}
+signal_lead_seconds = {Site.signal_lead_seconds}
 requeue = {"true" if config.get("JobRequeue") == "1" else "false"}
 # sbatch = ["--exclusive"]
 

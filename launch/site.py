@@ -73,7 +73,7 @@ class Site:
     datasets: dict[str, str] = field(default_factory=dict)
     """Names of datasets, for --data NAME, and where they lie on this cluster (directories or URLs)."""
     signal_lead_seconds: int = 120
-    """How long before its time limit a job is told to save; more than a step and a save take."""
+    """How long before its time limit a job is told to save; more than a step and a save take, as SLURM may tell it a minute early."""
     requeue: bool = True
     """Whether a job may go back to the queue by itself. False: `submit --chain N` queues N jobs, each of which waits for the one before."""
     sbatch: tuple[str, ...] = ()
@@ -105,7 +105,9 @@ def check_site(site: Site, where: str) -> None:
     if site.gpus_per_node and not site.gpu_type and len(site.partitions) > 1:
         raise SiteError(f"{where}: partitions {', '.join(site.partitions)} may have GPUs of several types; gpu_type says which")
     if site.signal_lead_seconds < 1:
-        raise SiteError(f"{where}: signal_lead_seconds={site.signal_lead_seconds} must be at least 1; 120 works for most")
+        raise SiteError(
+            f"{where}: signal_lead_seconds={site.signal_lead_seconds} must be at least 1; {Site.signal_lead_seconds} works for most"
+        )
     if site.time:
         check_time(site.time, f"{where}: time")
     for name in site.environment:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MB, GB = 10**6, 10**9
+DESCRIPTORS = 65_536  # files that a rank may want open: windows in shared memory and tars have a descriptor each
+FEW_FILES = 10_000  # that a file system still takes: caches of compiled kernels make thousands
 PROBE = 64 * MB  # bytes that tell a disk's speed: more than a controller answers for at once
 _SYNC_EVERY = 8 * MB
 _PROBE_SECONDS = 0.5  # after which less than that has told enough: it is a slow disk, or a busy one

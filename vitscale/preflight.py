@@ -30,7 +30,8 @@ from vitscale import rendezvous
 from vitscale.config import TrainConfig
 from vitscale.ending import Cause, Ended
 from vitscale.flops import checkpoint_bytes
-from vitscale.machine import GB, MB, PROBE, Disk, available_memory, probe_disk, size, this_host
+from vitscale.machine import FEW_FILES, GB, MB, PROBE, Disk, available_memory, probe_disk, size, this_host
+from vitscale.metrics import counted
 
 PATIENCE = timedelta(minutes=5)  # for all answers to a question: a disk that takes so long for 64 MB is broken
 MEMORY_A_RANK = 512 * MB  # less of the host's memory than this a rank, and not even torch and a stream's first windows fit
@@ -38,7 +39,6 @@ DEVICE_MEMORY_SHARE = 0.9  # of a device's memory that is free at a start; a con
 DEVICE_MEMORY_SLACK = 0.1  # of a device's memory that it may lack against the others': what a process that should be gone still holds
 SLOW_DEVICE = 0.7  # of the median rate of products: a device that is throttled makes all others wait
 SLOW_DISK = 20 * MB  # bytes a second; a checkpoint of ViT-H (8 GB) would take seven minutes
-FEW_FILES = 10_000  # that a file system still takes: caches of compiled kernels make thousands
 LITTLE_SCRATCH = 2 * GB
 WRITERS = 4  # nodes that measure the run directory's speed; if a thousand did, they would write 64 GB and measure each other
 CLOCK_TOLD = 2.0  # seconds between clocks: logs and end records of nodes come in the wrong order
@@ -261,7 +261,7 @@ def judge_machines(machines: Sequence[Machine], need: Need, local_world_size: in
     slowest = min((run for run in runs if run.rate), key=lambda run: run.rate, default=None)
     if slowest and slowest.rate < SLOW_DISK:
         warnings.append(f"run directory: {size(slowest.rate)}/s; a checkpoint of {size(need.checkpoint)} takes long")
-    figures = [f"{_count(len(leaders), 'node')} of {_count(local_world_size, 'rank')}"]
+    figures = [f"{counted(len(leaders), 'node')} of {counted(local_world_size, 'rank')}"]
     if usual_flops:
         figures.append(f"products {usual_flops / 1e12:.0f} TFLOP/s (slowest {min(of.flops for of in machines) / 1e12:.0f})")
         figures.append(f"{size(min(of.device_free for of in machines))} of device memory free")
@@ -328,10 +328,6 @@ def _end_if_bad(bad: Mapping[str, Sequence[str]], hosts: Sequence[str]) -> None:
         raise Ended(Cause.INPUT, f"{len(bad)} of {len(hosts)} nodes fail preflight, so it is not the nodes: {told[0]}")
     more = f"; and {len(told) - 10} more" if len(told) > 10 else ""
     raise Ended(Cause.BAD_NODE, f"preflight: {'; '.join(told[:10])}{more}", bad_nodes=tuple(bad))
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def main() -> None:

@@ -16,8 +16,7 @@ from typing import NoReturn
 from data_tools.errors import UserError
 from data_tools.processes import die_with
 from vitscale import stopping
-
-_DESCRIPTORS = 65_536  # files that a rank may have open, where the machine lets it: windows in shared memory and tars have one each
+from vitscale.machine import DESCRIPTORS
 
 
 def run_rank(run: Path, log: Path | None = None) -> int:
@@ -31,8 +30,8 @@ def run_rank(run: Path, log: Path | None = None) -> int:
 
     rank, local_rank, local_world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < _DESCRIPTORS:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS if hard < 0 else min(hard, _DESCRIPTORS), hard))
+    if 0 <= soft < DESCRIPTORS:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS if hard < 0 else min(hard, DESCRIPTORS), hard))
     heartbeat = None
     try:
         import torch.distributed as dist  # which takes seconds, in which signals are listened for already
