@@ -434,10 +434,10 @@ def partial_folder(run: Path, step: int) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
-def commit(hidden: Path, checksums: dict[str, str]) -> None:
+def commit(run: Path, step: int, checksums: dict[str, str]) -> None:
     """Makes a written checkpoint durable and points `latest` at it."""
-    folder = hidden.with_name(hidden.name.removeprefix(".").removesuffix(".partial"))
-    publish(hidden, folder, checksums)
+    folder = step_folder(run, step)
+    publish(partial_folder(run, step), folder, checksums)
     with contextlib.suppress(OSError):  # it is for people and other tools; the checkpoint is there without
         replace_file(folder.parent / "latest", folder.name + "\n")
 

@@ -419,7 +419,7 @@ class Saver:
                 sidecar.unlink()
             description = self._hidden / "checkpoint.json"
             checkpoint.write_description(description, replace(self._about, tensors=self._layout.entries()))
-            checkpoint.commit(self._hidden, checksums | {description.name: checkpoint.file_checksum(description)})
+            checkpoint.commit(self._run, self._about.step, checksums | {description.name: checkpoint.file_checksum(description)})
         except BaseException:
             self._clear_away()
             raise

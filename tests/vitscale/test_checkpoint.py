@@ -45,7 +45,7 @@ def write(run: Path, step: int, tensors: dict[tuple[str, str], torch.Tensor], cu
         save_file(content, hidden / file)
     about = Description(run, MODEL, PreprocessConfig(), ObjectiveConfig(), ("a", "b", "c"), step * 8, step, tuple(entries))
     checkpoint.write_description(hidden / "checkpoint.json", about)
-    checkpoint.commit(hidden, {file.name: checkpoint.file_checksum(file) for file in hidden.iterdir()})
+    checkpoint.commit(run, step, {file.name: checkpoint.file_checksum(file) for file in hidden.iterdir()})
     return checkpoint.step_folder(run, step)
 
 
