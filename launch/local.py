@@ -214,7 +214,7 @@ def _what_happened(ends: Sequence[End], verdict: Verdict) -> str:
     first = ends[0]
     if first.cause is Cause.KILLED:
         return f"rank {first.rank} was killed by SIG{first.signal} at step {first.step}"
-    return f"rank {first.rank} at step {first.step}: {first.words.rstrip().rpartition(chr(10))[2].removeprefix('error: ')}"
+    return f"rank {first.rank} at step {first.step}: {first.last_line.removeprefix('error: ')}"
 
 
 def _last_words(run: Path, start: int, ends: Sequence[End], verdict: Verdict) -> str:

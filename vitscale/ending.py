@@ -79,6 +79,11 @@ class End:
     bad_nodes: tuple[str, ...] = ()
     """Machines that are to be left out, as SLURM knows them."""
 
+    @property
+    def last_line(self) -> str:
+        """Of its words: of a traceback, the exception."""
+        return self.words.rstrip().rpartition("\n")[2]
+
 
 class Ended(Exception):  # noqa: N818 - an end, not an error
     """What ends a start on purpose, on all ranks alike."""

@@ -99,7 +99,7 @@ def join(arrival: timedelta = ARRIVAL) -> Meeting:
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    nodes = expand_nodes(os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", ""))
+    nodes = _nodes()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = TCPStore(host, port, None, rank == 0, arrival, wait_for_workers=False)
@@ -114,8 +114,11 @@ def of_process_group() -> Meeting:
     """The same ranks again, once there is a process group."""
     store = dist.distributed_c10d._get_default_store()  # there is no public way to it
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    nodes = expand_nodes(os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", ""))
-    return Meeting(store, rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), nodes)
+    return Meeting(store, rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), _nodes())
+
+
+def _nodes() -> tuple[str, ...]:
+    return expand_nodes(os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", ""))
 
 
 def _no_store(rank: int, where: str, nodes: Sequence[str], arrival: timedelta, error: Exception) -> NoReturn:

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGUSR2, signal.SIGTERM)  # SLURM's word before a time limit, as `submit` sets it up; its word at a preemption or scancel
+# SLURM's word at a preemption or scancel, and before a time limit, as `submit` sets it up
+SIGNALS = {"TERM": signal.SIGTERM, "USR2": signal.SIGUSR2}
 _LOOK_EVERY = 1.0  # seconds: a look at RUN/stop is a question to a shared file system
 
 _came: set[str] = set()
@@ -19,8 +20,8 @@ _came: set[str] = set()
 
 def listen() -> None:
     """From now on signals are taken note of, and do not end this process."""
-    for one in SIGNALS:
-        signal.signal(one, _note)
+    for number in SIGNALS.values():
+        signal.signal(number, _note)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
@@ -40,9 +41,9 @@ class Asked:
         now = time.monotonic()
         if self._file and not self._found and now - self._looked >= _LOOK_EVERY:
             self._looked, self._found = now, self._file.exists()
-        return {"asked": int(self._found)} | {name: int(name in _came) for name in ("TERM", "USR2")}
+        return {"asked": int(self._found)} | {name: int(name in _came) for name in SIGNALS}
 
 
 def why(sums: dict[str, int]) -> str:
     """Of the sums of all ranks' counts the one to stop for: a person's word first; empty where nobody asked."""
-    return next((name for name in ("asked", "TERM", "USR2") if sums[name]), "")
+    return next((name for name in ("asked", *SIGNALS) if sums[name]), "")

@@ -193,11 +193,10 @@ def conclude(
         preempted=preempted, cluster=cluster, history=history,
         max_restarts=read_config(run).guard.max_restarts, progressed=progressed, silent=silent,
     )  # fmt: skip
-    words = ends[0].words.rstrip().rpartition("\n")[2] if ends else ""
+    words, rank = (ends[0].last_line, ends[0].rank) if ends else ("", -1)
     past = Past(
-        start, time.time(), verdict.cause or "", words, ends[0].rank if ends else -1, verdict.blamed, step, progressed, verdict.action,
-        verdict.why, verdict.without,
-    )  # fmt: skip
+        start, time.time(), verdict.cause or "", words, rank, verdict.blamed, step, progressed, verdict.action, verdict.why, verdict.without
+    )
     try:
         with open(run / "ends.jsonl", "a+b") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
