@@ -43,7 +43,7 @@ class Guard:
     """
 
     def __init__(
-        self, config: GuardConfig, recent_losses: Sequence[float] = (), spikes: Sequence[float] = (), nonfinite_steps: int = 0,
+        self, config: GuardConfig, recent_losses: Sequence[float] = (), spikes: Sequence[float] = (), nonfinite_steps: int = 0, *,
         rollbacks: int = 0,
     ) -> None:  # fmt: skip
         self._config, self._rollbacks = config, rollbacks

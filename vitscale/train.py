@@ -130,11 +130,24 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         _say_of_data(metrics, dataset, config, step, samples_seen)
 
     # -- What watches over the run, and what it does with each step once all ranks' losses are known --------------------------------------
-    guard = Guard(config.guard, rollbacks=len(skipped))
-    if resumed:
-        guard = Guard(config.guard, resumed.recent_losses, resumed.spikes, resumed.nonfinite_steps, rollbacks=len(skipped))
+    past = (resumed.recent_losses, resumed.spikes, resumed.nonfinite_steps) if resumed else ()
+    guard = Guard(config.guard, *past, rollbacks=len(skipped))
     asked, agreement = Asked(run, rank), Agreement[_Step](device())
     pace = Pace(step)
+
+    def tell(done: _Step, loss: float) -> None:
+        """Rank 0's line of a step: of those that are logged, and of those that were left out."""
+        if not metrics:
+            return
+        clock = _clock(done.at.step, done.samples_seen)
+        if not done.applied:
+            metrics.log(clock | {"left_out": "the gradient is not finite"}, left_out_line(run, done.at.step))
+        elif done.logged:
+            learned = {"epoch": stream.epoch(done.samples_seen), "loss": loss, "lr": done.lr, "grad_norm": done.grad_norm}
+            speed = pace.measure(done.at, config.global_batch_size) | {"unusable": stream.unusable()}
+            line = clock | learned | speed | _outlook(speed["images_per_second"], last_step - done.at.step, config, world_size)
+            line |= {"save_seconds": saver.seconds} if saver.seconds else {}
+            metrics.log(line, progress_line(line, last_step))
 
     def hear(*, all_: bool, ends: bool = False) -> str:
         """Takes note of the steps whose losses are known by now; returns why the ranks are to stop, or nothing."""
@@ -154,16 +167,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
                 saver.wait()
                 if ended := roll_back(rollback, guard, config, last_step, skipped):
                     raise ended
-            if metrics:
-                clock = {"step": done.at.step, "samples_seen": done.samples_seen, "time": time.time()}
-                if not done.applied:
-                    metrics.log(clock | {"left_out": "the gradient is not finite"}, left_out_line(run, done.at.step))
-                elif done.logged:
-                    learned = {"epoch": stream.epoch(done.samples_seen), "loss": known.loss, "lr": done.lr, "grad_norm": done.grad_norm}
-                    speed = pace.measure(done.at, config.global_batch_size) | {"unusable": stream.unusable()}
-                    line = clock | learned | speed | _outlook(speed["images_per_second"], last_step - done.at.step, config, world_size)
-                    line |= {"save_seconds": saver.seconds} if saver.seconds else {}
-                    metrics.log(line, progress_line(line, last_step))
+            tell(done, known.loss)
         if metrics:
             for said in saver.news():
                 metrics.say(said)
@@ -176,7 +180,17 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
             saver.wait()
             raise ended
 
+    def evaluate_on(held_out: Dataset) -> str:
+        """Evaluates the weights as they are, or their average, and tells the result; returns why it was broken off, or nothing."""
+        found = _evaluate(engine, held_out, config, asked, saver, lambda: beat(step, samples_seen, EVALUATING))
+        if isinstance(found, str):
+            return found
+        if metrics:
+            metrics.log(_clock(step, samples_seen) | _eval_fields(found), _eval_line(step, found))
+        return ""
+
     def about() -> checkpoint.Description:
+        """The checkpoint of this step. A collective."""
         return checkpoint.Description(
             run, config.model, config.preprocess, config.objective, dataset.class_names, samples_seen=samples_seen, step=step,
             cursor=_used_up_by_all(stream), updates=engine.updates, skipped=tuple(of for of in skipped if of[0] < samples_seen),
@@ -187,7 +201,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
     batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size, skipped), device(), config.mix)
     reason = _asked_by_any(asked)
     if held_out and step > 0 and _due(step, last_step, config.eval_every) and not evaluated:  # the last start ended before it was
-        reason = reason or _evaluate(engine, held_out, config, metrics, step, samples_seen, asked, saver, beat)
+        reason = reason or evaluate_on(held_out)
     pace.restart(step)
     while step < last_step and step != stop_at and not reason:
         if is_skipped(samples_seen, skipped):
@@ -234,7 +248,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
             pace.stalled += time.perf_counter() - before
             pace.restart(step)
         if evaluates and held_out and not reason:
-            reason = _evaluate(engine, held_out, config, metrics, step, samples_seen, asked, saver, beat)
+            reason = evaluate_on(held_out)
             pace.restart(step)
 
     # -- The end ----------------------------------------------------------------------------------------------------------------------
@@ -311,14 +325,13 @@ def _due(step: int, last_step: int, every: int) -> bool:
 
 
 def _evaluate(
-    engine: Engine, held_out: Dataset, config: TrainConfig, metrics: Metrics | None, step: int, samples_seen: int, asked: Asked,
-    saver: Saver, beat: Beat,
-) -> str:  # fmt: skip
-    """Evaluates the weights as they are, or their average, and tells the result; returns why it was broken off, or nothing."""
+    engine: Engine, held_out: Dataset, config: TrainConfig, asked: Asked, saver: Saver, beat: Callable[[], None]
+) -> Evaluation | str:  # fmt: skip
+    """An evaluation, between whose batches ranks go on to tell one another what they are asked; or why it was broken off."""
     agreement, nothing = Agreement[None](device()), torch.zeros((), device=device())
 
     def between_batches(done: int, total: int) -> None:
-        beat(step, samples_seen, EVALUATING)
+        beat()
         agreement.tell(None, nothing, **asked.counts(), unwritten=saver.unwritten, failed=saver.failed)
         for known in agreement.heard(all_=False):
             saver.advance(known.sums["unwritten"], known.sums["failed"])
@@ -327,7 +340,7 @@ def _evaluate(
 
     try:
         with engine.evaluation():
-            result = evaluate(
+            return evaluate(
                 engine.forward, held_out, config.model.image_size, config.preprocess, config.objective, device=device(),
                 batch_size=config.micro_batch_size, stream=config.stream, progress=between_batches,
             )  # fmt: skip
@@ -335,10 +348,6 @@ def _evaluate(
         return str(broken_off)
     finally:
         agreement.heard(all_=True)
-    if metrics:
-        clock = {"step": step, "samples_seen": samples_seen, "time": time.time()}
-        metrics.log(clock | _eval_fields(result), _eval_line(step, result))
-    return ""
 
 
 class _BrokenOff(Exception):  # noqa: N818 - asked for
@@ -363,6 +372,10 @@ def _origin(source: checkpoint.Description, model: ViTConfig) -> str:
 
 def _pixels(model: ViTConfig) -> str:
     return f"{model.image_size[0]}x{model.image_size[1]} pixels"
+
+
+def _clock(step: int, samples_seen: int) -> dict[str, float]:
+    return {"step": step, "samples_seen": samples_seen, "time": time.time()}
 
 
 def _eval_fields(result: Evaluation) -> dict[str, float]:
