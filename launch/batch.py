@@ -188,7 +188,7 @@ cancelled() {{
 
 # Ends the script of a job that is not its own any more: cancelled, or requeued by SLURM. Past its time limit it still is.
 check_ours() {{
-  case $(job) in
+  case ${{1-$(job)}} in
     *' JobState=RUNNING '* | *' Reason=TimeLimit '* | '') ;;
     *) cancelled && end 0 "stop: the job was cancelled"
        end 0 "SLURM starts the job again" ;;
@@ -232,17 +232,16 @@ while :; do
   srun= without=
   say "the ranks ended with status $status"
 
-  words=$(job)
+  words=$(job)  # without the client nothing is known, and the judge goes by what the ranks wrote
+  check_ours "$words"
   case $words in
-    *' JobState=RUNNING '* | '') ;;  # without the client nothing is known, and the judge goes by what the ranks wrote
+    *' JobState=RUNNING '*) ;;
     *' Reason=TimeLimit '*)
       if [ "$(cat "$run/checkpoints/latest" 2>/dev/null)" = "$started_from" ]; then
         end_chain "a whole time limit brought no checkpoint"
         end {stopped} "stop: a whole time limit brought no checkpoint; a smaller --checkpoint-every or a longer time limit would"
       fi
       requeue "the time limit came before the ranks had ended" ;;
-    *) cancelled && end 0 "stop: the job was cancelled"
-       end 0 "SLURM starts the job again" ;;
   esac
 
   told=$({judge} --status "$status" --job "$words" </dev/null)
