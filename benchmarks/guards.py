@@ -31,6 +31,7 @@ from vitscale.config import EngineConfig, GuardConfig, ObjectiveConfig, Optimize
 from vitscale.engine import Engine, init_distributed
 from vitscale.guards import Guard
 from vitscale.heartbeat import TRAINING, Heartbeat
+from vitscale.machine import this_place
 from vitscale.model import ViT, initialize
 from vitscale.objective import compute_loss
 from vitscale.recipes import vit
@@ -61,7 +62,7 @@ def rank(model_name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
         asked, agreement = Asked(run, dist.get_rank()), Agreement[int](torch.device("cpu"))
-        heartbeat = Heartbeat(run, 0, rank=dist.get_rank(), local_rank=dist.get_rank(), node=0, hang_seconds=0, data_seconds=300)
+        heartbeat = Heartbeat(run, 0, this_place(), hang_seconds=0, data_seconds=300)
         loss = torch.ones(())
 
         def step() -> None:

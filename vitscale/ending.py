@@ -21,7 +21,7 @@ from pathlib import Path
 
 from data_tools.errors import UserError
 from vitscale.config import UNREADABLE, from_dict
-from vitscale.machine import this_host
+from vitscale.machine import this_host, this_place
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75  # of a rank; stopped: saved, to be gone on with later
 
@@ -100,9 +100,9 @@ class Ended(Exception):  # noqa: N818 - an end, not an error
 
 def end_of_this_rank(error: BaseException, *, start: int, step: int) -> End:
     """The end of this process, whose place its environment tells."""
-    rank, local_world_size = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    place = this_place()
     named = (error.signal, error.bad_nodes) if isinstance(error, Ended) else ("", ())
-    return End(cause_of(error), words_of(error), start, rank, rank // local_world_size, this_host(), time.time(), step, *named)
+    return End(cause_of(error), words_of(error), start, place.rank, place.node, this_host(), time.time(), step, *named)
 
 
 def write_end(run: Path, end: End) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vitscale.config import UNREADABLE, from_dict
 from vitscale.ending import EXIT_FAILED, Cause, End, write_end
-from vitscale.machine import this_host
+from vitscale.machine import Place, this_host
 from vitscale.metrics import duration
 
 STARTING, TRAINING, EVALUATING, SAVING, ENDED = "starting", "training", "evaluating", "saving", "ended"  # phases
@@ -80,7 +80,7 @@ class Heartbeat:
     Args:
         run: the run directory.
         start: which of its starts this is.
-        rank: of this process; it is of node `node`, where it has `local_rank`.
+        place: of this process.
         hang_seconds: the bound, or 0 to learn it.
         data_seconds: that the stream itself waits for data before it ends the run; a learned bound is longer.
     """
@@ -89,21 +89,19 @@ class Heartbeat:
         self,
         run: Path,
         start: int,
+        place: Place,
         *,
-        rank: int,
-        local_rank: int,
-        node: int,
         hang_seconds: float,
         data_seconds: float,
     ) -> None:
-        self._run, self._start, self._rank, self._node, self._hang_seconds = run, start, rank, node, hang_seconds
+        self._run, self._start, self._place, self._hang_seconds = run, start, place, hang_seconds
         self._data_seconds = data_seconds
         self._at = (0, 0, STARTING)
         self._beats, self._since = 0, time.monotonic()
         self._gaps: dict[str, deque[float]] = {phase: deque(maxlen=_OF_LATE) for phase in (TRAINING, EVALUATING)}
         self._closed = threading.Event()
         self._news = threading.Event()  # another phase: is written at once
-        self._writer = threading.Thread(target=self._write_on, name="heartbeat-writer", daemon=True) if local_rank == 0 else None
+        self._writer = threading.Thread(target=self._write_on, name="heartbeat-writer", daemon=True) if place.local_rank == 0 else None
         if self._writer:  # apart from the watch, which must not wait for a file system
             self._writer.start()
         self._arm()
@@ -158,10 +156,10 @@ class Heartbeat:
     def _end(self, words: str) -> None:
         faulthandler.dump_traceback_later(_BACKSTOP, exit=True)  # should the log or the record be what hangs
         with contextlib.suppress(OSError):
-            print(f"rank {self._rank}: {words}; its threads:", file=sys.stderr, flush=True)
+            print(f"rank {self._place.rank}: {words}; its threads:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         step, _, _ = self._at
-        write_end(self._run, End(Cause.HANG, words, self._start, self._rank, self._node, this_host(), time.time(), step))
+        write_end(self._run, End(Cause.HANG, words, self._start, self._place.rank, self._place.node, this_host(), time.time(), step))
         os._exit(EXIT_FAILED)
 
     def _write_on(self) -> None:
@@ -176,7 +174,7 @@ class Heartbeat:
 
     def _write(self) -> None:
         """Replaces the file in one step, and without waiting for the disk: what a machine's end takes of it, it takes of the run too."""
-        file = self._run / "heartbeats" / f"node-{self._node:04d}.json"
+        file = self._run / "heartbeats" / f"node-{self._place.node:04d}.json"
         beside = file.with_name(f".{file.name}.partial")
         with contextlib.suppress(OSError):  # a full disk must not end what can go on
             file.parent.mkdir(exist_ok=True)
@@ -187,7 +185,7 @@ class Heartbeat:
         step, samples_seen, phase = self._at
         steps = list(self._gaps[TRAINING])
         return Sign(
-            time.time(), self._start, self._rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), self._node, this_host(),
+            time.time(), self._start, self._place.rank, self._place.local_world_size, self._place.node, this_host(),
             os.environ.get("SLURM_JOB_ID", ""), os.getpid(), step, samples_seen, phase, time.monotonic() - self._since,
             statistics.median(steps) if steps else None, self.bound(),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What can be told of the machine that a process is on, and of others: memory that is free, disks, names of nodes. Imports no torch.
+"""What can be told of the machine that a process is on, and of others: its place, free memory, disks, names of nodes. Imports no torch.
 
 `preflight.py` asks it of every node of a start, `vitscale doctor` of the machine where it is typed.
 """
@@ -11,6 +11,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 MB, GB = 10**6, 10**9
 DESCRIPTORS = 65_536  # files that a rank may want open: windows in shared memory and tars have a descriptor each
@@ -18,6 +19,25 @@ FEW_FILES = 10_000  # that a file system still takes: caches of compiled kernels
 PROBE = 64 * MB  # bytes that tell a disk's speed: more than a controller answers for at once
 _SYNC_EVERY = 8 * MB
 _PROBE_SECONDS = 0.5  # after which less than that has told enough: it is a slow disk, or a busy one
+
+
+class Place(NamedTuple):
+    """Where a rank stands among those of its start, whose nodes have adjacent ranks."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @property
+    def node(self) -> int:
+        """Which of the nodes, from 0."""
+        return self.rank // self.local_world_size
+
+
+def this_place() -> Place:
+    """Of this process, as torchrun's variables tell it."""
+    return Place(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")))
 
 
 def this_host() -> str:

@@ -16,7 +16,7 @@ from typing import NoReturn
 from data_tools.errors import UserError
 from data_tools.processes import die_with
 from vitscale import stopping
-from vitscale.machine import DESCRIPTORS
+from vitscale.machine import DESCRIPTORS, this_place
 
 
 def run_rank(run: Path, log: Path | None = None) -> int:
@@ -28,7 +28,7 @@ def run_rank(run: Path, log: Path | None = None) -> int:
     from vitscale.ending import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, Cause, Ended, end_of_this_rank, words_of, write_end
     from vitscale.run import newest_start
 
-    rank, local_rank, local_world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    place = this_place()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < DESCRIPTORS:
         resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS if hard < 0 else min(hard, DESCRIPTORS), hard))
@@ -44,22 +44,18 @@ def run_rank(run: Path, log: Path | None = None) -> int:
 
         init_distributed()
         config, start = read_config(run), newest_start(run)
-        node = rank // local_world_size
-        if log and local_rank == 0:
-            log.rename(log_file(run, start, node))
-        heartbeat = Heartbeat(
-            run, start, rank=rank, local_rank=local_rank, node=node, hang_seconds=config.guard.hang_seconds,
-            data_seconds=config.stream.read_timeout,
-        )  # fmt: skip
+        if log and place.local_rank == 0:
+            log.rename(log_file(run, start, place.node))
+        heartbeat = Heartbeat(run, start, place, hang_seconds=config.guard.hang_seconds, data_seconds=config.stream.read_timeout)
         said = preflight(config)
-        if rank == 0:
+        if place.rank == 0:
             print(said, flush=True)
         train(config, beat=heartbeat.beat)
         dist.destroy_process_group()
         return EXIT_FINISHED
     except BaseException as error:
         print(words_of(error), file=sys.stderr, flush=True)
-        if rank == 0 or not isinstance(error, Ended) or error.bad_nodes:  # of what all ranks have to say one record is enough
+        if place.rank == 0 or not isinstance(error, Ended) or error.bad_nodes:  # of what all ranks have to say one record is enough
             with contextlib.suppress(UserError, OSError):  # nothing may be there yet to write it in
                 write_end(run, end_of_this_rank(error, start=newest_start(run), step=heartbeat.step if heartbeat else 0))
         saved = isinstance(error, Ended) and error.cause in (Cause.SIGNAL, Cause.REQUEST)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from vitscale.ending import Cause, Ended
-from vitscale.machine import expand_nodes, this_host
+from vitscale.machine import expand_nodes, this_host, this_place
 
 ARRIVAL = timedelta(minutes=10)  # between the first rank's coming and the last's: a thousand nodes import torch from one file system
 _GRACE = timedelta(seconds=60)  # that the other ranks wait longer than rank 0, which is who can tell what is wrong
@@ -97,24 +97,22 @@ def join(arrival: timedelta = ARRIVAL) -> Meeting:
 
     Raises Ended where some do not come, and where versions, code or devices differ.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    nodes = _nodes()
+    place, nodes = this_place(), _nodes()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = TCPStore(host, port, None, rank == 0, arrival, wait_for_workers=False)
+        store = TCPStore(host, port, None, place.rank == 0, arrival, wait_for_workers=False)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        _no_store(rank, f"{host}:{port}", nodes, arrival, error)
-    meeting = Meeting(store, rank, world_size, local_world_size, nodes)
-    meeting.ask("rendezvous", who(), lambda said: check_alike(said, local_world_size), arrival)
+        _no_store(place.rank, f"{host}:{port}", nodes, arrival, error)
+    meeting = Meeting(store, place.rank, place.world_size, place.local_world_size, nodes)
+    meeting.ask("rendezvous", who(), lambda said: check_alike(said, place.local_world_size), arrival)
     return meeting
 
 
 def of_process_group() -> Meeting:
     """The same ranks again, once there is a process group."""
     store = dist.distributed_c10d._get_default_store()  # there is no public way to it
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    return Meeting(store, rank, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), _nodes())
+    place = this_place()
+    return Meeting(store, place.rank, place.world_size, place.local_world_size, _nodes())
 
 
 def _nodes() -> tuple[str, ...]:

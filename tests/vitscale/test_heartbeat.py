@@ -39,6 +39,7 @@ import ctypes, os, resource, signal, sys, threading
 from pathlib import Path
 from vitscale import heartbeat
 from vitscale.heartbeat import Heartbeat, TRAINING
+from vitscale.machine import Place
 
 heartbeat.WRITE_EVERY, heartbeat._WATCH_EVERY, heartbeat._BACKSTOP = 0.05, 0.02, float(sys.argv[4])
 run, what, bound = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
@@ -52,7 +53,7 @@ def arm_and_tell(self):
     if self.step == 57:
         armed.set()
 Heartbeat._arm = arm_and_tell
-beat = Heartbeat(run, 3, rank=5, local_rank=0, node=2, hang_seconds=bound, data_seconds=0)
+beat = Heartbeat(run, 3, Place(5, 0, 6, 2), hang_seconds=bound, data_seconds=0)
 beat.beat(56, 448, TRAINING)
 beat.beat(57, 456, TRAINING)
 armed.wait()  # until the watch has seen the beats
@@ -78,7 +79,7 @@ for line in sys.stdin:
 def start(run: Path, what: str = "", bound: float = 0.0, backstop: float = 0.1) -> subprocess.Popen[str]:
     (run / "heartbeats").mkdir(exist_ok=True)
     command = [sys.executable, "-c", RANK, str(run), what, str(bound), str(backstop)]
-    env = os.environ | {"SLURM_JOB_ID": "12", "SLURMD_NODENAME": "n3", "LOCAL_WORLD_SIZE": "2"}
+    env = os.environ | {"SLURM_JOB_ID": "12", "SLURMD_NODENAME": "n3"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
     assert process.stdout.readline() == "beaten\n"
