@@ -165,8 +165,8 @@ class Saver:
         self.seconds: float | None = None  # that it took from its snapshot on
         self._lost = False  # whether the last one that was begun was given up; the same on all ranks
         self._tasks: list[str] = []  # of this rank, those not done
+        self._begun: set[str] = set()  # of this rank's tasks; only the loop's thread looks at it, so that no task ends in between
         self._thread: Thread | None = None
-        self._doing = ""  # its task
         self._given_up = Event()
         self._problem = ""  # what failed on this rank
         self._since = 0.0
@@ -239,10 +239,10 @@ class Saver:
             return False
         self._about, self._since, self._problem, self._lost = about, time.monotonic(), "", False
         self._given_up.clear()
-        self._tasks = ["file"] if self._leads else []
+        self._tasks, self._begun = ["file"] if self._leads else [], set()
         if self._rank == 0:
             self._tasks = ["room", "file", "end"]
-            self._begin(self._make_room)
+            self._begin("room", self._make_room)
         with torch.no_grad():
             for name, kind, start, length, to in self._places:
                 to.copy_(self._engine.stretch(name, kind, start, length), non_blocking=True)
@@ -268,10 +268,10 @@ class Saver:
             self._given_up.set()
         if unwritten == 0:
             self._conclude(self._about.step, bool(failed))
-        elif unwritten == 1 and self._tasks == ["end"]:
-            self._begin(self._clear_away if failed else self._commit)
-        elif unwritten <= self._layout.num_nodes + 1 and self._tasks[:1] == ["file"]:
-            self._begin(self._write)
+        elif unwritten == 1 and self._rank == 0:
+            self._begin("end", self._clear_away if failed else self._commit)
+        elif unwritten <= self._layout.num_nodes + 1 and self._leads:
+            self._begin("file", self._write)
 
     def wait(self, patience: float = math.inf) -> None:
         """Until the checkpoint under way is there or given up, or rank 0 has waited so many seconds. All ranks."""
@@ -314,13 +314,13 @@ class Saver:
     def _reason(self) -> str:
         return self._problem or "another node could not write its file, and its log says why"
 
-    def _begin(self, task: Callable[[], None]) -> None:
-        """Does this rank's next task behind, unless that is being done already."""
-        if self._doing == self._tasks[0]:
+    def _begin(self, name: str, task: Callable[[], None]) -> None:
+        """Does this rank's next task behind, unless that was begun already."""
+        if name in self._begun:
             return
         if self._thread is not None:
             self._thread.join()  # it has done the task before, and is about to end
-        self._doing = self._tasks[0]
+        self._begun.add(name)
         self._thread = Thread(target=self._do, args=(task,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -338,7 +338,6 @@ class Saver:
             if self._problem and self._rank != 0:
                 print(f"warning: no checkpoint can be written: {self._problem}", file=sys.stderr, flush=True)
             self._tasks.pop(0)  # after that: who sees that it is done must see a failure, too
-            self._doing = ""
 
     @property
     def _hidden(self) -> Path:

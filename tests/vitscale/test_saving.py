@@ -234,6 +234,25 @@ def test_the_budget_of_bytes_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_file_that_is_written_just_as_the_loop_looks_is_committed(tmp_path: Path) -> None:
+    class EndsAsItIsLookedAt(list):
+        def __getitem__(self, which):
+            found = super().__getitem__(which)
+            settled(saver)
+            return found
+
+    held = Held(1000)
+    saver = Saver(tmp_path, held, Policy(), 0)
+    assert saver.snapshot(about(tmp_path, 1))
+    settled(saver)
+    assert advance(saver) == 2
+    saver._tasks = EndsAsItIsLookedAt(saver._tasks)
+    saver.advance(2, 0)
+    saver.finish()
+    assert checkpoint.verify(checkpoint.step_folder(tmp_path, 1)) is None
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_slow_disk_costs_the_checkpoints_that_come_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(1000)
     saver = Saver(tmp_path, held, Policy(), 0)
