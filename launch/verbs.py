@@ -236,7 +236,7 @@ def checkpoint_prune(words: list[str]) -> None:
     """Remove the checkpoints of a run that are not to be kept."""
     flags = parse(PruneFlags, words, "checkpoint prune")
     from vitscale import retention
-    from vitscale.checkpoint import CheckpointError, newest_durable, step_folder, step_of
+    from vitscale.checkpoint import CheckpointError, describe, newest_durable, step_folder, step_of
     from vitscale.run import read_config, read_metrics
 
     run = Path(flags.run)
@@ -247,7 +247,8 @@ def checkpoint_prune(words: list[str]) -> None:
     if newest is None:
         raise CheckpointError(f"{run} has no whole checkpoint, so none is removed; {faults[0] if faults else 'none is there'}")
     sizes = retention.sizes_up_to(run, step_of(newest))
-    steps = retention.superfluous(sizes, retention.goodness(read_metrics(run)), policy)
+    settled = {step: size for step, size in sizes.items() if step != step_of(newest) or not describe(newest).in_doubt}
+    steps = retention.superfluous(settled, retention.goodness(read_metrics(run)), policy)
     if not flags.dry_run:
         retention.remove(run, steps)
     for fault in faults:

@@ -93,6 +93,11 @@ class Description:
     """Steps in a row up to this one that were left out."""
 
     @property
+    def in_doubt(self) -> bool:
+        """Whether its last steps may turn out to be some of those to be rolled back: made at a stop amid what seemed to go wrong."""
+        return bool(self.spikes or self.nonfinite_steps)
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of tensors there are, weights first."""
         return tuple(dict.fromkeys(t.kind for t in sorted(self.tensors, key=lambda t: t.kind != WEIGHT)))

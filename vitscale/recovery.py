@@ -7,6 +7,7 @@ next one's `take_up` finds the newest checkpoint that learned nothing of them.
 import contextlib
 import json
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,23 +94,37 @@ def roll_back(
         return Ended(Cause.DIVERGED, f"{rollback.words}; guard.max_rollbacks={most} allows no {'more' if most else 'rollback'}; {_HELP}")
     if not rollback.spike and any(end == (rollback.first - 1) * config.global_batch_size for _, end in skipped):
         return Ended(Cause.DIVERGED, f"{rollback.words}, right after those that were skipped: it is not the data; {_HELP}")
-    end = min(rollback.last, last_step - 1)  # the last step is always made, and its checkpoint written
+    rollback = replace(rollback, last=min(rollback.last, last_step - 1))  # the last step is always made, and its checkpoint written
     cause = Cause.SPIKE if rollback.spike else Cause.NONFINITE
     words = rollback.words
     if dist.get_rank() == 0:
         run = Path(config.out)
-        there = [checkpoint.step_of(folder) for folder in checkpoint.committed(run)]
-        first = first_to_skip(rollback, there)
-        words = f"{words}: steps {first} to {end} are skipped from now on"
-        note_skipped(run, ((first - 1) * config.global_batch_size, end * config.global_batch_size), cause, words)
+        first = first_to_skip(rollback, _whole_ones(run, rollback))
+        words = f"{words}: steps {first} to {rollback.last} are skipped from now on"
+        note_skipped(run, ((first - 1) * config.global_batch_size, rollback.last * config.global_batch_size), cause, words)
         _take_back(run, skipped_ranges(read_record(run)))
     dist.barrier()  # nobody ends, and has the others ended with it, before that is done
     return Ended(cause, words)
 
 
+def _whole_ones(run: Path, rollback: Rollback) -> list[int]:
+    """The steps of checkpoints that can be gone on from, newest first, down to the first one that a rollback leaves in any case."""
+    found: list[int] = []
+    for folder in reversed(checkpoint.committed(run)):
+        with contextlib.suppress(OSError):  # the disk's, which may hold others
+            if checkpoint.verify(folder) is None:
+                found.append(checkpoint.step_of(folder))
+        if found and found[-1] < rollback.first:
+            break
+    return found
+
+
 def first_to_skip(rollback: Rollback, checkpoints: Collection[int]) -> int:
-    """Where skipping begins: where it should, unless the only checkpoints from before what went wrong lie behind that. Pure."""
-    before = [step for step in checkpoints if step < rollback.began]
+    """Where skipping begins: where it should, unless the only checkpoints lie behind that. Pure.
+
+    Then it begins behind the newest from before what went wrong, or, where there is none, behind the newest of those made when it had begun.
+    """
+    before = [step for step in checkpoints if step < rollback.began] or [step for step in checkpoints if step < rollback.last]
     if not before or min(before) < rollback.first:
         return rollback.first
     return max(before) + 1

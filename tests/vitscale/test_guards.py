@@ -108,7 +108,7 @@ def test_without_rollbacks_left_the_new_level_becomes_the_usual_one() -> None:
 
 @pytest.mark.parametrize(
     ("checkpoints", "first"),
-    [([], 12), ([5, 10], 12), ([10, 13], 12), ([13], 14), ([12, 14], 15), ([14, 16], 15), ([16], 12)],
+    [([], 12), ([5, 10], 12), ([10, 13], 12), ([13], 14), ([12, 14], 15), ([14, 16], 15), ([16], 17), ([15, 16], 17), ([17], 12)],
 )
 def test_skipping_begins_behind_a_checkpoint_if_there_is_no_other(checkpoints: list[int], first: int) -> None:
     """Of losses that spike from step 15 on, where steps from 12 on should be skipped."""

@@ -1,5 +1,6 @@
 """Checkpoints written behind: what is written is what was there at the snapshot, and whatever the disk does, no rank waits for another."""
 
+import dataclasses
 import os
 import resource
 import threading
@@ -231,6 +232,19 @@ def test_the_budget_of_bytes_is_kept(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"over checkpoint_bytes=1,048,576; --checkpoint-bytes \d+ has room for it"):
         small.finish()
     assert step_of_state(checkpoint.newest_durable(tmp_path)[0]) == 5
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_may_be_rolled_back_takes_the_place_of_no_other(tmp_path: Path) -> None:
+    """A checkpoint of a stop amid a spike: of one that is kept it would be the last."""
+    held = Held(1000)
+    saver = Saver(tmp_path, held, Policy(newest=1), 0)
+    saved(saver, held, tmp_path, 1)
+    assert saver.snapshot(dataclasses.replace(about(tmp_path, 2), spikes=(9.0,)))
+    saver.finish()
+    assert [*map(checkpoint.step_of, checkpoint.committed(tmp_path))] == [1, 2]
+    saved(saver, held, tmp_path, 3)
+    assert [*map(checkpoint.step_of, checkpoint.committed(tmp_path))] == [3]
 
 
 @pytest.mark.usefixtures("alone")
