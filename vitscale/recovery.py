@@ -122,7 +122,7 @@ def _whole_ones(run: Path, rollback: Rollback) -> list[int]:
 def first_to_skip(rollback: Rollback, checkpoints: Collection[int]) -> int:
     """Where skipping begins: where it should, unless the only checkpoints lie behind that. Pure.
 
-    Then it begins behind the newest from before what went wrong, or, where there is none, behind the newest of those made when it had begun.
+    Then it begins behind the newest from before what went wrong; where there is none, behind the newest made since.
     """
     before = [step for step in checkpoints if step < rollback.began] or [step for step in checkpoints if step < rollback.last]
     if not before or min(before) < rollback.first:

@@ -47,6 +47,7 @@ from vitscale.stream import Share, TrainStream
 from vitscale.transfer import on_device
 from vitscale.unindexed import Tars
 
+_LARGEST = torch.finfo(torch.float32).max  # stands for an infinite loss, which JSON has no word for
 Beat = Callable[[int, int, str], None]  # (step, samples_seen, phase): tells that the rank goes on
 
 
@@ -158,7 +159,8 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
                 done = done._replace(logged=True, grad_norm=engine.grad_norm())
             reason = stopping.why(known.sums)
             saver.advance(known.sums["unwritten"], known.sums["failed"])
-            rollback = guard.see(done.at.step, known.loss, applied=done.applied)
+            loss = known.loss if math.isfinite(known.loss) else _LARGEST
+            rollback = guard.see(done.at.step, loss, applied=done.applied)
             if rollback and rollback.spike and not guard.can_roll_back:
                 if metrics:
                     metrics.say(f"warning: {rollback.words}; guard.max_rollbacks={config.guard.max_rollbacks} allows no rollback")
@@ -167,7 +169,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
                 saver.wait()
                 if ended := roll_back(rollback, guard, config, last_step, skipped):
                     raise ended
-            tell(done, known.loss)
+            tell(done, loss)
         if metrics:
             for said in saver.news():
                 metrics.say(said)
