@@ -271,7 +271,9 @@ def _read_entries(tensors: Any) -> tuple[TensorEntry, ...]:
     for tensor in tensors:
         name, kind, shape = tensor["name"], tensor["kind"], tuple(tensor["shape"])
         pieces = tuple(Piece(**piece) for piece in tensor["pieces"])
-        if not (isinstance(name, str) and isinstance(kind, str) and all(map(_is_count, shape)) and math.prod(shape) < _MOST):
+        if not (
+            isinstance(name, str) and isinstance(kind, str) and len(shape) <= 8 and all(map(_is_count, shape)) and math.prod(shape) < _MOST
+        ):
             raise ValueError(f"{kind!r:.50} {name!r:.100} of shape {shape!r:.100} is not a tensor")
         if (name, kind) in entries:
             raise ValueError(f"{kind} {name:.100} is there twice")

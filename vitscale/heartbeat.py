@@ -33,6 +33,7 @@ _LEAST, _TIMES = 120.0, 20  # a bound is so many times the slowest of late, and 
 _TO_SAY_SO = 60.0  # seconds that a part which has a bound of its own, as the stream has, gets to end the run with better words
 _OF_LATE = 128  # beats
 _BACKSTOP = 60.0  # seconds over the bound after which C ends the process, where Python itself is held
+_ABSURD = 2.0**53  # neither a time nor a count comes near it
 
 
 @dataclass(frozen=True)
@@ -196,5 +197,7 @@ def read_heartbeats(run: Path) -> list[Sign]:
     signs = []
     for file in sorted((run / "heartbeats").glob("node-*.json")):
         with contextlib.suppress(OSError, *UNREADABLE):
-            signs.append(from_dict(Sign, json.loads(file.read_text())))
+            sign = from_dict(Sign, json.loads(file.read_text()))
+            if all(abs(value) < _ABSURD for value in asdict(sign).values() if isinstance(value, int | float)):
+                signs.append(sign)
     return signs

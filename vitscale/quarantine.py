@@ -102,7 +102,7 @@ def parse_lines(lines: bytes) -> list[dict[str, Any]]:
     """The lines of a quarantine file, but for those that a full disk or a kill has torn: they must not keep a run from going on."""
     found = []
     for line in lines.split(b"\n"):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             fault = json.loads(line)
             if isinstance(fault, dict) and isinstance(fault.get("position"), int):
                 found.append(fault)

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections import Counter
@@ -42,6 +43,7 @@ from vitscale.quarantine import parse_lines
 from vitscale.unindexed import named_tars
 
 FORMAT_VERSION = 1
+_MEASURED = ("loss", "eval_loss", "eval_top1", "time", "samples_seen", "images_per_second", "save_seconds")
 LOCK_SECONDS = 60.0  # for which a start that SLURM is still ending may hold a run's lock
 
 
@@ -301,8 +303,13 @@ def is_locked(run: Path) -> bool:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return read_json_lines(run / "metrics.jsonl")
+    """The lines of metrics.jsonl, whose numbers that others go by are numbers."""
+    lines = read_json_lines(run / "metrics.jsonl")
+    for line in lines:
+        told = [line[name] for name in _MEASURED if name in line]
+        if not isinstance(line.get("step"), int) or not all(isinstance(value, int | float) for value in told):
+            raise RunError(f"{run}/metrics.jsonl has a line that tells of no step as a run writes it, {line!r:.100}; take it out to go on")
+    return lines
 
 
 def read_quarantine(run: Path) -> list[dict[str, Any]]:
@@ -360,15 +367,16 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
         values = [json.loads(line) for line in lines if line.endswith("\n")]
     except (ValueError, RecursionError) as error:
         raise RunError(f"{file} has a damaged line ({error}); take it out to go on") from None
-    if odd := next((value for value in values if not isinstance(value, dict)), None):
-        raise RunError(f"{file} has a line that is no object, {odd!r:.50}; take it out to go on")
+    for value in values:
+        if not isinstance(value, dict):
+            raise RunError(f"{file} has a line that is no object, {value!r:.50}; take it out to go on")
     return values
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(file.read_bytes())
-        if not isinstance(values, dict) or (file.name == "run.json" and not {"starts", "dataset", "total_steps"} <= values.keys()):
+        if not isinstance(values, dict) or (file.name == "run.json" and not _is_record(values)):
             raise ValueError("it does not hold what it should")
         return values
     except FileNotFoundError:
@@ -377,6 +385,33 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise RunError(f"{file.parent} is not a run: it has no {file.name}; a run is what `vitscale pretrain --out RUN` makes") from None
     except (ValueError, RecursionError) as error:
         raise RunError(f"{file} is damaged ({error}); restore it") from None
+
+
+def _is_record(values: dict[str, Any]) -> bool:
+    """Whether what run.json holds is of the kind that a run writes, as far as others go by it."""
+    starts, origin, skipped = values.get("starts"), values.get("origin", {}), values.get("skipped", [])
+    before = origin.get("starts", []) if isinstance(origin, dict) else None
+    trained, held_out = values.get("dataset"), values.get("held_out")
+    return (
+        isinstance(values.get("total_steps"), int)
+        and isinstance(starts, list)
+        and isinstance(before, list)
+        and all(map(_is_start, [*before, *starts]))
+        and isinstance(skipped, list)
+        and all(isinstance(of, dict) and _is_range(of.get("positions")) for of in skipped)
+        and (isinstance(trained, dict) or (isinstance(trained, list) and all(isinstance(of, dict) for of in trained)))
+        and (isinstance(held_out, dict | None) or (isinstance(held_out, list) and all(isinstance(of, dict) for of in held_out)))
+    )
+
+
+def _is_start(start: Any) -> bool:
+    kinds = {"step": int, "time": str, "world_size": int, "job": str, "overlays": dict, "lost": dict}
+    told = isinstance(start, dict) and all(isinstance(start[name], kind) for name, kind in kinds.items() if name in start)
+    return told and re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", start.get("time", "")) is not None
+
+
+def _is_range(of: Any) -> bool:
+    return isinstance(of, list) and len(of) == 2 and all(isinstance(position, int) for position in of)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

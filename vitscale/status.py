@@ -91,7 +91,7 @@ def state_of(
         job_ended: what the newest submission's batch script noted when it ended for good.
         now: seconds.
     """
-    fresh = [sign for sign in signs if sign.phase != ENDED and now - sign.time < FRESH]
+    fresh = [sign for sign in signs if sign.phase != ENDED and abs(now - sign.time) < FRESH]  # a clock may be set back
     if locked or fresh:
         if not signs or all(sign.phase == STARTING for sign in signs):
             return "starting", ""

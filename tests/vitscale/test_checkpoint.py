@@ -338,6 +338,16 @@ _WATCH: list[str] | None = None
 sys.addaudithook(lambda event, args: _WATCH.append(str(args[0])) if event == "open" and _WATCH is not None else None)
 
 
+def test_a_tensor_of_very_many_axes_takes_no_time(tmp_path: Path) -> None:
+    """The product of so many numbers would have as many digits."""
+    folder = write(tmp_path, 1, tensors())
+    values = json.loads((folder / "checkpoint.json").read_text())
+    values["tensors"][0]["shape"] = [1] * 9 + values["tensors"][0]["shape"]
+    (folder / "checkpoint.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="is not a tensor"):
+        describe(folder)
+
+
 def test_a_length_that_no_file_has_takes_no_memory(tmp_path: Path) -> None:
     folder = write(tmp_path, 1, {("scale", "weight"): torch.ones(1)})
     values = json.loads((folder / "checkpoint.json").read_text())

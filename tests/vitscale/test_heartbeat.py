@@ -6,12 +6,13 @@ import select
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from vitscale.ending import Cause, read_ends
-from vitscale.heartbeat import EVALUATING, SAVING, STARTING, TRAINING, hang_bound
+from vitscale.heartbeat import EVALUATING, SAVING, STARTING, TRAINING, Sign, hang_bound, read_heartbeats
 
 
 @pytest.mark.parametrize(
@@ -154,3 +155,12 @@ def test_a_disk_that_fails_ends_neither_the_rank_nor_its_watch(tmp_path: Path, f
     hanging = start(tmp_path, "dead file system again", bound=0.3)
     hanging.communicate("hang\n", timeout=60)
     assert [end.cause for end in read_ends(tmp_path, 3)] == [Cause.HANG]
+
+
+@pytest.mark.parametrize("odd", [{"time": 1e400}, {"time": -1e400}, {"time": float("nan")}, {"ranks": 10**400}, {"step": "x"}])
+def test_a_heartbeat_that_cannot_be_is_left_out(tmp_path: Path, odd: dict) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    sign = asdict(Sign(1.0, 3, 0, 1, 0, "n1", "", 57, 9, 72, TRAINING, 0.1, None, 120.0))
+    for number, more in enumerate(({}, odd)):
+        (tmp_path / "heartbeats" / f"node-000{number}.json").write_text(json.dumps(sign | more))
+    assert len(read_heartbeats(tmp_path)) == 1

@@ -38,7 +38,7 @@ def write(config: TrainConfig, *steps: int, **more) -> None:
         hidden = checkpoint.partial_folder(Path(config.out), step)
         hidden.mkdir(parents=True)
         checkpoint.write_description(hidden / "checkpoint.json", dataclasses.replace(about(Path(config.out), step), **more))
-        checkpoint.commit(hidden, {"checkpoint.json": checkpoint.file_checksum(hidden / "checkpoint.json")})
+        checkpoint.commit(Path(config.out), step, {"checkpoint.json": checkpoint.file_checksum(hidden / "checkpoint.json")})
 
 
 def steps_left(config: TrainConfig) -> list[int]:

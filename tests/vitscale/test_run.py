@@ -270,3 +270,27 @@ def test_a_dataset_of_which_overlays_leave_nothing_is_refused(config: TrainConfi
     write_overlay(packed, "all", removals(np.arange(packed.num_samples), pa.array(["why not"] * packed.num_samples)))
     with pytest.raises(DatasetError, match="holds no samples that its overlays leave"):
         resolve(replace(config, data=str(packed.path), eval_data="none"), 1)
+
+
+@pytest.mark.parametrize(
+    "odd", ["[]", "null", "0", '{"loss": 1.0}', '{"step": "x", "loss": 1.0}', '{"step": 3, "loss": null}', '{"step": 3, "eval_loss": "x"}']
+)
+def test_a_line_of_metrics_that_is_none_is_told_of(config: TrainConfig, odd: str) -> None:
+    run = Path(begin(config).out)
+    (run / "metrics.jsonl").write_text(f"{odd}\n")
+    with pytest.raises(RunError, match="take it out to go on"):
+        status(run)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"starts": None}, {"starts": [1]}, {"starts": [{}]}, {"starts": [{"time": "now"}]}, {"total_steps": "x"}, {"dataset": [1]},
+        {"held_out": [1]}, {"origin": 1}, {"origin": {"starts": 1}}, {"skipped": [1]}, {"skipped": [{"positions": [1]}]},
+    ],
+)  # fmt: skip
+def test_a_record_that_is_none_is_told_of(config: TrainConfig, odd: dict) -> None:
+    run = Path(begin(config).out)
+    (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | odd))
+    with pytest.raises(RunError, match=r"run.json is damaged .*; restore it"):
+        status(run)

@@ -28,6 +28,7 @@ def past(action: str, *, start: int = 2, why: str = "the code failed", words: st
         ({"signs": [sign(), sign(quiet=250.0)]}, "hanging", "n1 has made no step for 251 s; it ends itself after 400"),
         ({"signs": [sign(), sign(age=300.0)]}, "hanging", "n1 has made no step for 300 s; it ends itself after 400"),
         ({"signs": [sign(age=300.0)]}, "stopped", "its processes went away"),
+        ({"signs": [sign(age=-3600.0)]}, "stopped", "its processes went away"),  # the clock was set back
         ({"signs": [sign(phase="ended")]}, "stopped", "its processes went away"),
         ({"signs": [sign(phase="ended")], "job_ended": "cancelled"}, "stopped", "its job ended: cancelled"),
         ({"signs": [sign(phase="ended")], "finished": True}, "finished", ""),

@@ -179,3 +179,14 @@ def test_a_stop_that_a_person_asked_for_is_seen(config: TrainConfig) -> None:
     run = Path(config.out)
     (run / "stop").write_text("{}")
     assert conclude(run, 0, 75).action == "stop"
+
+
+@pytest.mark.parametrize("odd", ["[]", "null", "3", '{"start": 1}', "{" * 5000])
+def test_records_that_are_none_are_left_out(config: TrainConfig, odd: str) -> None:
+    run = Path(begin(config).out)
+    for folder, file in (("ends", "start-000-rank-00000.json"), ("heartbeats", "node-0000.json")):
+        (run / folder).mkdir()
+        (run / folder / file).write_text(odd)
+    (run / "ends.jsonl").write_text(f"{odd}\n")
+    assert conclude(run, 0, -9).action == "again"
+    assert len(read_history(run)) == 1
