@@ -267,6 +267,28 @@ def test_a_file_that_is_written_just_as_the_loop_looks_is_committed(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_newer_one_that_was_passed_over_takes_the_place_of_no_whole_one(tmp_path: Path) -> None:
+    held = Held(1000)
+    first = Saver(tmp_path, held, Policy(newest=0), 0)
+    saved(first, held, tmp_path, 1)
+    saved(first, held, tmp_path, 9)
+    (checkpoint.step_folder(tmp_path, 9) / node_file(0)).write_bytes(b"")
+    saved(Saver(tmp_path, held, Policy(newest=1), 1), held, tmp_path, 2)
+    assert [*map(checkpoint.step_of, checkpoint.committed(tmp_path))] == [2, 9]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_nodes_file_is_synced_by_its_writer_before_rank_0_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a shared file system what rank 0 syncs is not what another node still holds."""
+    synced: list[str] = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name), sync(number))[1])
+    held = Held(1000)
+    saved(Saver(tmp_path, held, Policy(), 0), held, tmp_path, 1)
+    assert synced.index(node_file(0)) < synced.index(".node-0000.json.partial")
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_slow_disk_costs_the_checkpoints_that_come_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(1000)
     saver = Saver(tmp_path, held, Policy(), 0)
