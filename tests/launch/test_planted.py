@@ -9,10 +9,11 @@ import pytest
 
 from tests.command import SMALL, VITSCALE, vitscale
 from tests.faults import planted
+from tests.runs import losses
 from vitscale import checkpoint
 from vitscale.ending import read_ends
 from vitscale.machine import this_host
-from vitscale.run import read_metrics, read_record
+from vitscale.run import read_record
 from vitscale.verdict import read_history
 
 LONG = [*SMALL, "--steps", "30", "--checkpoint-every", "5", "--keep-checkpoints", "0", "--nproc", "2", "--eval-data", "none"]
@@ -21,10 +22,6 @@ LONG = [*SMALL, "--steps", "30", "--checkpoint-every", "5", "--keep-checkpoints"
 def train(dataset: Path, out: Path, environment: dict[str, str] | None, *more: str) -> subprocess.CompletedProcess[str]:
     command = [VITSCALE, "pretrain", "tiny-digits", "--data", str(dataset / "train"), "--out", str(out), *LONG, *more]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
 
 
 def weights(run: Path) -> bytes:

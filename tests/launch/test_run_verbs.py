@@ -9,8 +9,9 @@ import pytest
 
 from launch.run_verbs import command_of
 from tests.command import SMALL, VITSCALE, vitscale
+from tests.runs import losses
 from vitscale.ending import Cause, End, write_end
-from vitscale.run import read_config, read_metrics, read_record
+from vitscale.run import read_config, read_record
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +21,6 @@ def done(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ran = vitscale("pretrain", "tiny-digits", "--data", dataset / "train", "--out", out, *SMALL)
     assert ran.returncode == 0, ran.stderr
     return out
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(run) if "loss" in line}
 
 
 def test_a_finished_run_is_told_of(done: Path) -> None:
