@@ -120,7 +120,7 @@ def judge(
     """
     if finished:
         return Verdict("finished", "the run is finished")
-    cause, blamed = found(ends, exit_status, silent)
+    cause, blamed = cause_of_start(ends, exit_status, silent)
     if stop_asked or preempted:
         cause = Cause.REQUEST if stop_asked else Cause.PREEMPTED
         return Verdict(*_RULES[cause], cause)
@@ -157,7 +157,7 @@ def _starts_in_vain(history: Sequence[Past]) -> int:
     return in_vain
 
 
-def found(ends: Sequence[End], exit_status: int, silent: Sequence[str] = ()) -> tuple[Cause | None, tuple[str, ...]]:
+def cause_of_start(ends: Sequence[End], exit_status: int, silent: Sequence[str] = ()) -> tuple[Cause | None, tuple[str, ...]]:
     """The cause of a start's end (None: its ranks ended well), and the machines that it came from."""
     if ends:
         first = ends[0]
