@@ -52,15 +52,14 @@ def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO) 
     LaunchError where it is no use to go on. However it ends, all ranks have ended.
     """
     run = Path(config.out)
-    ranks: list[subprocess.Popen[bytes]] = []
-    with _stopping(ranks) as asked:
+    with _stopping() as asked:
         for restart in itertools.count(1):
             if open_run(config, nproc):
                 print(f"{run} is finished; another --out starts anew", file=sys.stderr)
                 return EXIT_FINISHED
             start = newest_start(run)
             try:
-                status = _run_ranks(run, start, nproc, lock, terminal, ranks, asked)
+                status = _run_ranks(run, start, nproc, lock, terminal, asked)
             except KeyboardInterrupt:
                 status = -signal.SIGKILL
             verdict, saved = conclude(run, start, status, stop_asked=bool(asked)), committed(run)
@@ -82,8 +81,8 @@ def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO) 
 
 
 @contextmanager
-def _stopping(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Ctrl-C and TERM ask the ranks to save and end; a second one is a KeyboardInterrupt. Yields the signals that came."""
+def _stopping() -> Iterator[list[int]]:
+    """Ctrl-C and TERM are taken note of, for the ranks to be asked to save; a second one is a KeyboardInterrupt. Yields those that came."""
     asked: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -91,7 +90,6 @@ def _stopping(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
         if len(asked) > 1:
             raise KeyboardInterrupt
         print("\nstopping: the ranks save at their next step; once more ends them at once", file=sys.stderr, flush=True)
-        _ask_to_save(ranks)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -101,15 +99,8 @@ def _stopping(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _ask_to_save(ranks: list[subprocess.Popen[bytes]]) -> None:
-    for process in ranks:
-        process.send_signal(signal.SIGTERM)  # nothing is sent to one that was waited for
-
-
-def _run_ranks(
-    run: Path, start: int, nproc: int, lock: TextIO, terminal: TextIO, ranks: list[subprocess.Popen[bytes]], asked: list[int]
-) -> int:
-    """One start, whose processes are put into `ranks`: the exit status of the first that failed, else of those that ended well.
+def _run_ranks(run: Path, start: int, nproc: int, lock: TextIO, terminal: TextIO, asked: list[int]) -> int:
+    """One start: the exit status of the first rank that failed, else of those that ended well.
 
     They inherit the run's `lock`, so that it is held as long as any of them lives.
     """
@@ -117,7 +108,7 @@ def _run_ranks(
     log.parent.mkdir(exist_ok=True)
     port = free_port()
     terminal_fd = os.dup(terminal.fileno())
-    ranks.clear()
+    ranks: list[subprocess.Popen[bytes]] = []
     with open(log, "ab", buffering=0) as output:
         try:
             for rank in range(nproc):
@@ -132,9 +123,7 @@ def _run_ranks(
                         start_new_session=True,  # the user's Ctrl-C reaches the launcher alone, which ends the ranks in order
                     )
                 )
-            if asked:  # before all of them were there
-                _ask_to_save(ranks)
-            failed = _wait(run, start, ranks)
+            failed = _wait(run, start, ranks, asked)
         finally:
             _end(ranks)
             os.close(terminal_fd)
@@ -143,19 +132,24 @@ def _run_ranks(
     return EXIT_STOPPED if any(process.returncode == EXIT_STOPPED for process in ranks) else EXIT_FINISHED
 
 
-def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]]) -> list[int]:
+def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], asked: list[int]) -> list[int]:
     """Returns the ranks that failed first, once one of them is known to be the cause, or none when all have ended well.
 
-    One that left no record is given one.
+    One that left no record is given one. Once there is a signal in `asked`, the ranks are asked to save.
     """
     running = {os.pidfd_open(process.pid): rank for rank, process in enumerate(ranks)}
     failed: list[int] = []
+    told = False
     try:
         with _signals() as signals:
             poll = select.poll()
             for descriptor in (signals, *running):
                 poll.register(descriptor, select.POLLIN)
             while running:
+                if asked and not told:
+                    told = True
+                    for process in ranks:
+                        process.send_signal(signal.SIGTERM)  # nothing is sent to one that was waited for
                 ready = [descriptor for descriptor, _ in poll.poll(_GRACE_MS if failed else None)]
                 if signals in ready:
                     os.read(signals, 1024)

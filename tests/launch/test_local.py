@@ -183,7 +183,7 @@ def test_a_signal_that_does_not_interrupt_the_wait_ends_it(tmp_path: Path) -> No
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            _wait(tmp_path, 1, [rank])
+            _wait(tmp_path, 1, [rank], [])
     finally:
         rank.kill()
         rank.wait()
