@@ -31,9 +31,12 @@ def main() -> None:
             raise UserError(f"job {theirs or 'none'} has taken up {flags.run} meanwhile; this one leaves it to that")
         with locked(flags.run, LOCK_SECONDS):
             verdict = conclude(flags.run, start, flags.status, cluster=True, preempted=was_preempted(flags.job))
-    except (UserError, OSError) as error:  # no start came so far as to make the run: another would fail alike
+    except UserError as error:  # no start came so far as to make the run: another would fail alike
         print(f"error: {error}", file=sys.stderr)
         print("verdict=stop")
+        return
+    except OSError as error:  # of the file system, which another node or moment may not have: the script takes no answer for a requeue
+        print(f"error: {error}", file=sys.stderr)
         return
     print(f"start {start}: {verdict.action}: {verdict.why}", file=sys.stderr)
     print(f"verdict={verdict.action}\nwithout={','.join(verdict.without)}")

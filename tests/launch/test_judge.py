@@ -50,3 +50,8 @@ def test_what_another_job_has_taken_up_is_left_to_it(config: TrainConfig) -> Non
 
 def test_what_never_was_a_run_is_not_started_again(tmp_path: Path) -> None:
     assert ask(tmp_path / "run", 1, "") == ["verdict=stop"]
+
+
+def test_a_file_system_that_fails_stops_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run.json").mkdir()  # reading it is an OSError, as reading from a disk that fails is
+    assert ask(tmp_path, 137, JOB.format("None")) == []

@@ -10,7 +10,7 @@ from tests.runs import begin, log
 from vitscale.config import TrainConfig
 from vitscale.ending import Cause, End, in_order, write_end
 from vitscale.heartbeat import Sign
-from vitscale.verdict import Past, Verdict, conclude, judge, read_history
+from vitscale.verdict import Past, Verdict, conclude, judge, read_history, silent_hosts
 
 
 def end(cause: Cause, *, rank: int = 0, host: str = "n1", at: float = 100.0, **more) -> End:
@@ -135,7 +135,8 @@ def test_rollbacks_and_preemptions_are_not_counted() -> None:
     vain = past("again", cause=Cause.KILLED)
     assert verdict(Cause.KILLED, progressed=False, history=[*others, vain, *others * 3]).action == "again"
     assert verdict(Cause.KILLED, progressed=False, history=[vain, *others, vain]).action == "stop"
-    assert verdict(Cause.SPIKE, progressed=False, history=[vain] * 9).action == "again"
+    for cause in (Cause.SPIKE, Cause.NONFINITE):
+        assert verdict(cause, progressed=False, history=[vain] * 9).action == "again"
 
 
 def test_no_restarts_at_all_can_be_asked_for() -> None:
@@ -189,4 +190,19 @@ def test_records_that_are_none_are_left_out(config: TrainConfig, odd: str) -> No
         (run / folder / file).write_text(odd)
     (run / "ends.jsonl").write_text(f"{odd}\n")
     assert conclude(run, 0, -9).action == "again"
+    assert len(read_history(run)) == 1
+
+
+def test_machines_all_of_whose_ranks_left_a_record_are_not_silent(tmp_path: Path) -> None:
+    (tmp_path / "heartbeats").mkdir()
+    for node, start in enumerate((3, 3, 2)):
+        sign = Sign(1.0, start, 2 * node, 2, node, f"n{node}", "", 57, 9, 72, "training", 0.1, None, 120.0)
+        (tmp_path / "heartbeats" / f"node-000{node}.json").write_text(json.dumps(asdict(sign)))
+    assert silent_hosts(tmp_path, 3, [end(Cause.HANG, rank=0), end(Cause.HANG, rank=1), end(Cause.HANG, rank=2)]) == ["n1"]
+
+
+def test_a_torn_last_line_takes_no_other_with_it(config: TrainConfig) -> None:
+    run = Path(begin(config).out)
+    (run / "ends.jsonl").write_text('{"start": 0, "ca')
+    conclude(run, 0, -9)
     assert len(read_history(run)) == 1
