@@ -18,8 +18,12 @@ from data_tools.pack import pack
 from tests.command import SMALL, vitscale
 from tests.conftest import with_engine, write_images
 from tests.disks import unreadable
+from tests.distributed import run_on_ranks
 from tests.runs import begin, last_start, log
-from vitscale.config import ConfigError, ObjectiveConfig, TrainConfig, ViTConfig, changes, may_change
+from vitscale import checkpoint, stopping
+from vitscale.config import ConfigError, ObjectiveConfig, TrainConfig, ViTConfig, changes, from_dict, may_change, to_dict
+from vitscale.ending import Ended
+from vitscale.heartbeat import EVALUATING
 from vitscale.quarantine import Fault, Quarantine
 from vitscale.resolve import resolve
 from vitscale.run import (
@@ -33,9 +37,11 @@ from vitscale.run import (
     read_record,
     unusable_line,
     used_overlays,
+    was_evaluated,
     write_json,
 )
 from vitscale.status import status
+from vitscale.train import train
 
 
 def test_what_changes_on_a_resume_is_remembered(config: TrainConfig) -> None:
@@ -294,3 +300,27 @@ def test_a_record_that_is_none_is_told_of(config: TrainConfig, odd: dict) -> Non
     (run / "run.json").write_text(json.dumps(json.loads((run / "run.json").read_text()) | odd))
     with pytest.raises(RunError, match=r"run.json is damaged .*; restore it"):
         status(run)
+
+
+def stopped_in_evaluation(payload: dict) -> tuple[str, int]:
+    """How a start ends that hears TERM in its first batch of evaluation, and how many of these it came to."""
+    batches = 0
+
+    def beat(step: int, samples_seen: int, phase: str) -> None:
+        nonlocal batches
+        if phase == EVALUATING:
+            batches += 1
+            stopping._came.add("TERM")
+
+    with pytest.raises(Ended) as ended:
+        train(from_dict(TrainConfig, payload), beat=beat)
+    return str(ended.value), batches
+
+
+def test_a_stop_breaks_an_evaluation_off(config: TrainConfig, dataset: Path, tmp_path: Path) -> None:
+    """After the batch in whose time all ranks have heard of it; what was trained is saved already."""
+    config = begin(replace(config, eval_data=str(dataset / "val"), eval_every=2, micro_batch_size=2, global_batch_size=4))
+    words, batches = run_on_ranks("tests.vitscale.test_run:stopped_in_evaluation", 1, to_dict(config), tmp_path)
+    assert (words, batches) == ("stopped at step 2 by SIGTERM, and saved", 2)
+    assert not was_evaluated(Path(config.out), 2)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.committed(Path(config.out))] == [2]
