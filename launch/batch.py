@@ -30,7 +30,8 @@ from pathlib import Path
 from launch.site import Site
 
 GOES_ON, STOPPED = 11, 12  # exit status of a job that is not the run's last, and of one after which nothing is started again
-RESTARTS_UNJUDGED = 3  # requeues of a job whose judge cannot be run
+RESTARTS_UNJUDGED = 3  # requeues in a row of a job whose judge cannot be run
+_DEAF = ("sh", "-c", 'trap "" TERM USR1 USR2; exec "$@"', "sh")  # what a person or SLURM tells the job must not end its judge in mid-word
 WAIT_SECONDS = 600  # for SLURM to end a job that cannot requeue itself: longer than most grace times
 
 
@@ -52,7 +53,7 @@ class Job:
 def train_script(site: Site, job: Job, run: Path) -> str:
     """The whole script of a job that trains. Of a chain its first argument is the job before it."""
     ranks = [*_srun(site, job), "--kill-on-bad-exit=1", *_inside(site, job, run), "launch.task", str(job.folder)]
-    one = ["srun", "--nodes=1", "--ntasks=1", "--overlap", "--export=ALL", *_inside(site, job, run), "launch.judge", str(run)]
+    one = ["srun", "--nodes=1", "--ntasks=1", "--overlap", "--export=ALL", *_inside(site, job, run, *_DEAF), "launch.judge", str(run)]
     judge = f'{shlex.join(one[:3])} --nodelist="$SLURMD_NODENAME" {shlex.join(one[3:])}'
     return "\n".join(
         [
@@ -149,9 +150,9 @@ def _gpus(site: Site, job: Job) -> str:
     return f"{site.gpu_type}:{job.gpus_per_node}" if site.gpu_type else str(job.gpus_per_node)
 
 
-def _inside(site: Site, job: Job, run: Path | None) -> list[str]:
-    """Python in the container of the site, as words after srun's own."""
-    python = [*shlex.split(site.python), "-m"]
+def _inside(site: Site, job: Job, run: Path | None, *before: str) -> list[str]:
+    """Python in the container of the site, as words after srun's own, and right before it what starts it."""
+    python = [*before, *shlex.split(site.python), "-m"]
     if site.container is None:
         return python
     ours = dict.fromkeys(str(path) for path in (run, job.folder) if path)
@@ -174,6 +175,7 @@ started_from=$(cat "$run/checkpoints/latest" 2>/dev/null)
 say() {{ echo "$(date -u +%Y-%m-%dT%H:%M:%SZ) job $SLURM_JOB_ID: $*" >&2; }}
 job() {{ scontrol --oneliner show job "${{1:-$SLURM_JOB_ID}}" 2>/dev/null; }}
 end() {{ say "$2"; exit "$1"; }}
+deaf() (trap '' TERM; exec "$@")  # a job that is requeued gets TERM at once, and so does what its script runs
 end_chain() {{ echo "$1" >"$folder/ended"; }}  # the jobs that wait for this one then do nothing
 
 # scancel leaves the shell KillWait seconds at most, so that it is noted at once. A job that SLURM itself requeues has another count.
@@ -199,10 +201,10 @@ requeue() {{
   check_ours
   if [ -z "$may_requeue" ]; then end {goes_on} "$1; the next job of the chain goes on"; fi
   say "requeue: $1"
-  if scontrol requeue "$SLURM_JOB_ID"; then
+  before=$(job | sed -n 's/.* ExcNodeList=\\([^ ]*\\) .*/\\1/p'); case $before in '(null)') before= ;; esac
+  if deaf scontrol requeue "$SLURM_JOB_ID"; then
     if [ -n "$without" ]; then
-      before=$(job | sed -n 's/.* ExcNodeList=\\([^ ]*\\) .*/\\1/p'); case $before in '(null)') before= ;; esac
-      scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="${{before:+$before,}}$without" || say "$without could not be left out"
+      deaf scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="${{before:+$before,}}$without" || say "$without could not be left out"
     fi
     exit 0
   fi
@@ -247,13 +249,17 @@ while :; do
   told=$({judge} --status "$status" --job "$words" </dev/null)
   check_ours  # a scancel ends the judge, too
   without=$(sed -n 's/^without=//p' <<<"$told")
+  [ -n "$told" ] && rm -f "$folder/unjudged"
   case $(sed -n 's/^verdict=//p' <<<"$told") in
     again) say "again, on the same nodes" ;;
     finished) end_chain "the run is finished"; end 0 "the run is finished" ;;
     requeue) requeue "as judged" ;;
     stop) end_chain "the run was stopped"; end {stopped} "stop" ;;
-    *) if [ "$restarts" -lt {unjudged} ]; then requeue "the judge could not be asked"; fi
-       end {stopped} "stop: the judge could not be asked, not even after $restarts restarts" ;;
+    *) unjudged=$(($(cat "$folder/unjudged" 2>/dev/null || echo 0) + 1))
+       echo "$unjudged" >"$folder/unjudged"
+       if [ "$unjudged" -le {unjudged} ]; then requeue "the judge could not be asked"; fi
+       end_chain "the judge could not be asked, $unjudged times in a row"
+       end {stopped} "stop: the judge could not be asked, $unjudged times in a row" ;;
   esac
 done
 """

@@ -78,6 +78,8 @@ class End:
     """Of SIGNAL and KILLED: its name without SIG."""
     bad_nodes: tuple[str, ...] = ()
     """Machines that are to be left out, as SLURM knows them."""
+    stood_still: float = 0.0
+    """Seconds for which the process had not run at all right before: it was stopped, or its machine was."""
 
     @property
     def last_line(self) -> str:
@@ -98,11 +100,11 @@ class Ended(Exception):  # noqa: N818 - an end, not an error
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def end_of_this_rank(error: BaseException, *, start: int, step: int) -> End:
+def end_of_this_rank(error: BaseException, *, start: int, step: int, stood_still: float) -> End:
     """The end of this process, whose place its environment tells."""
     place = this_place()
     named = (error.signal, error.bad_nodes) if isinstance(error, Ended) else ("", ())
-    return End(cause_of(error), words_of(error), start, place.rank, place.node, this_host(), time.time(), step, *named)
+    return End(cause_of(error), words_of(error), start, place.rank, place.node, this_host(), time.time(), step, *named, stood_still)
 
 
 def write_end(run: Path, end: End) -> None:

@@ -99,6 +99,10 @@ class Heartbeat:
         self._data_seconds = data_seconds
         self._at = (0, 0, STARTING)
         self._beats, self._since = 0, time.monotonic()
+        self._looked, self._still = (
+            self._since,
+            0.0,
+        )  # when the watch last looked, and its longest time between two looks since the last beat
         self._gaps: dict[str, deque[float]] = {phase: deque(maxlen=_OF_LATE) for phase in (TRAINING, EVALUATING)}
         self._closed = threading.Event()
         self._news = threading.Event()  # another phase: is written at once
@@ -124,6 +128,10 @@ class Heartbeat:
         """The step of the last beat."""
         return self._at[0]
 
+    def stood_still(self) -> float:
+        """Seconds since the last beat for which the process as a whole did not run: its watch, too, stood still."""
+        return max(self._still, time.monotonic() - self._looked)
+
     def close(self) -> None:
         """Ends the watch, and says so in the file."""
         self._closed.set()
@@ -139,11 +147,13 @@ class Heartbeat:
         return hang_bound(phase, list(self._gaps.get(phase, ())), self._hang_seconds, self._data_seconds)
 
     def _watch_on(self) -> None:
-        beats, quiet, last = -1, 0.0, time.monotonic()
+        beats, quiet = -1, 0.0
         while not self._closed.wait(_WATCH_EVERY):
-            now, bound = time.monotonic(), self.bound()
-            quiet = quiet + min(now - last, 2 * _WATCH_EVERY) if self._beats == beats else 0.0
-            beats, last = self._beats, now
+            now, bound, goes_on = time.monotonic(), self.bound(), self._beats != beats
+            gap = now - self._looked
+            quiet = 0.0 if goes_on else quiet + min(gap, 2 * _WATCH_EVERY)
+            self._still = gap if goes_on else max(self._still, gap)
+            beats, self._looked = self._beats, now
             self._arm()
             if quiet > bound:
                 step, _, phase = self._at

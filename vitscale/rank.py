@@ -57,7 +57,8 @@ def run_rank(run: Path, log: Path | None = None) -> int:
         print(words_of(error), file=sys.stderr, flush=True)
         if place.rank == 0 or not isinstance(error, Ended) or error.bad_nodes:  # of what all ranks have to say one record is enough
             with contextlib.suppress(UserError, OSError):  # nothing may be there yet to write it in
-                write_end(run, end_of_this_rank(error, start=newest_start(run), step=heartbeat.step if heartbeat else 0))
+                step, stood_still = (heartbeat.step, heartbeat.stood_still()) if heartbeat else (0, 0.0)
+                write_end(run, end_of_this_rank(error, start=newest_start(run), step=step, stood_still=stood_still))
         saved = isinstance(error, Ended) and error.cause in (Cause.SIGNAL, Cause.REQUEST)
         return EXIT_STOPPED if saved else EXIT_FAILED
     finally:

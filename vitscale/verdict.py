@@ -87,6 +87,7 @@ _RULES: dict[Cause, tuple[Action, str]] = {
     Cause.ERROR: ("stop", "the code failed"),
     Cause.BAD_NODE: ("stop", "a machine failed its checks, and there is no other"),
 }
+_STOOD_STILL = 10.0  # seconds: far more than a busy machine keeps a thread waiting, and less than any bound of a hang
 _NODES_FAULT = (Cause.HANG, Cause.KILLED)  # of which twice in a row on one machine is no accident
 _NOT_COUNTED = (Cause.SPIKE, Cause.NONFINITE, Cause.PREEMPTED)  # the run itself bounds how often it rolls back
 
@@ -161,8 +162,11 @@ def cause_of_start(ends: Sequence[End], exit_status: int, silent: Sequence[str] 
     """The cause of a start's end (None: its ranks ended well), and the machines that it came from."""
     if ends:
         first = ends[0]
-        if first.cause is Cause.HANG and silent:
-            return first.cause, tuple(sorted(set(silent)))  # those that tell of a hang wait for those that cannot
+        stopped = [end.host for end in ends if end.stood_still > _STOOD_STILL]
+        if first.cause is Cause.HANG and (waited_for := stopped or silent):  # those that tell of a hang wait for those that cannot
+            return first.cause, tuple(sorted(set(waited_for)))
+        if first.cause is Cause.LOST_PEER and len(set(silent)) == 1:  # all others say that it went away, and it does not say why
+            return Cause.KILLED, tuple(silent[:1])
         return first.cause, first.bad_nodes or (() if first.cause in (Cause.LOST_PEER, Cause.CORRUPT) else (first.host,))
     if exit_status == EXIT_FINISHED:
         return None, ()

@@ -5,6 +5,7 @@ seed has drawn, while the run waits for it (`tests/held`), so that nothing depen
 """
 
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import pairwise
@@ -17,7 +18,7 @@ from tests.disks import small_disk
 from tests.jobs import FAULTS, PATIENCE, SIGNAL_LEAD, HeldRun, logs, pretraining, site_file, submitted, wait_for_end
 from tests.runs import check_alike, losses
 from tests.slurm import NODES, Cluster
-from vitscale.run import is_finished
+from vitscale.run import is_finished, read_record
 from vitscale.verdict import read_history
 
 EVERY = 5  # steps between checkpoints
@@ -53,21 +54,24 @@ def go_through(cluster: Cluster, dataset: Path, folder: Path, names: list[str], 
     site = site_file(folder / "site", without_client=without_client, lines=SIGNAL_LEAD)
     held = HeldRun(cluster, folder, site, settings(dataset, folder / "run", steps), held_at=at)
     held.submit(nodes)
-    durable = []
+    durable, nodes_then = [], []
     for name, step in zip(names, at, strict=True):
         held.wait_at(step)
         durable.append(held.newest())
+        nodes_then.append(cluster.nodes_of(held.job))
         FAULTS[name].happen(held, step)
     assert held.wait_for_state() == "COMPLETED", logs(held.submission)
 
     assert is_finished(held.run)
     starts, past = held.starts(), {past.start: past for past in read_history(held.run)}
     assert len(starts) == len(names) + 1, "each fault ends one start"
-    for number, (name, step, saved) in enumerate(zip(names, at, durable, strict=True)):
+    for number, (name, step, saved, on) in enumerate(zip(names, at, durable, nodes_then, strict=True)):
         fault, next_start = FAULTS[name], starts[number + 1]
         if fault.judged or number in past:
             told = past[number]
             assert (told.cause in fault.causes, told.action) == (True, fault.action), (name, told)
+            if name in AT_FAULT:
+                assert told.blamed == (on[AT_FAULT[name]],), (name, told)
         if fault.saves:
             assert step <= next_start["step"] <= step + 1, f"{name}: saved at the step's end, or at the next one's"
             assert next_start["step"] == past[number].step
@@ -86,6 +90,7 @@ def test_a_run_goes_through_several_faults(cluster: Cluster, dataset: Path, tmp_
     go_through(cluster, dataset, tmp_path, ["USR2", "a rank hangs", "preemption", "a rank killed"], nodes=2, seed=0, without_client=True)
 
 
+AT_FAULT = {"a rank killed": 1, "a rank hangs": -1}  # which of a job's nodes; each has one rank
 SEEDS = range(2)
 
 
@@ -138,7 +143,14 @@ def test_a_node_that_fails_preflight_is_left_out(cluster: Cluster, dataset: Path
     for node in NODES:
         if full or node != bad:
             (scratch / node).mkdir(parents=True)
-    site = site_file(tmp_path / "site", variables=f"export TMPDIR={scratch}/$SLURMD_NODENAME", without_client=True)
+    client = tmp_path / "client" / "scontrol"
+    client.parent.mkdir()
+    client.write_text(
+        f'#!/bin/bash\n[ "$1" = update ] && kill -TERM $$  # as SLURM may at this moment\nexec {shutil.which("scontrol")} "$@"\n'
+    )
+    client.chmod(0o755)
+    lines = f'setup = ["export PATH={client.parent}:$PATH"]'
+    site = site_file(tmp_path / "site", variables=f"export TMPDIR={scratch}/$SLURMD_NODENAME", without_client=True, lines=lines)
     run = tmp_path / "run"
     with small_disk(scratch / bad, 1 << 20) if full else nullcontext():
         if full:
@@ -152,3 +164,27 @@ def test_a_node_that_fails_preflight_is_left_out(cluster: Cluster, dataset: Path
     assert second.action == "finished"
     assert bad not in cluster.nodes_of(job)
     assert cluster.job(job)["ExcNodeList"] == bad
+
+
+def test_a_signal_does_not_end_the_judge(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """A second USR2 from a person, or a preemption's TERM, may come while it decides what follows the first."""
+    signals = 'case "$*" in *launch.judge*) kill -USR2 $$; kill -TERM $$ ;; esac'
+    run = tmp_path / "run"
+    (job,), submission = submitted(
+        cluster, "--site", site_file(tmp_path / "site", variables=signals), "--nodes", 1, *settings(dataset, run, 3)
+    )
+    assert wait_for_end(cluster, job, submission) == "COMPLETED", logs(submission)
+    assert [past.action for past in read_history(run)] == ["finished"]
+
+
+def test_where_the_judge_cannot_be_asked_the_job_ends_after_a_few_tries(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """Which are counted by themselves: preemptions before them do not matter."""
+    fails = f'case "$*" in *launch.judge*) exit 3 ;; esac'
+    run = tmp_path / "run"
+    (job,), submission = submitted(
+        cluster, "--site", site_file(tmp_path / "site", variables=fails), "--nodes", 1, *settings(dataset, run, 3)
+    )
+    assert wait_for_end(cluster, job, submission) == "FAILED", logs(submission)
+    assert (submission / "ended").read_text() == "the judge could not be asked, 4 times in a row\n"
+    assert logs(submission).count("requeue: the judge could not be asked") == 3
+    assert len(read_record(run)["starts"]) == 1, "the run was finished all the while"

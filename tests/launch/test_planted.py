@@ -13,7 +13,7 @@ from tests.runs import losses
 from vitscale import checkpoint
 from vitscale.ending import read_ends
 from vitscale.machine import this_host
-from vitscale.run import read_record
+from vitscale.run import read_metrics, read_record
 from vitscale.verdict import read_history
 
 LONG = [*SMALL, "--steps", "30", "--checkpoint-every", "5", "--keep-checkpoints", "0", "--nproc", "2", "--eval-data", "none"]

@@ -69,6 +69,8 @@ for line in sys.stdin:
     if line == "beat\\n":
         beat.beat(58, 464, TRAINING)
         print("beaten", flush=True)
+    elif line == "still\\n":
+        print(beat.stood_still(), flush=True)
     elif line == "close\\n":
         beat.close()
         print("closed", flush=True)
@@ -120,10 +122,12 @@ def test_where_the_interpreter_is_held_c_ends_the_rank(tmp_path: Path) -> None:
 def test_time_for_which_the_process_was_stopped_does_not_count(tmp_path: Path) -> None:
     """A job that SLURM suspends goes on. What it waits for is a clock's, so this one test lets time pass."""
     run = start(tmp_path, bound=1.0, backstop=60.0)
+    before = float(tell(run, "still"))
     run.send_signal(signal.SIGSTOP)
     os.waitid(os.P_PID, run.pid, os.WSTOPPED | os.WNOWAIT)
     select.select([], [], [], 2.5)
     run.send_signal(signal.SIGCONT)
+    assert before < 2.4 < float(tell(run, "still")), "yet it is told"
     assert tell(run, "beat") == "beaten\n"
     assert tell(run, "close") == "closed\n"
     run.communicate()

@@ -107,6 +107,21 @@ def test_of_a_hang_those_are_blamed_that_cannot_tell_of_it() -> None:
     assert (found.action, found.without) == ("requeue", ("n4",))
 
 
+def test_of_a_hang_the_machine_is_blamed_that_stood_still_and_was_woken() -> None:
+    """To end it, SLURM continues a rank that is stopped, which then misses the peers that have told of the hang."""
+    told = end(Cause.HANG, host="n3"), end(Cause.LOST_PEER, host="n4", rank=1, at=100.3, stood_still=21.0)
+    another = end(Cause.LOST_PEER, host="n5", rank=2, at=100.1, stood_still=1.0)
+    assert verdict(*told, another).blamed == ("n4",)
+    assert verdict(*told, another, silent=["n6"]).blamed == ("n4",)
+
+
+def test_a_rank_that_went_away_alone_and_without_a_word_was_killed() -> None:
+    missed = end(Cause.LOST_PEER, host="n1")
+    assert verdict(missed, silent=["n2"]) == Verdict("again", "a rank was killed", Cause.KILLED, ("n2",))
+    assert verdict(missed, silent=["n2", "n3"]).cause is Cause.LOST_PEER, "who of them went first is not known"
+    assert verdict(missed).blamed == ()
+
+
 def test_a_bad_machine_that_is_the_only_one_stops_the_run() -> None:
     assert verdict(end(Cause.BAD_NODE, bad_nodes=("n1",)), cluster=None).action == "stop"
     assert verdict(end(Cause.CORRUPT, bad_nodes=("n1",)), cluster=None).action == "again"
