@@ -56,7 +56,7 @@ def test_a_site_without_requeueing() -> None:
     ("container", "words"),
     [
         (Container("pyxis", "nvcr.io#x:1", ("/data", "/a:/b")), ["--container-image=nvcr.io#x:1", ":/runs/a b/h14,/data:/data,/a:/b"]),
-        (Container("apptainer", "/x.sif", ("/data",)), ["apptainer exec --nv", "/data:/data", "/x.sif python3 -m launch.task"]),
+        (Container("apptainer", "/x.sif", ("/data",)), ["apptainer exec --nv", "/data:/data", "/x.sif ", "python3 -m launch.task"]),
     ],
 )
 def test_ranks_and_judge_run_in_the_container(container: Container, words: list[str]) -> None:

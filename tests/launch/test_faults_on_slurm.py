@@ -179,7 +179,7 @@ def test_a_signal_does_not_end_the_judge(cluster: Cluster, dataset: Path, tmp_pa
 
 def test_where_the_judge_cannot_be_asked_the_job_ends_after_a_few_tries(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     """Which are counted by themselves: preemptions before them do not matter."""
-    fails = f'case "$*" in *launch.judge*) exit 3 ;; esac'
+    fails = 'case "$*" in *launch.judge*) exit 3 ;; esac'
     run = tmp_path / "run"
     (job,), submission = submitted(
         cluster, "--site", site_file(tmp_path / "site", variables=fails), "--nodes", 1, *settings(dataset, run, 3)
