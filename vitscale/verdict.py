@@ -187,7 +187,7 @@ def conclude(
     history = read_history(run)
     judged = any(past.start == start for past in history)  # the last attempt came to no start of its own
     ends = [] if judged else read_ends(run, start)
-    silent = [] if judged else silent_hosts(run, start, ends)
+    silent = silent_hosts(run, start, ends) if cluster and not judged else []  # the local launcher ends ranks itself, and sees who went
     record = read_record(run)
     begun: int = record["starts"][start].get("step", 0)
     step = max([begun, reached(run), *(end.step for end in ends), *(sign.step for sign in read_heartbeats(run) if sign.start == start)])
