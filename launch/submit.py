@@ -24,6 +24,8 @@ import tyro
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
+from data_tools.config import PackConfig
+from data_tools.dataset import Dataset
 from data_tools.storage import is_url
 from launch.batch import Job, train_script, words_script
 from launch.data_verbs import PackFlags
@@ -31,10 +33,11 @@ from launch.flags import UsageError, given, parse
 from launch.site import Site, check_extra, check_time, minutes, read_site
 from launch.terminal import Json, VerbError, print_json
 from launch.verbs import EvaluateFlags, finetune_flags, pretrain_flags
+from vitscale.checkpoint import describe, find_checkpoint
 from vitscale.config import FinetuneConfig, TrainConfig, grad_accum_steps, to_dict
 from vitscale.flops import checkpoint_bytes
 from vitscale.metrics import counted, duration
-from vitscale.resolve import resolve
+from vitscale.resolve import cache_at, resolve, stage_at
 from vitscale.run import check_directory, check_start, git_commit, reached, read_metrics
 
 PACKAGES = ("data_tools", "launch", "vitscale")
@@ -213,11 +216,10 @@ def jobs_under_way(run: Path) -> list[str]:
 
 def located(asked: Any, datasets: dict[str, str]) -> Any:
     """A config whose datasets are those that the site knows by name, and whose paths mean the same from every folder."""
-    paths = tuple(absolute(datasets.get(name, name)) for name in asked.datasets)
-    held_out = datasets.get(asked.eval_data, asked.eval_data)
+    paths = tuple(dataset_at(name, datasets) for name in asked.datasets)
     changed: dict[str, Any] = {
         "data": paths if len(paths) > 1 else paths[0],
-        "eval_data": held_out if held_out == "none" else absolute(held_out),
+        "eval_data": asked.eval_data if asked.eval_data == "none" else dataset_at(asked.eval_data, datasets),
         "out": absolute(asked.out or f"runs/{asked.recipe}"),
         "stage": absolute(asked.stage),
         "cache": absolute(asked.cache),
@@ -225,6 +227,14 @@ def located(asked: Any, datasets: dict[str, str]) -> Any:
     if isinstance(asked, FinetuneConfig):
         changed["init"] = absolute(asked.init)
     return dataclasses.replace(asked, **changed)
+
+
+def dataset_at(name: str, datasets: dict[str, str]) -> str:
+    """Where a dataset lies: one that the site knows by name, a path or a URL. Raises UsageError where it is none of them."""
+    path = absolute(datasets.get(name, name))
+    if name and datasets and name not in datasets and not {*"/{"} & {*name} and not os.path.exists(path):
+        raise UsageError(f"{name} is none of the site file's datasets, {', '.join(datasets)}, and {path} does not exist")
+    return path
 
 
 def absolute(path: str) -> str:
@@ -293,19 +303,12 @@ def print_plan(plan: Plan) -> None:
 
 def submit_words(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     """A job of one task; of pack an array of them, and one more that puts the dataset together after all have ended well."""
-    if verb[0] == "pack":
-        words = parse(PackFlags, verb[1:], "pack")
-        if words.config.task is not None:
-            raise UsageError(f"--task {words.config.task} is set for each job; `vitscale submit --tasks N` says how many there are")
-        if len(words.paths) < 2:
-            raise UsageError("`vitscale pack` needs SOURCE... and OUT; `vitscale submit --tasks 8 -- pack images/ dataset/` is one use")
-    else:
-        parse(EvaluateFlags, verb[1:], "evaluate")
+    words = (pack_words if verb[0] == "pack" else evaluate_words)(verb[1:], site.datasets)
     folder = next_folder(Path("submissions").absolute())
     on_gpus = 1 if verb[0] == "evaluate" and gpus(flags, site) else 0
     job = Job(verb[0], folder, 1, 1, on_gpus, flags.time or site.time, flags.sbatch)
-    merge = words_script(with_python(site), job, verb)
-    share = words_script(with_python(site), job, verb, array=flags.tasks) if flags.tasks > 1 else ""
+    merge = words_script(with_python(site), job, words)
+    share = words_script(with_python(site), job, words, array=flags.tasks) if flags.tasks > 1 else ""
     if flags.dry_run:
         tell(flags, share + merge, {})
         return
@@ -320,6 +323,45 @@ def submit_words(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     what = f" ({counted(flags.tasks, 'share')}, and the one that puts the dataset together)" if share else ""
     print(f"submitted job {', '.join(jobs)}{what}")
     print(f"watch: squeue -j {','.join(jobs)}; their output: {folder}/job-*.log; stop: scancel {' '.join(jobs)}")
+
+
+def evaluate_words(words: list[str], datasets: dict[str, str]) -> list[str]:
+    """`evaluate` as a job is given it, checked as the verb checks it."""
+    asked = parse(EvaluateFlags, words, "evaluate")
+    if asked.batch_size < 1 or asked.workers < 0:
+        raise UsageError(f"batch-size={asked.batch_size} must be at least 1 and workers={asked.workers} at least 0")
+    places: dict[str, Any] = {name: absolute(getattr(asked, name)) for name in ("checkpoint", "stage", "cache")}
+    asked = dataclasses.replace(asked, data=dataset_at(asked.data, datasets), **places)
+    describe(find_checkpoint(asked.checkpoint)).evaluated_by(asked.eval_protocol)
+    Dataset.open_checked(asked.data, stage=stage_at(asked.stage), cache=cache_at(asked.cache, asked.cache_bytes))
+    return ["evaluate", asked.checkpoint, *options(asked, EvaluateFlags(asked.checkpoint, data=""))]
+
+
+def pack_words(words: list[str], datasets: dict[str, str]) -> list[str]:
+    """`pack` as a job is given it, checked but for what lies in the sources: to list them takes long."""
+    flags = parse(PackFlags, words, "pack")
+    if flags.config.task is not None:
+        raise UsageError(f"--task {flags.config.task} is set for each job; `vitscale submit --tasks N` says how many there are")
+    if len(flags.paths) < 2:
+        raise UsageError("`vitscale pack` needs SOURCE... and OUT; `vitscale submit --tasks 8 -- pack images/ dataset/` is one use")
+    sources, out = tuple(dataset_at(source, datasets) for source in flags.paths[:-1]), absolute(flags.paths[-1])
+    read: dict[str, Any] = {
+        name: absolute(path) for name in ("image_root", "class_map", "class_names") if (path := getattr(flags.config, name))
+    }
+    work = flags.config.work and absolute(flags.config.work)
+    config = dataclasses.replace(flags.config, sources=sources, out=out, work=work, **read)
+    config.check()
+    for path in (*sources, *read.values()):
+        if not is_url(path) and not os.path.exists(path):
+            raise UsageError(f"{path} does not exist; `vitscale pack --help` tells what may be packed")
+    default = PackConfig(sources, out)
+    return ["pack", *sources, out, *options(config, default), *(["--json"] if flags.json else [])]
+
+
+def options(asked: Any, default: Any) -> list[str]:
+    """The flags, a word each, that make of the defaults what is asked."""
+    changed = {name.replace("_", "-"): value for name, value in vars(asked).items() if value != getattr(default, name)}
+    return [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}" for name, value in changed.items()]
 
 
 # -- what both share ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`vitscale submit` on a real SLURM of four nodes, and what it prints and refuses without one."""
 
 import json
+import os
 import shutil
 import stat
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.data_verbs import PackFlags
+from launch.flags import parse
 from tests.command import VITSCALE
 from tests.jobs import logs, pretraining, site_file, submit, submitted, wait_for_end
 from tests.slurm import Cluster, wait_for
@@ -168,3 +171,64 @@ def test_words_that_make_no_sense_cost_a_line(tmp_path: Path, words: list[str], 
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def dry_run(*words: object, folder: Path, refused: bool = False) -> subprocess.CompletedProcess[str]:
+    """What would be submitted from a folder, on a machine without SLURM's client."""
+    done = submit("--dry-run", *words, cwd=folder, env=os.environ | {"PATH": str(folder)})
+    assert bool(done.returncode) is refused, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of steps of 8 images, two micro-batches of 4."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    done = subprocess.run([VITSCALE, *map(str, pretraining(dataset, run)[1:])], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_an_evaluation_takes_the_names_of_the_site_and_any_folder(dataset: Path, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text(f'[datasets]\nstripes = "{dataset}/val"\n')
+    run = Path(os.path.relpath(trained, tmp_path))
+    words = ["evaluate", f"{run}@6", "--data", "stripes", "--batch-size", 8, "--stage", "copies", "--json"]
+    script = dry_run("--site", "site.toml", "--", *words, folder=tmp_path).stdout
+    told = f"launch.main evaluate {trained}@6 --data={dataset}/val --batch-size=8 --stage={tmp_path}/copies --json <"
+    assert told in script
+
+
+def test_a_pack_is_given_paths_that_mean_the_same_from_every_folder(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "names").touch()
+    (tmp_path / "site.toml").write_text('[datasets]\ncrawl = "s3://bucket/crawl"\n')
+    words = ["pack", "images", "crawl", "out", "--class-names=names", "--write-cls", "--shuffle-seed", "None", "--shard-bytes", "1GB"]
+    script = dry_run("--site", "site.toml", "--tasks", 2, "--", *words, folder=tmp_path).stdout
+    at = tmp_path
+    told = f"pack {at}/images s3://bucket/crawl {at}/out --shard-bytes=1000000000 --shuffle-seed=None --class-names={at}/names --write-cls"
+    assert f"launch.main {told} <" in script
+    assert f'launch.main {told} --task "$SLURM_ARRAY_TASK_ID/2" <' in script
+    parse(PackFlags, told.split()[1:], "pack")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate", "runs/nosuch", "--data", "stripes"], "runs/nosuch does not exist; a checkpoint is"),
+        (["evaluate", "RUN@5", "--data", "stripes"], "has no checkpoint of step 5"),
+        (["evaluate", "RUN", "--data", "nosuch"], "nosuch is none of the site file's datasets, stripes, strips, and "),
+        (["evaluate", "RUN", "--data", "/nosuch"], "error: /nosuch does not exist"),
+        (["evaluate", "RUN", "--data", "stripes", "--batch-size", "0"], "batch-size=0 must be at least 1"),
+        (["evaluate", "RUN", "--data", "stripes", "--cache", "c"], "--cache-bytes 200GB has both"),
+        (["pretrain", "tiny-digits", "--data", "nosuch"], "nosuch is none of the site file's datasets, stripes, strips, and "),
+        (["pack", "/tmp/nosuch", "out"], "/tmp/nosuch does not exist"),
+        (["pack", "RUN", "out", "--class-map", "nosuch"], "nosuch does not exist"),
+        (["pack", "RUN", "out", "--val-fraction", "2"], "val_fraction=2.0 must be"),
+    ],
+)
+def test_what_is_not_there_is_not_submitted(dataset: Path, trained: Path, tmp_path: Path, words: list[str], said: str) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text(f'[datasets]\nstripes = "{dataset}/val"\nstrips = "/nosuch"\n')
+    done = dry_run("--site", site, "--", *(word.replace("RUN", str(trained)) for word in words), folder=tmp_path, refused=True)
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
