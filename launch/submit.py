@@ -38,9 +38,10 @@ from vitscale.config import FinetuneConfig, TrainConfig, grad_accum_steps, to_di
 from vitscale.flops import checkpoint_bytes
 from vitscale.metrics import counted, duration
 from vitscale.resolve import cache_at, resolve, stage_at
-from vitscale.run import check_directory, check_start, git_commit, reached, read_metrics
+from vitscale.run import check_directory, check_start, git_commit, has_begun, reached, read_config, read_metrics
 
 PACKAGES = ("data_tools", "launch", "vitscale")
+EARLY_SECONDS = 60  # that SLURM may signal before the lead
 WRITTEN_BYTES_PER_SECOND = 200e6  # of one node, where a run has not measured its saves: a slow shared file system
 
 
@@ -85,6 +86,7 @@ class Plan:
     micro_batch_size: int
     grad_accum_steps: int
     checkpoints: int
+    """That are written; evaluations save, too."""
     checkpoint_bytes: int
     """Of one; an estimate from the model and the optimizer."""
     time: str
@@ -135,10 +137,11 @@ def check_flags(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
         )
     if flags.tasks_per_node and gpus(flags, site):
         raise UsageError(f"tasks-per-node={flags.tasks_per_node} is for nodes without GPUs; --gpus-per-node tells the ranks of these")
+    if verb[0] in ("evaluate", "pack") and (flags.nodes > 1 or flags.chain or flags.tasks_per_node):
+        raise UsageError(f"{verb[0]} is one task on one node; leave out --nodes, --tasks-per-node and --chain")
     if flags.tasks > 1 and verb[0] != "pack":
-        raise UsageError(f"tasks={flags.tasks} is for pack; --nodes tells the ranks of {verb[0]}")
-    if verb[0] in ("evaluate", "pack") and (flags.nodes > 1 or flags.chain):
-        raise UsageError(f"{verb[0]} is one task on one node; leave out --nodes and --chain")
+        instead = "evaluate is one task" if verb[0] == "evaluate" else f"--nodes tells the ranks of {verb[0]}"
+        raise UsageError(f"tasks={flags.tasks} is for pack; {instead}")
 
 
 def gpus(flags: SubmitFlags, site: Site) -> int:
@@ -160,24 +163,27 @@ def submit_run(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
         raise UsageError(f"--nproc and --json of {verb[0]} are for this machine; --nodes and --json before the -- are submit's own")
     asked = (pretrain_flags if verb[0] == "pretrain" else finetune_flags)(verb[1:]).config
     tasks_per_node = gpus(flags, site) or flags.tasks_per_node or 1
-    config = resolve(located(asked, site.datasets), flags.nodes * tasks_per_node)
-    run = Path(config.out)
+    asked = located(asked, site.datasets)
+    run = Path(asked.out)
     check_directory(run)
+    check_ranks(asked, flags.nodes, tasks_per_node)
+    check_lead(flags.time or site.time, site.signal_lead_seconds)
+    config = resolve(asked, flags.nodes * tasks_per_node)
     record, *_ = check_start(config)
-    plan = make_plan(config, flags, site, tasks_per_node, record["total_steps"])
+    if not flags.dry_run and (waiting := jobs_under_way(run)):
+        raise VerbError(
+            f"job {', '.join(waiting)} of {run} is in SLURM's queue already, and two would train one run; "
+            f"`vitscale run stop {run} --wait` ends one that runs, and `scancel {' '.join(waiting)}` one that waits"
+        )
     folder = next_folder(run / "submissions")
     job = Job(run.name, folder, flags.nodes, tasks_per_node, gpus(flags, site), flags.time or site.time, flags.sbatch)
     script = train_script(with_python(site), job, run)
+    plan = make_plan(config, flags, site, tasks_per_node, record["total_steps"], ask_slurm(script, flags.nodes))
     if not flags.json:
         print_plan(plan)
     if flags.dry_run:
         tell(flags, script, {"plan": dataclasses.asdict(plan)})
         return
-    if waiting := jobs_under_way(run):
-        raise VerbError(
-            f"job {', '.join(waiting)} of {run} is in SLURM's queue already, and two would train one run; "
-            f"`vitscale run stop {run} --wait` ends one that runs, and `scancel {' '.join(waiting)}` one that waits"
-        )
     with submission(folder):
         write_snapshot(folder, config)
         jobs: list[str] = []
@@ -198,6 +204,38 @@ def submit_run(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     print(f"submitted job {', '.join(jobs)}; the code and the config are in {folder}")
     print(f"watch: vitscale run status {run}; squeue -j {','.join(jobs)}; tail -f {folder}/job-{jobs[0]}.log; a log a node in {run}/logs")
     print(f"stop: vitscale run stop {run} saves first; scancel {' '.join(jobs)} gives it KillWait seconds (`scontrol show config`) to save")
+
+
+def check_ranks(asked: TrainConfig | FinetuneConfig, nodes: int, tasks_per_node: int) -> None:
+    """Raises UsageError where the global batch of a run that has begun, which stays as it is, cannot be dealt to so many ranks."""
+    run, most, batch = Path(asked.out), asked.micro_batch_size, asked.global_batch_size
+    begun = (run / "run.json").is_file() and has_begun(run) and read_config(run).global_batch_size == batch
+    if not begun or most < 1 or batch % (most * nodes * tasks_per_node) == 0:
+        return
+
+    def fitting(nodes: int) -> int:
+        """The largest micro-batch that so many nodes can have; 0: none."""
+        sizes = (size for size in range(most, 0, -1) if not (asked.mix.is_on and size % 2))
+        return next((size for size in sizes if batch % (size * nodes * tasks_per_node) == 0), 0)
+
+    fewer, more = range(nodes - 1, 0, -1), range(nodes + 1, batch // tasks_per_node + 1)
+    near = [next(filter(fitting, counts), 0) for counts in ((nodes,), fewer, more)]
+    ways = [f"--nodes {n}" + (f" --micro-batch-size {fitting(n)}" if fitting(n) != most else "") for n in near if n]
+    ranks = f"{most} x {nodes * tasks_per_node}"
+    raise UsageError(
+        f"{run} has global_batch_size={batch}, which stays and is not a multiple of micro_batch_size x ranks = {ranks}; "
+        + (f"{' or '.join(ways)} works" if ways else f"no number of nodes with {counted(tasks_per_node, 'rank')} each fits it")
+    )
+
+
+def check_lead(time: str, lead: int) -> None:
+    """Raises UsageError where jobs would be told to save before they have done much."""
+    limit, lost = minutes(time) * 60 if time else 0, lead + EARLY_SECONDS  # a limit of 0 is none
+    if 0 < limit < 2 * lost:
+        raise UsageError(
+            f"signal_lead_seconds={lead}, and {EARLY_SECONDS} s that SLURM may signal early, leave less than half of the time limit "
+            f"of {duration(limit)} for work; --time {math.ceil(2 * lost / 60)} (minutes) works"
+        )
 
 
 def jobs_under_way(run: Path) -> list[str]:
@@ -242,7 +280,7 @@ def absolute(path: str) -> str:
     return path if not path or is_url(path) else os.path.abspath(path)
 
 
-def make_plan(config: TrainConfig, flags: SubmitFlags, site: Site, tasks_per_node: int, steps: int) -> Plan:
+def make_plan(config: TrainConfig, flags: SubmitFlags, site: Site, tasks_per_node: int, steps: int, warnings: list[str]) -> Plan:
     """What is known before the start, and from the run's own measurements where it has some."""
     run, world_size = Path(config.out), flags.nodes * tasks_per_node
     lines = read_metrics(run)
@@ -254,11 +292,13 @@ def make_plan(config: TrainConfig, flags: SubmitFlags, site: Site, tasks_per_nod
     step_seconds = config.global_batch_size / rate if rate else None
     time = flags.time or site.time
     seconds_left = (steps - made) * config.global_batch_size / rate if rate else None
-    per_job = minutes(time) * 60 - site.signal_lead_seconds if time else None
-    warnings = []
-    if per_job is not None and per_job <= 0:
+    limit = minutes(time) * 60 if time else 0  # 0: the partition's, or none
+    per_job = limit - site.signal_lead_seconds
+    evaluates = config.eval_every if config.eval_every and config.eval_data != "none" else steps
+    saves = {steps, *range(config.checkpoint_every, steps, config.checkpoint_every), *range(evaluates, steps, evaluates)}
+    if not (site.requeue or flags.chain):
         warnings.append(
-            f"a time limit of {time} is over before signal_lead_seconds={site.signal_lead_seconds} have passed; give a longer one"
+            "the site file has `requeue = false`: the run ends with its job, at the time limit at the latest; --chain N goes on"
         )
     if (needed := (step_seconds or 0) + save_seconds) > site.signal_lead_seconds:
         how = "measured" if measured else f"estimated at {WRITTEN_BYTES_PER_SECOND / 1e6:.0f} MB/s a node"
@@ -270,9 +310,9 @@ def make_plan(config: TrainConfig, flags: SubmitFlags, site: Site, tasks_per_nod
         run=str(run), nodes=flags.nodes, tasks_per_node=tasks_per_node, world_size=world_size, steps=steps, steps_made=made,
         images=steps * config.global_batch_size, global_batch_size=config.global_batch_size, micro_batch_size=config.micro_batch_size,
         grad_accum_steps=grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size),
-        checkpoints=math.ceil(steps / config.checkpoint_every), checkpoint_bytes=size, time=time, images_per_second=rate,
+        checkpoints=len(saves), checkpoint_bytes=size, time=time, images_per_second=rate,
         step_seconds=step_seconds, save_seconds=save_seconds, hours_left=seconds_left / 3600 if seconds_left is not None else None,
-        requeues=max(0, math.ceil(seconds_left / per_job) - 1) if seconds_left is not None and per_job and per_job > 0 else None,
+        requeues=max(0, math.ceil(seconds_left / per_job) - 1) if seconds_left is not None and limit else None,
         warnings=tuple(warnings),
     )  # fmt: skip
 
@@ -284,8 +324,9 @@ def print_plan(plan: Plan) -> None:
     print(f"{plan.run}: {plan.steps:,} steps of {work}, {plan.images:,} images in all, on {where}", file=sys.stderr)
     done = f"{plan.steps_made:,} of them are made; " if plan.steps_made else ""
     size = f"{plan.checkpoint_bytes / 1e9:,.1f} GB" if plan.checkpoint_bytes >= 1e8 else f"{plan.checkpoint_bytes / 1e6:,.1f} MB"
+    limit = "the partition's" if not plan.time else duration(minutes(plan.time) * 60) if minutes(plan.time) else "none"
     print(
-        f"{done}{counted(plan.checkpoints, 'checkpoint')} of about {size}; time limit of a job: {plan.time or 'the partition has one'}",
+        f"{done}{counted(plan.checkpoints, 'checkpoint')} of about {size}; time limit of a job: {limit}",
         file=sys.stderr,
     )
     if plan.images_per_second and plan.hours_left is not None:
@@ -309,6 +350,8 @@ def submit_words(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     job = Job(verb[0], folder, 1, 1, on_gpus, flags.time or site.time, flags.sbatch)
     merge = words_script(with_python(site), job, words)
     share = words_script(with_python(site), job, words, array=flags.tasks) if flags.tasks > 1 else ""
+    for warning in ask_slurm(share or merge, 1):
+        print(f"warning: {warning}", file=sys.stderr)
     if flags.dry_run:
         tell(flags, share + merge, {})
         return
@@ -375,6 +418,38 @@ def tell(flags: SubmitFlags, script: str, more: dict[str, Any]) -> None:
         print(script)
 
 
+def ask_slurm(script: str, nodes: int) -> list[str]:
+    """Warnings, where SLURM would not start a job as things are. Raises VerbError where it would refuse it, or let it wait for ever.
+
+    Where there is no client, or one without a cluster, nobody is asked.
+    """
+    if shutil.which("sbatch") is None:
+        return []
+    said = test_only(script)
+    if not said or "configuration source" in said:
+        return []
+    # It goes by the nodes that are up, and says the same where they are too few for now and for ever
+    down = len(set(subprocess.run(["sinfo", *_NODES_DOWN], capture_output=True, text=True, check=False).stdout.split()))
+    if _NO_SUCH_NODES in said and down and (down >= nodes or not test_only(script, f"--nodes={nodes - down}")):
+        return [f"SLURM could not start the job now, with {counted(down, 'node')} down or drained, and it may wait for them: {said}"]
+    raise VerbError(f"sbatch refused the job: {said}")
+
+
+_NO_SUCH_NODES = "Requested node configuration is not available"
+_NODES_DOWN = ("--Node", "--noheader", "--states=down,drain,fail,maint", "--format=%N")
+
+
+def test_only(script: str, *options: str) -> str:
+    """Why SLURM would not take a job; nothing where it would."""
+    done = subprocess.run(["sbatch", "--test-only", *options], input=script, capture_output=True, text=True, check=False)
+    return in_a_line(done.stderr) or "it did not say why" if done.returncode else ""
+
+
+def in_a_line(said: str) -> str:
+    """What sbatch said."""
+    return "; ".join(line.removeprefix("sbatch: error: ") for line in said.strip().splitlines())
+
+
 def next_folder(submissions: Path) -> Path:
     """The next submission's folder, which is not made."""
     numbers = [int(entry.name) for entry in submissions.iterdir() if entry.name.isdigit()] if submissions.is_dir() else []
@@ -428,6 +503,5 @@ class Submitter(SlurmExecutor):  # type: ignore[misc]
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it raises as well
                 job: SlurmJob[Any] = self._submit_command("")
         except (FailedJobError, FailedSubmissionError) as error:
-            said = " ".join(str(error).replace("sbatch: error: ", "").split())
-            raise VerbError(f"sbatch refused the job: {said or 'it did not say why'}") from None
+            raise VerbError(f"sbatch refused the job: {in_a_line(str(error)) or 'it did not say why'}") from None
         return str(job.job_id)

@@ -113,64 +113,67 @@ def test_a_pack_by_several_jobs_is_the_same_dataset(cluster: Cluster, dataset: P
     assert hashes[0] == hashes[1]
 
 
-def test_what_sbatch_refuses_is_told_in_a_line_and_leaves_nothing(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
-    done = submit("--sbatch", "--partition=none-such", *pretraining(dataset, tmp_path / "run"), env=cluster.environment)
-    assert done.returncode == 1
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert "sbatch refused the job" in line
-    assert "invalid partition" in line
-    assert not (tmp_path / "run").exists()
+NEVER = "Requested node configuration is not available"
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--sbatch", "--partition=none-such", "--", "pretrain"], "invalid partition specified: none-such"),
+        (["--nodes", 9, "--", "pretrain"], NEVER),
+        (["--site", "site.toml", "--chain", 2, "--nodes", 9, "--", "pretrain"], NEVER),
+        (["--sbatch", "--mem=900G", "--tasks", 3, "--", "pack", ".", "out"], NEVER),
+    ],
+)
+def test_what_slurm_refuses_or_never_starts_is_told_in_a_line_and_leaves_nothing(
+    cluster: Cluster, dataset: Path, tmp_path: Path, words: list[object], said: str, dry_run: tuple[str, ...]
+) -> None:
+    (tmp_path / "site.toml").write_text("requeue = false\n")
+    if words[-1] == "pretrain":
+        words = [*words[:-2], *pretraining(dataset, tmp_path / "run", "--global-batch-size", 36)]
+    done = submit(*dry_run, *words, env=cluster.environment, cwd=tmp_path)
+    assert done.returncode
+    (line,) = done.stderr.splitlines()  # and no plan before it
+    assert said in line
+    assert [entry.name for entry in tmp_path.iterdir()] == ["site.toml"]
+    assert cluster.run("squeue", "--noheader") == ""
+
+
+def test_a_job_may_wait_for_nodes_that_are_down_but_not_for_those_that_are_not(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    def plan(nodes: int) -> subprocess.CompletedProcess[str]:
+        words = pretraining(dataset, tmp_path / "run", "--global-batch-size", 80)
+        return submit("--dry-run", "--nodes", nodes, *words, env=cluster.environment)
+
+    cluster.run("scontrol", "update", "nodename=n4", "state=drain", "reason=test")
+    try:
+        few, all_of_them, too_many = plan(2), plan(4), plan(10)
+    finally:
+        cluster.run("scontrol", "update", "nodename=n4", "state=resume")
+    assert "down or drained" not in few.stderr
+    assert all_of_them.returncode == 0
+    assert "warning: SLURM could not start the job now, with 1 node down or drained, and it may wait for them: " in all_of_them.stderr
+    assert too_many.returncode == 1
+    assert NEVER in too_many.stderr
+
+
+def test_a_run_that_is_in_the_queue_is_refused_before_anything_else_is_said(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    words = pretraining(dataset, tmp_path / "run")
+    (job,), _ = submitted(cluster, "--sbatch=--hold", *words)
+    done = submit(*words, env=cluster.environment)
+    cluster.run("scancel", job)
+    assert done.stderr.startswith(f"error: job {job} of {tmp_path / 'run'} is in SLURM's queue already")
 
 
 def test_a_thousand_nodes_by_dry_run(dataset: Path, tmp_path: Path) -> None:
     site = tmp_path / "site.toml"
     site.write_text('gpu_type = "h100"\ngpus_per_node = 8\ncpus_per_task = 12\ntime = "24:00:00"\n')
     words = pretraining(dataset, tmp_path / "run", "--global-batch-size", 16_000, "--micro-batch-size", 2)
-    done = submit("--site", site, "--nodes", 1000, "--dry-run", "--json", *words)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    told = json.loads(dry_run("--site", site, "--nodes", 1000, "--json", *words, folder=tmp_path).stdout)
     assert (told["plan"]["world_size"], told["plan"]["grad_accum_steps"]) == (8000, 1)
     assert "#SBATCH --nodes=1000\n#SBATCH --ntasks-per-node=8\n" in told["script"]
     assert "--nodes=1000 --ntasks=8000 --ntasks-per-node=8 --cpus-per-task=12 --gpus-per-node=h100:8" in told["script"]
     assert not (tmp_path / "run").exists()
-
-
-def test_the_plan_goes_by_what_the_run_measured(dataset: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    done = subprocess.run([VITSCALE, *map(str, pretraining(dataset, run)[1:])], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    line = read_metrics(run)[-1] | {"step": 7, "images_per_second": 0.01, "save_seconds": 90.0}
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    done = submit("--time", 30, "--dry-run", *pretraining(dataset, run))
-    assert done.returncode == 0, done.stderr
-    assert "signal_lead_seconds=120 is less than a step and a save take (890 s, measured)" in done.stderr
-    assert "#SBATCH --time=30" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--nodes", "2"], "needs a verb after --"),
-        (["--", "quickstart"], "`vitscale quickstart` is not submitted"),
-        (["--nodes", "0", "--", "pretrain", "tiny-digits"], "nodes=0 must be at least 1"),
-        (["--chain", "3", "--", "pretrain", "tiny-digits"], "sites whose jobs may not requeue"),
-        (["--gpus-per-node", "8", "--tasks-per-node", "8", "--", "pretrain", "tiny-digits"], "nodes without GPUs"),
-        (["--time", "soon", "--", "pretrain", "tiny-digits"], "time='soon' is no time limit"),
-        (["--sbatch", "--gres=gpu:8", "--", "pretrain", "tiny-digits"], "sets itself"),
-        (["--site", "none.toml", "--", "pretrain", "tiny-digits"], "none.toml does not exist"),
-        (["--", "pretrain", "tiny-digits", "--nproc", "2"], "--nproc and --json"),
-        (["--", "pretrain", "tiny-digits"], "no dataset is given"),
-        (["--nodes", "2", "--", "evaluate", "x", "--data", "y"], "one task on one node"),
-        (["--", "pack", "in", "out", "--task", "0/2"], "--tasks N"),
-    ],
-)
-def test_words_that_make_no_sense_cost_a_line(tmp_path: Path, words: list[str], said: str) -> None:
-    done = submit(*words, cwd=tmp_path)
-    assert done.returncode != 0
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 def dry_run(*words: object, folder: Path, refused: bool = False) -> subprocess.CompletedProcess[str]:
@@ -187,6 +190,94 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([VITSCALE, *map(str, pretraining(dataset, run)[1:])], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return run
+
+
+def test_the_plan_goes_by_what_the_run_measured(dataset: Path, trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    line = read_metrics(run)[-1] | {"step": 7, "images_per_second": 0.01, "save_seconds": 90.0}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    done = dry_run("--time", 30, *pretraining(dataset, run), folder=tmp_path)
+    assert "signal_lead_seconds=120 is less than a step and a save take (890 s, measured)" in done.stderr
+    assert "time limit of a job: 30m00s" in done.stderr
+    assert "#SBATCH --time=30" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("every", "written"), [(["--checkpoint-every", 4, "--eval-every", 3], 6), (["--checkpoint-every", 3, "--eval-every", 0], 4)]
+)
+def test_the_plan_counts_what_evaluations_save_too(dataset: Path, tmp_path: Path, every: list[object], written: int) -> None:
+    """Of ten steps: 3, 4, 6, 8, 9 and 10; and 3, 6, 9 and 10."""
+    words = pretraining(dataset, tmp_path / "run", "--steps", 10, *every, "--eval-data", dataset / "val")
+    told = json.loads(dry_run("--json", *words, folder=tmp_path).stdout)
+    assert told["plan"]["checkpoints"] == written
+
+
+@pytest.mark.parametrize(
+    ("flags", "more", "said"),
+    [
+        (["--nodes", 3], [], "= 4 x 3; --nodes 2 or --nodes 4 --micro-batch-size 2 works"),
+        (["--nodes", 4], [], "= 4 x 4; --nodes 4 --micro-batch-size 2 or --nodes 2 or --nodes 8 --micro-batch-size 1 works"),
+        (["--nodes", 9], [], "= 4 x 9; --nodes 8 --micro-batch-size 1 works"),
+        (["--tasks-per-node", 3], [], "= 4 x 3; no number of nodes with 3 ranks each fits it"),
+        (
+            ["--nodes", 2],
+            ["--micro-batch-size", 3],
+            "= 3 x 2; --nodes 2 --micro-batch-size 2 or --nodes 1 --micro-batch-size 2 or --nodes 4",
+        ),
+    ],
+)
+def test_of_a_run_that_has_begun_the_ranks_must_fit_its_batch(
+    dataset: Path, trained: Path, tmp_path: Path, flags: list[object], more: list[object], said: str
+) -> None:
+    done = dry_run(*flags, *pretraining(dataset, trained, *more), folder=tmp_path, refused=True)
+    assert done.stderr.startswith(
+        f"error: {trained} has global_batch_size=8, which stays and is not a multiple of micro_batch_size x ranks "
+    )
+    assert said in done.stderr
+
+
+def test_half_of_the_time_limit_is_for_work(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text("signal_lead_seconds = 150\n")
+    words = ["--site", "site.toml", *pretraining(dataset, tmp_path / "run")]
+    done = dry_run("--time", 6, *words, folder=tmp_path, refused=True)
+    assert "leave less than half of the time limit of 6m00s for work; --time 7 (minutes) works" in done.stderr
+    for enough in (7, 0):  # 0 is none
+        dry_run("--time", enough, *words, folder=tmp_path)
+
+
+def test_a_job_that_may_not_requeue_and_has_no_chain_is_warned_of(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "site.toml").write_text("requeue = false\n")
+    words = ["--site", "site.toml", *pretraining(dataset, tmp_path / "run")]
+    assert "warning: the site file has `requeue = false`: the run ends with its job" in dry_run(*words, folder=tmp_path).stderr
+    assert "warning" not in dry_run("--chain", 2, *words, folder=tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nodes", "2"], "needs a verb after --"),
+        (["--", "quickstart"], "`vitscale quickstart` is not submitted"),
+        (["--nodes", "0", "--", "pretrain", "tiny-digits"], "nodes=0 must be at least 1"),
+        (["--chain", "3", "--", "pretrain", "tiny-digits"], "sites whose jobs may not requeue"),
+        (["--gpus-per-node", "8", "--tasks-per-node", "8", "--", "pretrain", "tiny-digits"], "nodes without GPUs"),
+        (["--time", "soon", "--", "pretrain", "tiny-digits"], "time='soon' is no time limit"),
+        (["--sbatch", "--gres=gpu:8", "--", "pretrain", "tiny-digits"], "sets itself"),
+        (["--site", "none.toml", "--", "pretrain", "tiny-digits"], "none.toml does not exist"),
+        (["--", "pretrain", "tiny-digits", "--nproc", "2"], "--nproc and --json"),
+        (["--", "pretrain", "tiny-digits"], "no dataset is given"),
+        (["--nodes", "2", "--", "evaluate", "x", "--data", "y"], "one task on one node"),
+        (["--nodes", "2", "--tasks", "2", "--", "evaluate", "x", "--data", "y"], "one task on one node"),
+        (["--tasks", "2", "--", "evaluate", "x", "--data", "y"], "tasks=2 is for pack; evaluate is one task"),
+        (["--", "pack", "in", "out", "--task", "0/2"], "--tasks N"),
+    ],
+)
+def test_words_that_make_no_sense_cost_a_line(tmp_path: Path, words: list[str], said: str) -> None:
+    done = submit(*words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_evaluation_takes_the_names_of_the_site_and_any_folder(dataset: Path, trained: Path, tmp_path: Path) -> None:
