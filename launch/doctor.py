@@ -82,13 +82,15 @@ def doctor(words: list[str]) -> None:
     checks += [*slurm, *_allocation()]
     if flags.site:
         checks.append(_site(Path(flags.site), config, partitions))
+    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # whose lines come mixed
+    node = f"{os.environ.get('SLURMD_NODENAME') or platform.node()}: " if several else ""
     if flags.json:
         print_json([asdict(check) for check in checks])
     else:
         for check in checks:
-            print(f"{check.status:<8}{check.name:<20}{check.found}" + (f"\n{'':<28}-> {check.to_do}" if check.to_do else ""))
+            print(f"{node}{check.status:<8}{check.name:<20}{check.found}" + (f"\n{node}{'':<28}-> {check.to_do}" if check.to_do else ""))
     if failed := [check.name for check in checks if check.status == "fail"]:
-        raise DoctorError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+        raise DoctorError(f"{node}{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
 
 
 class DoctorError(UserError):

@@ -71,9 +71,10 @@ class Site:
     scratch: str = "/tmp"
     """A folder on each node's own disk, for compiled kernels. $VARIABLES of the job may stand in it."""
     datasets: dict[str, str] = field(default_factory=dict)
-    """Names of datasets, for --data NAME, and where they lie on this cluster (directories or URLs)."""
+    """Names of datasets, for --data, --eval-data and pack's sources, and where they lie on this cluster (directories or URLs)."""
     signal_lead_seconds: int = 120
-    """How long before its time limit a job is told to save; more than a step and a save take, as SLURM may tell it a minute early."""
+    """How long before its time limit a job is told to save: more than a step and a save take. SLURM may tell it a minute early, and
+    at least half of the limit is left for work."""
     requeue: bool = True
     """Whether a job may go back to the queue by itself. False: `submit --chain N` queues N jobs, each of which waits for the one before."""
     sbatch: tuple[str, ...] = ()

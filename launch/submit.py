@@ -3,7 +3,8 @@
     vitscale submit --site SITE.toml --nodes 32 -- pretrain vit-h14-jft300m --data jft300m --out runs/h14
 
 What a job needs is made on the login node and lies in RUN/submissions/NNN: the resolved config, the code as it is now, the script, and
-later the job's logs. Later edits change nothing, and nothing is pickled, so that the Python of the nodes may be another one.
+later the job's logs; of evaluate and pack in submissions/NNN of the folder that one is in. Later edits change nothing, and nothing is
+pickled, so that the Python of the nodes may be another one.
 """
 
 import contextlib

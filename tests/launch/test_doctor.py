@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,16 @@ def test_inside_an_allocation_it_tells_of_it(cluster: Cluster, tmp_path: Path) -
         checks = {check["name"]: check for check in json.loads((tmp_path / f"{task}.json").read_text())}
         assert checks["allocation"]["status"] == "ok"
         assert ", 2 nodes (n1...), 2 tasks, " in checks["allocation"]["found"]
+
+
+def test_on_several_nodes_each_line_begins_with_its_node(cluster: Cluster, tmp_path: Path) -> None:
+    words = ["srun", "-N2", "--ntasks-per-node=1", VITSCALE, "doctor", "--out", str(tmp_path), "--data", str(tmp_path / "nothing")]
+    told = subprocess.run(words, capture_output=True, text=True, check=False, env=cluster.environment)
+    nodes = {line.partition(": ")[0] for line in told.stdout.splitlines()}
+    assert len(nodes) == 2
+    assert nodes < {"n1", "n2", "n3", "n4"}
+    assert len(re.findall(r"^n\d: fail    dataset ", told.stdout, re.MULTILINE)) == 2
+    assert re.search(r"^error: n\d: 1 of \d+ checks failed: dataset$", told.stderr, re.MULTILINE)
 
 
 def test_a_cluster_that_does_not_answer_fails(tmp_path: Path) -> None:

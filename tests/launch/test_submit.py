@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import stat
 import subprocess
@@ -12,6 +13,9 @@ import pytest
 
 from launch.data_verbs import PackFlags
 from launch.flags import parse
+from launch.site import Site, read_site
+from launch.submit import SubmitFlags, check_flags, split_words
+from launch.verbs import EvaluateFlags, finetune_flags, pretrain_flags
 from tests.command import VITSCALE
 from tests.jobs import logs, pretraining, site_file, submit, submitted, wait_for_end
 from tests.slurm import Cluster, wait_for
@@ -251,6 +255,28 @@ def test_a_job_that_may_not_requeue_and_has_no_chain_is_warned_of(dataset: Path,
     words = ["--site", "site.toml", *pretraining(dataset, tmp_path / "run")]
     assert "warning: the site file has `requeue = false`: the run ends with its job" in dry_run(*words, folder=tmp_path).stderr
     assert "warning" not in dry_run("--chain", 2, *words, folder=tmp_path).stderr
+
+
+def test_the_examples_of_the_documents_can_be_read() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    examples = [
+        shlex.split(line, comments=True)[2:] for line in text.splitlines() if line.startswith("vitscale submit ") and "..." not in line
+    ]
+    verbs = {
+        "pretrain": pretrain_flags,
+        "finetune": finetune_flags,
+        "evaluate": lambda words: parse(EvaluateFlags, words, "evaluate"),
+        "pack": lambda words: parse(PackFlags, words, "pack"),
+    }
+    seen = set()
+    for example in examples:
+        own, (verb, *words) = split_words(example)
+        flags = parse(SubmitFlags, own, "submit")
+        site = Site() if flags.tasks_per_node else read_site(Path(__file__).parents[2] / "docs" / "site.toml")
+        check_flags(flags, site, [verb, *words])
+        verbs[verb](words)
+        seen.add(verb)
+    assert seen == set(verbs)
 
 
 @pytest.mark.parametrize(
