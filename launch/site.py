@@ -89,7 +89,7 @@ def read_site(file: Path) -> Site:
         values = tomllib.loads(file.read_text())
     except FileNotFoundError:
         raise SiteError(f"{file} does not exist; docs/site.toml is an example of a site file") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise SiteError(f"{file} is not TOML ({error})") from None
     site: Site = _typed(Site, values, str(file))
     check_site(site, str(file))

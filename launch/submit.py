@@ -166,6 +166,7 @@ def submit_run(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     tasks_per_node = gpus(flags, site) or flags.tasks_per_node or 1
     asked = located(asked, site.datasets)
     run = Path(asked.out)
+    check_name(asked.out)
     check_directory(run)
     check_ranks(asked, flags.nodes, tasks_per_node)
     check_lead(flags.time or site.time, site.signal_lead_seconds)
@@ -205,6 +206,14 @@ def submit_run(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     print(f"submitted job {', '.join(jobs)}; the code and the config are in {folder}")
     print(f"watch: vitscale run status {run}; squeue -j {','.join(jobs)}; tail -f {folder}/job-{jobs[0]}.log; a log a node in {run}/logs")
     print(f"stop: vitscale run stop {run} saves first; scancel {' '.join(jobs)} gives it KillWait seconds (`scontrol show config`) to save")
+
+
+def check_name(path: str) -> None:
+    """Raises UsageError where a path cannot stand in a batch script and in the patterns of SLURM's log files."""
+    if odd := {*path} & {*"\\\n\r"}:
+        raise UsageError(
+            f"{path!r} has {', '.join(map(repr, sorted(odd)))}, which the path of a job's files cannot have; another folder works"
+        )
 
 
 def check_ranks(asked: TrainConfig | FinetuneConfig, nodes: int, tasks_per_node: int) -> None:
@@ -347,6 +356,7 @@ def submit_words(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     """A job of one task; of pack an array of them, and one more that puts the dataset together after all have ended well."""
     words = (pack_words if verb[0] == "pack" else evaluate_words)(verb[1:], site.datasets)
     folder = next_folder(Path("submissions").absolute())
+    check_name(str(folder))
     on_gpus = 1 if verb[0] == "evaluate" and gpus(flags, site) else 0
     job = Job(verb[0], folder, 1, 1, on_gpus, flags.time or site.time, flags.sbatch)
     merge = words_script(with_python(site), job, words)

@@ -296,6 +296,7 @@ def test_the_examples_of_the_documents_can_be_read() -> None:
         (["--nodes", "2", "--tasks", "2", "--", "evaluate", "x", "--data", "y"], "one task on one node"),
         (["--tasks", "2", "--", "evaluate", "x", "--data", "y"], "tasks=2 is for pack; evaluate is one task"),
         (["--", "pack", "in", "out", "--task", "0/2"], "--tasks N"),
+        (["--", "pretrain", "tiny-digits", "--data", "x", "--out", "a\nb"], "has '\\n', which the path of a job's files cannot have"),
     ],
 )
 def test_words_that_make_no_sense_cost_a_line(tmp_path: Path, words: list[str], said: str) -> None:
