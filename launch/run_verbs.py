@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,11 +18,14 @@ from tyro.conf import Positional
 from launch.flags import UsageError, given, parse
 from launch.terminal import Json, Verb, print_json, progress_bar
 from vitscale.config import FinetuneConfig, NewModelConfig, RunConfig, TrainConfig, ViewConfig, flatten, settle_length, to_dict
+from vitscale.ending import Cause
 from vitscale.metrics import counted, duration
 from vitscale.recipes import FINETUNE, PRETRAIN, recipe
 
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help="Run directory.")]
 _DRAW_EVERY = 2.0
+_ENDS = 5  # that `run status` shows
+_NO_MACHINES = (Cause.SIGNAL, Cause.SPIKE, Cause.NONFINITE, Cause.DIVERGED)  # whose ends come from no machine, whichever told of them
 
 
 # -- status -------------------------------------------------------------------------------------------------------------------------------
@@ -60,17 +64,14 @@ def _watch(run: Path, flags: StatusFlags) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    from vitscale.status import status
-
-    def ended(found: dict[str, Any]) -> bool:
-        return found["state"] in ("finished", "stopped", "failed")
+    from vitscale.status import AT_REST, status
 
     if sys.stdout.isatty() and not flags.json:
         with Live(auto_refresh=False) as live:
             while True:
                 found = status(run, verify=flags.verify)
                 live.update(Text("\n".join(status_lines(found))), refresh=True)
-                if ended(found):
+                if found["state"] in AT_REST:
                     return
                 time.sleep(_DRAW_EVERY)
     told = None
@@ -78,7 +79,7 @@ def _watch(run: Path, flags: StatusFlags) -> None:
         found = status(run, verify=flags.verify)
         if told != (told := (found["state"], found["step"], found["checkpoints"], found["starts"])):
             print(json.dumps(found, default=str) if flags.json else status_lines(found, short=True)[0], flush=True)
-        if ended(found):
+        if found["state"] in AT_REST:
             return
         time.sleep(_DRAW_EVERY)
 
@@ -92,29 +93,27 @@ def status_lines(found: dict[str, Any], *, short: bool = False) -> list[str]:
     lives = found["state"] in LIVE
     state = f"{found['state']}{where if lives else ''}{': ' + found['why'] if found['why'] else ''}"
     starts = counted(found["starts"], "start")
-    last = found["last"] or {}
+    last, pace = found["last"] or {}, found["pace"]
+    step = f"step {found['step']}{' of ' + str(found['total_steps']) if found['total_steps'] else ''}"
     if short:
         loss = f", loss {last['loss']:.4f}" if last else ""
-        return [f"{found['run']}: step {found['step']} of {found['total_steps']}{loss}, {state}, {starts}"]
-    lines = [f"{found['run']}: {found['recipe']}, {state}", f"step {found['step']} of {found['total_steps']}, {starts}"]
+        return [f"{found['run']}: {step}{loss}, {state}, {starts}"]
+    lines = [f"{found['run']}: {found['recipe']}, {state}", f"{step}, {starts}"]
     if last:
         parts = [f"loss {last['loss']:.4f}", f"epoch {last.get('epoch', 0):.2f}", f"{found['samples_seen']:,} samples"]
-        if "images_per_second" in last:
-            parts.append(f"{last['images_per_second']:,.0f} img/s")
-        if "mfu" in last:
-            parts.append(f"MFU {last['mfu']:.1%}")
-        if "data_wait" in last:
-            parts.append(f"{last['data_wait']:.1%} of the time waiting for data")
+        if "images_per_second" in pace:
+            parts.append(f"{pace['images_per_second']:,.0f} img/s")
+        if "mfu" in pace:
+            parts.append(f"MFU {pace['mfu']:.1%}")
+        if "data_wait" in pace:
+            parts.append(f"{pace['data_wait']:.1%} of the time waiting for data")
         if lives and found["seconds_left"]:
             parts.append(f"{duration(found['seconds_left'])} left")
         lines.append(", ".join(parts))
     if evaluation := found["evaluation"]:
         lines.append(f"held out at step {evaluation['step']}: top-1 {evaluation['eval_top1']:.2%}, loss {evaluation['eval_loss']:.4f}")
     lines += _checkpoint_lines(found)
-    for end in found["ends"]:
-        if end["action"] != "finished":
-            of = f"rank {end['rank']}: " if end["rank"] >= 0 else ""
-            lines.append(f"start {end['start']} ended at step {end['step']}: {of}{end['words'] or end['why']} -> {end['action']}")
+    lines += _end_lines(found)
     spent = found["goodput"]
     if spent["wall"] > 0 and found["starts"]:
         lost = ", ".join(f"{name} {duration(seconds)}" for name, seconds in spent["lost"].items() if seconds >= 1)
@@ -128,13 +127,32 @@ def status_lines(found: dict[str, Any], *, short: bool = False) -> list[str]:
 def _checkpoint_lines(found: dict[str, Any]) -> list[str]:
     if not found["checkpoints"]:
         return ["checkpoints: none yet"]
-    of_each = []
+    faults, of_each = found["checkpoint_faults"], []
     for name in found["checkpoints"]:
-        faults = found["checkpoint_faults"]
         checked = "" if faults is None else ", damaged" if faults[name] else ", checksums hold"
         of_each.append(f"{name} ({duration(found['checkpoint_ages'][name])} old{checked})")
-    goes_on = f"; the same command goes on from {found['checkpoints'][-1]}" if found["state"] in ("stopped", "failed") else ""
+    whole = [name for name in found["checkpoints"] if not (faults or {}).get(name)]
+    goes_on = (
+        f"; the same command {f'goes on from {whole[-1]}' if whole else 'starts anew'}" if found["state"] in ("stopped", "failed") else ""
+    )
     return [f"checkpoints: {', '.join(of_each)}{goes_on}"]
+
+
+def _end_lines(found: dict[str, Any]) -> list[str]:
+    """The newest ends: cause, machine and why, and what the first error said where that adds to it."""
+    from vitscale.status import first_error
+
+    ends = [end for end in found["ends"] if end["action"] != "finished"]
+    earlier, lines = len(ends[:-_ENDS]), []
+    if earlier:
+        lines.append(f"{counted(earlier, 'earlier end')} in {found['run']}/ends.jsonl")
+    for end in ends[-_ENDS:]:
+        cause = f", {end['cause']}" if end["cause"] else ""
+        where = f" on {', '.join(end['blamed'])}" if end["blamed"] and end["cause"] not in _NO_MACHINES else ""
+        said = first_error(end["cause"], end["words"])
+        said = f"; rank {end['rank']}: {said}" if said and end["rank"] >= 0 else f"; {said}" if said else ""
+        lines.append(f"start {end['start']} ended at step {end['step']}{cause}{where}: {end['why']}{said} -> {end['action']}")
+    return lines
 
 
 # -- ls -----------------------------------------------------------------------------------------------------------------------------------
@@ -159,7 +177,9 @@ def run_ls(words: list[str]) -> None:
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder; give one that runs lie in")
     found = []
-    for run in sorted({file.parent for folder in folders for file in folder.rglob("run.json")}):
+    runs = {file.parent for folder in folders for file in folder.rglob("run.json")}
+    runs |= {file.parents[2] for folder in folders for file in folder.rglob("submissions/*/jobs")}  # which may not have started yet
+    for run in sorted(runs):
         try:
             found.append(status(run))
         except UserError as error:  # one that is damaged does not hide the others
@@ -172,7 +192,7 @@ def run_ls(words: list[str]) -> None:
     rows = [("run", "recipe", "state", "step", "loss", "last seen")]
     for of in found:
         loss = f"{of['last']['loss']:.4f}" if of["last"] else ""
-        rows.append((of["run"], of["recipe"], of["state"], f"{of['step']}/{of['total_steps']}", loss, f"{duration(of['age'])} ago"))
+        rows.append((of["run"], of["recipe"], of["state"], f"{of['step']}/{of['total_steps'] or '?'}", loss, f"{duration(of['age'])} ago"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -187,14 +207,14 @@ class StopFlags:
 
     run: Run
     wait: bool = False
-    """Until it has ended."""
+    """Until it has ended, and is judged: one that SLURM has still to start, until it was started."""
 
 
 def run_stop(words: list[str]) -> None:
     """Ask a run to save and end."""
     flags = parse(StopFlags, words, "run stop")
     from data_tools.durable import replace_file
-    from vitscale.status import LIVE, status
+    from vitscale.status import AT_REST, status
 
     run = Path(flags.run)
     found = status(run)
@@ -202,15 +222,19 @@ def run_stop(words: list[str]) -> None:
         print(f"{run} is finished; there is nothing to stop")
         return
     replace_file(run / "stop", json.dumps({"time": time.time(), "by": f"{getpass.getuser()}@{platform.node()}"}) + "\n")
-    if found["state"] in ("stopped", "failed"):
+    if found["state"] in AT_REST:
         print(f"{run} does not run; nothing starts it again but the command that started it")
         return
-    if not flags.wait:
+    if found["state"] == "waiting":
+        print(f"{run} does not run now: {status(run)['why']}")
+        if not flags.wait:
+            return
+    elif not flags.wait:
         print(f"{run} was asked to stop; it saves at its next step (`vitscale run status {run}` tells)")
         return
     with progress_bar(f"waiting for {run} to save and end", quiet=False, unit="steps") as update:
-        while (found := status(run))["state"] in LIVE:
-            update(found["step"], found["total_steps"])
+        while (found := status(run))["state"] not in AT_REST:
+            update(found["step"], found["total_steps"] or 0)
             time.sleep(0.5)
     print(status_lines(found, short=True)[0])
 
@@ -282,6 +306,8 @@ class LogsFlags:
     run: Run
     start: int | None = None
     """Which start, from 0; the newest if none is given."""
+    tail: int | None = None
+    """Only so many of the last lines of each log; all if none is given."""
     json: Json = False
     """Only the end records, as JSON."""
 
@@ -291,8 +317,17 @@ def run_logs(words: list[str]) -> None:
     flags = parse(LogsFlags, words, "run logs")
     from vitscale.ending import read_ends
     from vitscale.run import log_file, read_record
+    from vitscale.status import submission_of
 
     run = Path(flags.run)
+    if flags.tail is not None and flags.tail < 1:
+        raise UsageError(f"tail={flags.tail} must be at least 1")
+    if not (run / "run.json").is_file() and (submission := submission_of(run)):
+        what = (
+            f"{run} has no logs yet: no start of it has begun; what SLURM says of job {submission.jobs[0]}: {submission.folder}/job-*.log"
+        )
+        print_json([]) if flags.json else print(what)
+        return
     starts = len(read_record(run)["starts"])
     start = starts - 1 if flags.start is None else flags.start
     if not 0 <= start < starts:
@@ -311,7 +346,7 @@ def run_logs(words: list[str]) -> None:
         if log.is_file():
             print(f"-- {log} --")
             with open(log, errors="replace") as file:
-                for line in file:
+                for line in file if flags.tail is None else deque(file, flags.tail):
                     print(line, end="")
 
 

@@ -35,7 +35,7 @@ def goodput(starts: Sequence[Mapping[str, Any]], ended: Mapping[int, float], lin
     Args:
         starts: of run.json; `lost` of one tells what its taking up an older checkpoint made of the steps of those before it.
         ended: when each start ended, where that is known (ends.jsonl).
-        lines: of metrics.jsonl, with `time`; an evaluation may have `seconds`, a step `checkpoint_seconds`, in which no step was made.
+        lines: of metrics.jsonl, with `time`; a step may have `checkpoint_seconds`, in which no step was made.
         until: now for a run that runs, otherwise when it was last seen.
     """
     begins = [_seconds(start["time"]) for start in starts]
@@ -53,7 +53,7 @@ def goodput(starts: Sequence[Mapping[str, Any]], ended: Mapping[int, float], lin
         made, loop_begins = _steps(start, of_it)
         redone = min(dropped.get("seconds", 0.0), max(0.0, end - begin - made))
         stalls = sum(line.get("checkpoint_seconds", 0.0) for line in of_it)
-        evaluation = sum(line.get("seconds", 0.0) for line in of_it if "eval_loss" in line)
+        evaluation = _evaluation(of_it)
         start_up = max(0.0, (loop_begins or end - redone) - begin)
         productive += made
         lost[START_UP] += start_up
@@ -74,6 +74,18 @@ def _steps(start: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> tupl
             loop_begins = line["time"] - took if loop_begins is None else loop_begins
             seconds, before = seconds + took, line["step"]
     return seconds, loop_begins
+
+
+def _evaluation(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds from the lines of a start's steps to those of their evaluations, without the checkpoints' between: the next step tells of it.
+
+    An evaluation that a start makes up for comes before its first step, and is a part of its start-up.
+    """
+    seconds = 0.0
+    for before, line, after in zip(lines, lines[1:], [*lines[2:], {}], strict=False):
+        if "eval_loss" in line:
+            seconds += max(0.0, line["time"] - before["time"] - after.get("checkpoint_seconds", 0.0))
+    return seconds
 
 
 def steps_lost(step: int, lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

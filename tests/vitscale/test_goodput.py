@@ -32,7 +32,7 @@ def test_an_uninterrupted_run() -> None:
     lines = [
         step(1, 12),
         step(10, 30),
-        {"step": 10, "samples_seen": 80, "eval_loss": 1.0, "seconds": 5.0, "time": T + 38},
+        {"step": 10, "samples_seen": 80, "eval_loss": 1.0, "time": T + 38},
         step(20, 58, checkpoint_seconds=3.0),
     ]
     found = goodput([{"time": at(0), "step": 0}], {0: T + 59}, lines, T + 59)
