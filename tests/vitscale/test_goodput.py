@@ -40,6 +40,14 @@ def test_an_uninterrupted_run() -> None:
     assert found.share == 40 / 59
 
 
+def test_an_evaluation_of_the_last_step_and_one_that_a_start_makes_up_for() -> None:
+    """The latter, before the first step, is start-up: 10 s, then an evaluation of 5 s."""
+    evaluation = {"samples_seen": 80, "eval_loss": 1.0}
+    lines = [{"step": 5, **evaluation, "time": T + 15}, step(10, 25), {"step": 10, **evaluation, "time": T + 31}]
+    found = goodput([{"time": at(0), "step": 5}], {0: T + 31}, lines, T + 31)
+    assert found == Goodput(31.0, 10.0, parts(start_up=15, evaluation=6))
+
+
 def test_a_kill_costs_the_steps_since_the_checkpoint_the_wait_and_another_start_up() -> None:
     """Killed after step 15 (at 45 s), found at 46, started again at 50 from step 10, with 8 s of start-up."""
     starts = [{"time": at(0), "step": 0}, {"time": at(50), "step": 10, "lost": {"steps": 5, "seconds": 10.0, "seen": T + 45.0}}]
