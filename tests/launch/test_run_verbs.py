@@ -19,7 +19,7 @@ from tests.runs import begin, losses
 from vitscale.config import TrainConfig, to_dict
 from vitscale.ending import Cause, End, write_end
 from vitscale.heartbeat import Sign
-from vitscale.run import read_config, read_metrics, read_record, write_json
+from vitscale.run import read_config, read_record, write_json
 from vitscale.status import status
 from vitscale.verdict import Past
 
