@@ -257,7 +257,7 @@ def run_fork(words: list[str]) -> None:
     before = dataclasses.replace(read_config(run), out=words[1])
     asked = parse(TrainConfig, words[2:], "run fork", before)
     out = fork(run, origin, resolve(settle_length(asked, given(words[2:], "epochs", "steps")), 1))
-    print(f"{out} goes on from step {origin.step} of {run}; this starts it:")
+    print(f"{out} goes on from step {origin.step} of {run}; this starts it here, and on a cluster behind `vitscale submit --nodes N --`:")
     print(" ".join(["vitscale", *command_of(read_config(out))]))
 
 
