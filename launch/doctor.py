@@ -35,7 +35,7 @@ PATIENCE = 30.0  # seconds for an answer of the cluster
 
 @dataclass(frozen=True)
 class DoctorFlags:
-    """Flags of `vitscale doctor`."""
+    """Looks at this machine, or at an allocation: what works, what does not, and what to do. Exit status 1 if a check fails."""
 
     out: str = "."
     """The folder where runs are to lie."""

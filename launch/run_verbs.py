@@ -246,7 +246,10 @@ def run_fork(words: list[str]) -> None:
     """Begin another run from a checkpoint, with another schedule or length."""
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
         if words and words[0] in ("-h", "--help"):
-            print("usage: vitscale run fork RUN@STEP OUT [--field value ...]\n\nFields are those of `vitscale pretrain RECIPE --help`.")
+            print(
+                "usage: vitscale run fork RUN@STEP OUT [--field value ...]\n\nOUT must not exist; RUN alone means its newest checkpoint. Fields "
+                "are those of `vitscale pretrain RECIPE --help`;\nthe model's sizes, batch size, seed, order, optimizer and recipe stay as they are."
+            )
             return
         raise UsageError("`vitscale run fork` needs RUN@STEP and OUT as its first words, then fields that are to be others")
     from vitscale.fork import fork, origin_of
@@ -257,7 +260,9 @@ def run_fork(words: list[str]) -> None:
     before = dataclasses.replace(read_config(run), out=words[1])
     asked = parse(TrainConfig, words[2:], "run fork", before)
     out = fork(run, origin, resolve(settle_length(asked, given(words[2:], "epochs", "steps")), 1))
-    print(f"{out} goes on from step {origin.step} of {run}; this starts it here, and on a cluster behind `vitscale submit --nodes N --`:")
+    print(
+        f"{out} goes on from step {origin.step} of {run}; this starts it here, and on a cluster behind `vitscale submit --site SITE.toml --nodes N --`:"
+    )
     print(" ".join(["vitscale", *command_of(read_config(out))]))
 
 

@@ -275,7 +275,7 @@ class GuardConfig:
     """Steps between comparisons of what all ranks must hold alike; before every checkpoint in any case; 0 leaves it at that."""
     hang_seconds: float = 0.0
     """Seconds without progress after which a rank counts as hanging; 0 learns them: 20 times the slowest step of late, at least
-    120, and a minute more than stream.read_timeout."""
+    120, and a minute more than stream.read_timeout: six minutes by default. A start's first step has half an hour."""
     max_restarts: int = 3
     """Starts in a row without progress, after which a run is not started again by itself."""
 
