@@ -247,8 +247,9 @@ def run_fork(words: list[str]) -> None:
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
         if words and words[0] in ("-h", "--help"):
             print(
-                "usage: vitscale run fork RUN@STEP OUT [--field value ...]\n\nOUT must not exist; RUN alone means its newest checkpoint. Fields "
-                "are those of `vitscale pretrain RECIPE --help`;\nthe model's sizes, batch size, seed, order, optimizer and recipe stay as they are."
+                "usage: vitscale run fork RUN@STEP OUT [--field value ...]\n\nOUT must not exist; RUN alone means its newest checkpoint. "
+                "Fields are those of\n`vitscale pretrain RECIPE --help`; the model's sizes, batch size, seed, order, optimizer and recipe "
+                "stay as they are."
             )
             return
         raise UsageError("`vitscale run fork` needs RUN@STEP and OUT as its first words, then fields that are to be others")
@@ -261,7 +262,7 @@ def run_fork(words: list[str]) -> None:
     asked = parse(TrainConfig, words[2:], "run fork", before)
     out = fork(run, origin, resolve(settle_length(asked, given(words[2:], "epochs", "steps")), 1))
     print(
-        f"{out} goes on from step {origin.step} of {run}; this starts it here, and on a cluster behind `vitscale submit --site SITE.toml --nodes N --`:"
+        f"{out} goes on from step {origin.step} of {run}; this starts it (behind `vitscale submit --site SITE.toml --nodes N --`: as a job):"
     )
     print(" ".join(["vitscale", *command_of(read_config(out))]))
 

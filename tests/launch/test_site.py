@@ -16,7 +16,7 @@ def test_the_example_has_every_key() -> None:
     values = tomllib.loads(EXAMPLE.read_text())
     assert set(values) == {field.name for field in dataclasses.fields(Site)}
     assert set(values["container"]) == {field.name for field in dataclasses.fields(Container)}
-    assert site.container == Container("pyxis", "/images/vitscale.sqsh", ("/datasets", "/checkpoints:/init"))
+    assert site.container == Container("pyxis", "/images/vitscale.sqsh", ("/datasets", "/checkpoints", "/local"))
     assert site.environment["NCCL_IB_HCA"] == "mlx5"
     assert site.datasets == {"jft300m": "/datasets/jft300m/train"}
 
