@@ -261,9 +261,8 @@ def run_fork(words: list[str]) -> None:
     before = dataclasses.replace(read_config(run), out=words[1])
     asked = parse(TrainConfig, words[2:], "run fork", before)
     out = fork(run, origin, resolve(settle_length(asked, given(words[2:], "epochs", "steps")), 1))
-    print(
-        f"{out} goes on from step {origin.step} of {run}; this starts it (behind `vitscale submit --site SITE.toml --nodes N --`: as a job):"
-    )
+    as_a_job = "as a job behind `vitscale submit --site SITE.toml --nodes N --`"
+    print(f"{out} goes on from step {origin.step} of {run}; this starts it ({as_a_job}):")
     print(" ".join(["vitscale", *command_of(read_config(out))]))
 
 
