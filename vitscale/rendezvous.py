@@ -202,7 +202,10 @@ def _told(value: Any, other: Any) -> str:
 def absent(
     hosts: Mapping[int, str], world_size: int, local_world_size: int, nodes: Sequence[str], topic: str, patience: timedelta
 ) -> Ended:  # fmt: skip
-    """What ends a start whose ranks did not all come: `hosts` are of those that did, `nodes` the names that are known beforehand. Pure."""
+    """What ends a start whose ranks did not all come: `hosts` are of those that did, `nodes` the names that are known beforehand. Pure.
+
+    Where more than half of the nodes are not there in full, it is not the nodes, and none is to be left out.
+    """
     missing = [rank for rank in range(world_size) if rank not in hosts]
     words, bad = [], []
     for index, ranks in groupby(missing, key=lambda rank: rank // local_world_size):
@@ -212,6 +215,8 @@ def absent(
         gone = list(ranks)
         words.append(f"{name or f'node {index}'} ({'none of ranks' if len(gone) == len(block) > 1 else 'not rank'} {spans(gone)})")
     said = f"{len(missing)} of {world_size} ranks did not come to the {topic} within {_span(patience)}: {', '.join(words)}"
+    if 2 * len(words) * local_world_size > world_size:
+        return Ended(Cause.LOST_PEER, f"{said}; of so many nodes none is left out")
     return Ended(Cause.BAD_NODE if bad else Cause.LOST_PEER, said, bad_nodes=_unique(bad))
 
 

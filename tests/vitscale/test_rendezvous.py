@@ -103,9 +103,12 @@ def test_who_is_absent_in_words() -> None:
     hosts = {rank: f"n{rank // 4 + 1}" for rank in range(12) if rank not in (5, 6, 8, 9, 10, 11)}
     ended = absent(hosts, 14, 4, ("n1", "n2", "n3"), "rendezvous", timedelta(seconds=60))
     assert ended.words == (
-        "8 of 14 ranks did not come to the rendezvous within 60 s: n2 (not rank 5-6), n3 (none of ranks 8-11), node 3 (none of ranks 12-13)"
+        "8 of 14 ranks did not come to the rendezvous within 60 s: n2 (not rank 5-6), n3 (none of ranks 8-11), "
+        "node 3 (none of ranks 12-13); of so many nodes none is left out"
     )
-    assert ended.bad_nodes == ("n2", "n3")  # the name of the last is not known
+    assert (ended.cause, ended.bad_nodes) == (Cause.LOST_PEER, ())
+    ended = absent(hosts | dict.fromkeys(range(8, 18), "n3"), 18, 4, ("n1", "n2", "n3"), "rendezvous", timedelta(seconds=60))
+    assert (ended.cause, ended.bad_nodes) == (Cause.BAD_NODE, ("n2",))
 
 
 @pytest.mark.parametrize(
