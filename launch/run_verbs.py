@@ -333,10 +333,10 @@ def run_logs(words: list[str]) -> None:
         )
         print_json([]) if flags.json else print(what)
         return
-    starts = len(read_record(run)["starts"])
-    start = starts - 1 if flags.start is None else flags.start
-    if not 0 <= start < starts:
-        raise UsageError(f"start={start} is not one of {run}, which has had {counted(starts, 'start')}, from 0 on")
+    starts = read_record(run)["starts"]
+    start = len(starts) - 1 if flags.start is None else flags.start
+    if not 0 <= start < len(starts):
+        raise UsageError(f"start={start} is not one of {run}, which has had {counted(len(starts), 'start')}, from 0 on")
     ends = read_ends(run, start)
     if flags.json:
         print_json([dataclasses.asdict(end) for end in ends])
@@ -347,12 +347,20 @@ def run_logs(words: list[str]) -> None:
         print(f"{order}: rank {end.rank} on {end.host} at step {end.step}, {at}: {end.cause}\n{end.words.rstrip()}\n")
     nodes = list(dict.fromkeys(end.node for end in ends))
     named = [log_file(run, start, node) for node in nodes]
-    for log in [*named, *sorted(set((run / "logs").glob(f"node-*-start-{start:03d}.log")) - set(named))]:
+    logs = [*named, *sorted(set((run / "logs").glob(f"node-*-start-{start:03d}.log")) - set(named))]
+    if start == len(starts) - 1:  # tasks whose ranks have not met do not know their start's number
+        logs += [log for log in sorted((run / "logs").glob("node-*-job-*.log")) if _utc(log.stat().st_mtime) >= starts[start]["time"]]
+    for log in logs:
         if log.is_file():
             print(f"-- {log} --")
             with open(log, errors="replace") as file:
                 for line in file if flags.tail is None else deque(file, flags.tail):
                     print(line, end="")
+
+
+def _utc(seconds: float) -> str:
+    """A moment as run.json has it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 # -- which --------------------------------------------------------------------------------------------------------------------------------

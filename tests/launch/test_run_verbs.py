@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import subprocess
 import time
@@ -176,6 +177,16 @@ def test_of_a_long_log_the_last_lines(done: Path) -> None:
     assert "node-0001-start-000.log --\ntwo\nthree\n" in told
     assert "starts on cpu" not in told
     assert "tail=0 must be at least 1" in vitscale("run", "logs", done, "--tail", 0).stderr
+
+
+def test_logs_of_tasks_that_met_nobody_are_shown_with_the_newest_start(done: Path) -> None:
+    old, new = (done / "logs" / f"node-0002-job-{job}-0-0.log" for job in (6, 7))
+    for log in (old, new):
+        log.write_text(f"in {log.name}\n")
+    os.utime(old, (1e9, 1e9))
+    told = vitscale("run", "logs", done).stdout
+    assert f"in {new.name}\n" in told
+    assert old.name not in told
 
 
 # -- A run of SLURM's, from files alone ---------------------------------------------------------------------------------------------------
