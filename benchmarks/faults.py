@@ -14,6 +14,7 @@ beside them. Results go to benchmarks/results. Needs root, slurm-wlm and munge.
 """
 
 import argparse
+import calendar
 import datetime
 import itertools
 import json
@@ -32,7 +33,7 @@ from data_tools.pack import pack
 from tests.conftest import write_images
 from tests.jobs import FAULTS, SIGNAL_LEAD, HeldRun, pretraining, site_file
 from tests.slurm import GRACE, KILL_WAIT, SLURMD_TIMEOUT, Cluster
-from vitscale.run import read_metrics
+from vitscale.run import read_metrics, read_record
 from vitscale.status import status
 from vitscale.verdict import read_history
 
@@ -52,34 +53,48 @@ def run_for_ever(cluster: Cluster, folder: Path, dataset: Path) -> HeldRun:
     return run
 
 
-def last_step(run: HeldRun) -> int:
-    """The newest step that metrics.jsonl tells of; the file is long, and only its end is read."""
-    file = run.run / "metrics.jsonl"
-    with file.open("rb") as lines:
-        lines.seek(max(0, file.stat().st_size - 10_000))
-        told = [json.loads(line) for line in lines.read().splitlines(keepends=True)[1:] if line.endswith(b"\n")]
-    return max((line["step"] for line in told), default=0)
+def newest_steps(run: Path) -> list[dict[str, Any]]:
+    """The last lines of metrics.jsonl that tell of steps: more than there are between two checkpoints. The whole file is long."""
+    file = run / "metrics.jsonl"
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - 100_000))
+        whole = [json.loads(line) for line in opened.read().splitlines(keepends=True)[1:] if line.endswith(b"\n")]
+    return [line for line in whole if "loss" in line]
 
 
 def strike(run: HeldRun, name: str) -> dict[str, Any]:
     """Lets one fault happen; the seconds from it to what follows."""
-    number, before, happened = len(run.starts()), last_step(run), time.time()
+    number, before, happened = len(run.starts()), max(line["step"] for line in newest_steps(run.run)), time.time()
     FAULTS[name].happen(run, 0)
-    run.wait(lambda: len(run.starts()) > number and "step" in run.starts()[number], "another start")
-    begun = run.starts()[number]
+    run.wait(lambda: "new_step_seconds" in cost(run.run, number, happened, before), "new step")
+    return {"fault": name} | cost(run.run, number, happened, before)
+
+
+def cost(run: Path, number: int, happened: float, before: int) -> dict[str, Any]:
+    """What a fault that ended the start before this one cost, as far as the run's files tell yet.
+
+    Args:
+        number: of the start that follows.
+        happened: when the fault did.
+        before: the step that was reached by then.
+    """
+    starts = read_record(run)["starts"]
+    if len(starts) <= number or "step" not in starts[number]:
+        return {}
+    begun, its_time = starts[number], calendar.timegm(time.strptime(starts[number]["time"], "%Y-%m-%dT%H:%M:%SZ"))
+    # Lines of the start before are cut back only when the step of this one is noted already
+    made = [line for line in newest_steps(run) if line["time"] >= its_time and line["step"] > begun["step"]]
+    if not made:
+        return {}
     reached = max(before, begun["step"] + int(begun.get("lost", {}).get("steps", 0)))
-    run.wait(lambda: last_step(run) > reached, "new step")
-    lines = [line for line in read_metrics(run.run) if line["time"] > happened and "loss" in line]
-    first = next(line["time"] for line in lines if line["step"] > begun["step"])
-    new = next(line["time"] for line in lines if line["step"] > reached)
-    judged = [past.time - happened for past in read_history(run.run) if past.start == number - 1]
-    return {
-        "fault": name,
+    judged = [past.time - happened for past in read_history(run) if past.start == number - 1]
+    found = {
         "judged_seconds": round(judged[0], 2) if judged else None,
-        "first_step_seconds": round(first - happened, 2),
-        "new_step_seconds": round(new - happened, 2),
+        "first_step_seconds": round(made[0]["time"] - happened, 2),
         "steps_lost": reached - begun["step"],
     }
+    new = next((line["time"] for line in made if line["step"] > reached), None)
+    return found | ({"new_step_seconds": round(new - happened, 2)} if new else {})
 
 
 def restarts(run: HeldRun, repeats: int) -> list[dict[str, Any]]:
