@@ -175,7 +175,6 @@ started_from=$(cat "$run/checkpoints/latest" 2>/dev/null)
 say() {{ echo "$(date -u +%Y-%m-%dT%H:%M:%SZ) job $SLURM_JOB_ID: $*" >&2; }}
 job() {{ scontrol --oneliner show job "${{1:-$SLURM_JOB_ID}}" 2>/dev/null; }}
 end() {{ say "$2"; exit "$1"; }}
-deaf() (trap '' TERM; exec "$@")  # a job that is requeued gets TERM at once, and so does what its script runs
 end_chain() {{ echo "$1" >"$folder/ended"; }}  # the jobs that wait for this one then do nothing
 
 # scancel leaves the shell KillWait seconds at most, so that it is noted at once. A job that SLURM itself requeues has another count.
@@ -202,12 +201,14 @@ requeue() {{
   if [ -z "$may_requeue" ]; then end {goes_on} "$1; the next job of the chain goes on"; fi
   say "requeue: $1"
   before=$(job | sed -n 's/.* ExcNodeList=\\([^ ]*\\) .*/\\1/p'); case $before in '(null)') before= ;; esac
-  if deaf scontrol requeue "$SLURM_JOB_ID"; then
+  trap '' TERM  # a job that is requeued gets it at once, and so does what its script runs
+  if scontrol requeue "$SLURM_JOB_ID"; then
     if [ -n "$without" ]; then
-      deaf scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="${{before:+$before,}}$without" || say "$without could not be left out"
+      scontrol update jobid="$SLURM_JOB_ID" ExcNodeList="${{before:+$before,}}$without" || say "$without could not be left out"
     fi
     exit 0
   fi
+  trap heard TERM
   say "this job cannot be requeued from here; if it is being preempted SLURM does so when it kills it, so it waits for {wait_seconds} s"
   ended=; for _ in $(seq {wait_seconds}); do [ -n "$ended" ] && break; sleep 1; done
   exit {goes_on}
@@ -220,7 +221,8 @@ fi
 
 # Signals end neither this shell before it has decided, nor the ranks without their knowledge.
 srun= ended=
-trap 'ended=TERM; [ -n "$srun" ] && kill -USR2 "$srun" 2>/dev/null' TERM
+heard() {{ ended=TERM; [ -n "$srun" ] && kill -USR2 "$srun" 2>/dev/null; }}
+trap heard TERM
 trap '[ -n "$srun" ] && kill -USR2 "$srun" 2>/dev/null' USR1 USR2
 trap : INT HUP CONT
 
