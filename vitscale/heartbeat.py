@@ -99,10 +99,8 @@ class Heartbeat:
         self._data_seconds = data_seconds
         self._at = (0, 0, STARTING)
         self._beats, self._since = 0, time.monotonic()
-        self._looked, self._still = (
-            self._since,
-            0.0,
-        )  # when the watch last looked, and its longest time between two looks since the last beat
+        self._looked = self._since  # when the watch last did
+        self._still = 0.0  # its longest time between two looks since the last beat
         self._gaps: dict[str, deque[float]] = {phase: deque(maxlen=_OF_LATE) for phase in (TRAINING, EVALUATING)}
         self._closed = threading.Event()
         self._news = threading.Event()  # another phase: is written at once

@@ -87,7 +87,7 @@ _RULES: dict[Cause, tuple[Action, str]] = {
     Cause.ERROR: ("stop", "the code failed"),
     Cause.BAD_NODE: ("stop", "a machine failed its checks, and there is no other"),
 }
-_STOOD_STILL = 10.0  # seconds: far more than a busy machine keeps a thread waiting, and less than any bound of a hang
+_STOOD_STILL = 10.0  # seconds: far more than a busy machine keeps a thread waiting, and less than any bound of a hang that is learned
 _NODES_FAULT = (Cause.HANG, Cause.KILLED)  # of which twice in a row on one machine is no accident
 _NOT_COUNTED = (Cause.SPIKE, Cause.NONFINITE, Cause.PREEMPTED)  # the run itself bounds how often it rolls back
 
