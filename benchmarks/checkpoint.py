@@ -59,11 +59,10 @@ TINY = ViTConfig(depth=2, width=64, mlp_dim=128, num_heads=2, patch_size=8, imag
 class BareState:
     """Weights and momentum of a model's shapes, which Saver asks as it asks an engine."""
 
-    kinds = ("weight", "momentum_buffer")
-
     def __init__(self, model: ViTConfig) -> None:
         with torch.device("meta"):
             self.shapes = {name: p.shape for name, p in ViT(model).named_parameters()}
+        self.kinds = {kind: tuple(self.shapes) for kind in ("weight", "momentum_buffer")}
         self.state = {(name, kind): torch.randn(shape.numel()) for name, shape in self.shapes.items() for kind in self.kinds}
 
     def shares(self) -> dict[str, tuple[int, int]]:

@@ -230,11 +230,12 @@ def open_stream(
     from vitscale.config import PreprocessConfig, StreamConfig
     from vitscale.mixture import Mixture
     from vitscale.stream import Share, TrainStream
+    from vitscale.timeline import steady
 
     return TrainStream(
-        Mixture.open([dataset]), (size, size), PreprocessConfig(**(preprocess or {})),
-        StreamConfig(**{"lanes": 1, "window": 2**20} | settings), Share(batch_size, micro_batch_size or batch_size, 0, world_size),
-        seed=seed, quarantine=dataset.parent / "quarantine.jsonl",
+        Mixture.open([dataset]), PreprocessConfig(**(preprocess or {})), StreamConfig(**{"lanes": 1, "window": 2**20} | settings),
+        Share(steady((size, size), batch_size, micro_batch_size or batch_size), 0, world_size), seed=seed,
+        quarantine=dataset.parent / "quarantine.jsonl",
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from launch.flags import UsageError, given, parse
 from launch.terminal import Json, Verb, print_json, progress_bar
 from vitscale.config import FinetuneConfig, NewModelConfig, RunConfig, TrainConfig, ViewConfig, flatten, settle_length, to_dict
 from vitscale.ending import Cause
-from vitscale.metrics import counted, duration
+from vitscale.metrics import SHARES, counted, duration, share_name
 from vitscale.recipes import FINETUNE, PRETRAIN, recipe
 
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help="Run directory.")]
@@ -105,11 +105,14 @@ def status_lines(found: dict[str, Any], *, short: bool = False) -> list[str]:
             parts.append(f"{pace['images_per_second']:,.0f} img/s")
         if "mfu" in pace:
             parts.append(f"MFU {pace['mfu']:.1%}")
-        if "data_wait" in pace:
-            parts.append(f"{pace['data_wait']:.1%} of the time waiting for data")
         if lives and found["seconds_left"]:
             parts.append(f"{duration(found['seconds_left'])} left")
         lines.append(", ".join(parts))
+    if found["bound"]:
+        shares = sorted((share for share in SHARES if pace[share] >= 0.005), key=lambda share: -pace[share])
+        lines.append(f"{found['bound']} ({', '.join(f'{share_name(share)} {pace[share]:.0%}' for share in shares)})")
+    if found["profile"]:
+        lines.append(f"profile: {found['profile']}")
     if evaluation := found["evaluation"]:
         lines.append(f"held out at step {evaluation['step']}: top-1 {evaluation['eval_top1']:.2%}, loss {evaluation['eval_loss']:.4f}")
     lines += _checkpoint_lines(found)

@@ -39,7 +39,18 @@ from vitscale.config import FinetuneConfig, TrainConfig, grad_accum_steps, to_di
 from vitscale.flops import checkpoint_bytes
 from vitscale.metrics import counted, duration
 from vitscale.resolve import cache_at, resolve, stage_at
-from vitscale.run import check_directory, check_start, git_commit, has_begun, reached, read_config, read_metrics
+from vitscale.run import (
+    check_directory,
+    check_start,
+    git_commit,
+    has_begun,
+    reached,
+    read_config,
+    read_metrics,
+    samples_of,
+    trained_datasets,
+)
+from vitscale.timeline import Timeline, timeline_of
 
 PACKAGES = ("data_tools", "launch", "vitscale")
 EARLY_SECONDS = 60  # that SLURM may signal before the lead
@@ -82,6 +93,8 @@ class Plan:
     world_size: int
     steps: int
     steps_made: int
+    phases: int
+    """Parts whose images or batches have other sizes; batch sizes here are the last one's."""
     images: int
     global_batch_size: int
     micro_batch_size: int
@@ -180,7 +193,8 @@ def submit_run(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     folder = next_folder(run / "submissions")
     job = Job(run.name, folder, flags.nodes, tasks_per_node, gpus(flags, site), flags.time or site.time, flags.sbatch)
     script = train_script(with_python(site), job, run)
-    plan = make_plan(config, flags, site, tasks_per_node, record["total_steps"], ask_slurm(script, flags.nodes))
+    timeline = timeline_of(config, samples_of(trained_datasets(record)))
+    plan = make_plan(config, flags, site, tasks_per_node, timeline, ask_slurm(script, flags.nodes))
     if not flags.json:
         print_plan(plan)
     if flags.dry_run:
@@ -218,8 +232,10 @@ def check_name(path: str) -> None:
 
 def check_ranks(asked: TrainConfig | FinetuneConfig, nodes: int, tasks_per_node: int) -> None:
     """Raises UsageError where the global batch of a run that has begun, which stays as it is, cannot be dealt to so many ranks."""
-    run, most, batch = Path(asked.out), asked.micro_batch_size, asked.global_batch_size
-    begun = (run / "run.json").is_file() and has_begun(run) and read_config(run).global_batch_size == batch
+    run, most = Path(asked.out), asked.micro_batch_size
+    own = [phase.global_batch_size for phase in asked.schedule.phases if phase.global_batch_size and not phase.micro_batch_size]
+    batch = math.gcd(asked.global_batch_size, *own)  # what divides it divides each
+    begun = (run / "run.json").is_file() and has_begun(run) and read_config(run).global_batch_size == asked.global_batch_size
     if not begun or most < 1 or batch % (most * nodes * tasks_per_node) == 0:
         return
 
@@ -231,9 +247,9 @@ def check_ranks(asked: TrainConfig | FinetuneConfig, nodes: int, tasks_per_node:
     fewer, more = range(nodes - 1, 0, -1), range(nodes + 1, batch // tasks_per_node + 1)
     near = [next(filter(fitting, counts), 0) for counts in ((nodes,), fewer, more)]
     ways = [f"--nodes {n}" + (f" --micro-batch-size {fitting(n)}" if fitting(n) != most else "") for n in near if n]
-    ranks = f"{most} x {nodes * tasks_per_node}"
+    ranks, batches = f"{most} x {nodes * tasks_per_node}", " and ".join(map(str, sorted({asked.global_batch_size, *own})))
     raise UsageError(
-        f"{run} has global_batch_size={batch}, which stays and is not a multiple of micro_batch_size x ranks = {ranks}; "
+        f"{run} has global_batch_size={batches}, which stays and is not a multiple of micro_batch_size x ranks = {ranks}; "
         + (f"{' or '.join(ways)} works" if ways else f"no number of nodes with {counted(tasks_per_node, 'rank')} each fits it")
     )
 
@@ -290,18 +306,18 @@ def absolute(path: str) -> str:
     return path if not path or is_url(path) else os.path.abspath(path)
 
 
-def make_plan(config: TrainConfig, flags: SubmitFlags, site: Site, tasks_per_node: int, steps: int, warnings: list[str]) -> Plan:
+def make_plan(config: TrainConfig, flags: SubmitFlags, site: Site, tasks_per_node: int, timeline: Timeline, warnings: list[str]) -> Plan:
     """What is known before the start, and from the run's own measurements where it has some."""
     run, world_size = Path(config.out), flags.nodes * tasks_per_node
     lines = read_metrics(run)
-    made = reached(run)
+    made, steps = reached(run), timeline.total_steps
     rate = next((line["images_per_second"] for line in reversed(lines) if "images_per_second" in line), None)
     size = checkpoint_bytes(config.model, config.optimizer)
     measured = [line["save_seconds"] for line in lines if "save_seconds" in line]
     save_seconds = max(measured) if measured else size / flags.nodes / WRITTEN_BYTES_PER_SECOND
-    step_seconds = config.global_batch_size / rate if rate else None
+    step_seconds = timeline.at_step(max(0, made - 1)).global_batch_size / rate if rate else None
     time = flags.time or site.time
-    seconds_left = (steps - made) * config.global_batch_size / rate if rate else None
+    seconds_left = timeline.images_left(made, config.model) / rate if rate else None
     limit = minutes(time) * 60 if time else 0  # 0: the partition's, or none
     per_job = limit - site.signal_lead_seconds
     evaluates = config.eval_every if config.eval_every and config.eval_data != "none" else steps
@@ -318,7 +334,8 @@ def make_plan(config: TrainConfig, flags: SubmitFlags, site: Site, tasks_per_nod
         )
     return Plan(
         run=str(run), nodes=flags.nodes, tasks_per_node=tasks_per_node, world_size=world_size, steps=steps, steps_made=made,
-        images=steps * config.global_batch_size, global_batch_size=config.global_batch_size, micro_batch_size=config.micro_batch_size,
+        phases=len(timeline.spans),
+        images=timeline.total_samples, global_batch_size=config.global_batch_size, micro_batch_size=config.micro_batch_size,
         grad_accum_steps=grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size),
         checkpoints=len(saves), checkpoint_bytes=size, time=time, images_per_second=rate,
         step_seconds=step_seconds, save_seconds=save_seconds, hours_left=seconds_left / 3600 if seconds_left is not None else None,
@@ -331,6 +348,7 @@ def print_plan(plan: Plan) -> None:
     """For the person who submits, before anything is."""
     where = f"{counted(plan.nodes, 'node')} x {counted(plan.tasks_per_node, 'task')} = {counted(plan.world_size, 'rank')}"
     work = f"{plan.global_batch_size:,} images = {plan.world_size:,} x {plan.micro_batch_size} x {plan.grad_accum_steps}"
+    work = f"{work} in the last of {plan.phases} phases" if plan.phases > 1 else work
     print(f"{plan.run}: {plan.steps:,} steps of {work}, {plan.images:,} images in all, on {where}", file=sys.stderr)
     done = f"{plan.steps_made:,} of them are made; " if plan.steps_made else ""
     size = f"{plan.checkpoint_bytes / 1e9:,.1f} GB" if plan.checkpoint_bytes >= 1e8 else f"{plan.checkpoint_bytes / 1e6:,.1f} MB"

@@ -3,10 +3,12 @@
 Where it stands: `resolve.py` asks before a run starts, when nothing has been written yet.
 """
 
+import dataclasses
 import math
 from typing import Any
 
-from vitscale.config import ConfigError, TrainConfig, ViTConfig, flatten, grad_accum_steps
+from vitscale.config import ConfigError, EngineConfig, TrainConfig, ViTConfig, flatten, grad_accum_steps
+from vitscale.timeline import parts_of
 
 # What DeepSpeed's config may not be given through `engine.deepspeed`, and what to do instead.
 DEEPSPEED_OURS = {
@@ -34,16 +36,15 @@ def check_config(config: TrainConfig, world_size: int) -> None:
     _check_ranges(config)
     if (config.epochs > 0) == (config.steps > 0):
         raise ConfigError(f"epochs={config.epochs:g} and steps={config.steps}: set exactly one above 0")
-    grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size)
-    if config.mix.is_on and config.micro_batch_size % 2:
-        unit = 2 * world_size
-        even = [m for m in range(2, config.micro_batch_size + 2, 2) if config.global_batch_size % (m * world_size) == 0]
-        works = f"micro_batch_size={even[-1]}" if even else f"global_batch_size={-(-config.global_batch_size // unit) * unit} with 2"
-        raise ConfigError(
-            f"micro_batch_size={config.micro_batch_size} must be even for mixup and CutMix, which mix pairs in it; {works} works"
-        )
+    _check_batch(config.global_batch_size, config.micro_batch_size, world_size, config.mix.is_on)
+    _check_phases(config, world_size)
     if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
         raise ConfigError("precision=bf16 with zero_stage=0 has no fp32 gradient accumulation in DeepSpeed; --engine.zero-stage 1 has")
+    if config.engine.checkpoint_keeps != "nothing" and not config.engine.checkpoint_every_n_blocks:
+        raise ConfigError(
+            f"checkpoint_keeps={config.engine.checkpoint_keeps} does nothing with checkpoint_every_n_blocks=0; 1 checkpoints every block"
+        )
+    _check_computation(config.engine)
     if not isinstance(config.engine.deepspeed.get("zero_optimization", {}), dict):
         raise ConfigError("engine.deepspeed sets zero_optimization to something else than a mapping; use --engine.zero-stage")
     for name in flatten(config.engine.deepspeed):
@@ -52,6 +53,23 @@ def check_config(config: TrainConfig, world_size: int) -> None:
                 raise ConfigError(f"engine.deepspeed sets {name}, which vitscale sets itself; {instead}")
     if config.objective.kind == "softmax" and config.model.head_bias:
         raise ConfigError(f"head_bias={config.model.head_bias:g} does nothing under softmax; set it to 0 or use --objective.kind sigmoid")
+
+
+def _check_computation(engine: EngineConfig) -> None:
+    """What `compute.prepare` cannot do anywhere; what a device cannot it says itself."""
+    if engine.compile == "graphs" and engine.zero_stage == 3:
+        raise ConfigError(
+            "compile=graphs with zero_stage=3: a graph holds the addresses of weights, which stage 3 moves; zero_stage=1 works"
+        )
+    if engine.compile == "graphs" and engine.checkpoint_every_n_blocks:
+        raise ConfigError(
+            f"compile=graphs with checkpoint_every_n_blocks={engine.checkpoint_every_n_blocks}: micro-batches that gain by graphs need no "
+            "checkpointing; 0 works, and so does compile=blocks"
+        )
+    if engine.float8 and engine.precision != "bf16":
+        raise ConfigError(f"float8 with precision={engine.precision}: what is not in float8 is in bf16; --engine.precision bf16")
+    if engine.float8 and engine.compile == "none":
+        raise ConfigError("float8 with compile=none is several times slower than bf16; --engine.compile blocks")
 
 
 def check_model(model: ViTConfig) -> None:
@@ -72,12 +90,50 @@ def check_model(model: ViTConfig) -> None:
             )
     if model.position in ("learned_2d", "sincos") and model.width % 4:
         raise ConfigError(f"model.width={model.width} must be a multiple of 4 for position={model.position}; {-(-model.width // 4) * 4} is")
-    for name in ("dropout", "drop_path_rate"):
+    for name in ("dropout", "drop_path_rate", "patch_dropout"):
         if not 0 <= getattr(model, name) < 1:
             raise ConfigError(f"model.{name}={getattr(model, name):g} must lie in [0, 1)")
+    if model.patch_dropout and model.position == "relative":
+        raise ConfigError(
+            f"model.patch_dropout={model.patch_dropout:g} leaves each image patches of its own, for which position=relative would need a "
+            "bias table an image; learned_1d, learned_2d, sincos and none work"
+        )
     for name in ("num_classes", "representation_size"):
         if getattr(model, name) < 0:
             raise ConfigError(f"model.{name}={getattr(model, name)} must be at least 0")
+
+
+def _check_batch(global_batch_size: int, micro_batch_size: int, world_size: int, mixes: bool) -> None:
+    """A step's images divide into micro-batches, which have pairs where they are mixed. Raises ConfigError."""
+    grad_accum_steps(global_batch_size, micro_batch_size, world_size)
+    if mixes and micro_batch_size % 2:
+        unit = 2 * world_size
+        even = [m for m in range(2, micro_batch_size + 2, 2) if global_batch_size % (m * world_size) == 0]
+        works = f"micro_batch_size={even[-1]}" if even else f"global_batch_size={-(-global_batch_size // unit) * unit} with 2"
+        raise ConfigError(f"micro_batch_size={micro_batch_size} must be even for mixup and CutMix, which mix pairs in it; {works} works")
+
+
+def _check_phases(config: TrainConfig, world_size: int) -> None:
+    """Each phase is a part of the run that could be one by itself. Raises ConfigError."""
+    parts, before = parts_of(config), 0.0
+    for number, (phase, part) in enumerate(zip(config.schedule.phases, parts, strict=False), start=1):
+        named = f"schedule.phases: the {number}. of {len(config.schedule.phases)}, up to {phase.until:g} of the samples"
+        if not before < phase.until < 1:
+            raise ConfigError(f"{named}, must end between {before:g}, where it begins, and 1; {(before + 1) / 2:g} works")
+        if min(part.global_batch_size, part.micro_batch_size) < 1:
+            raise ConfigError(
+                f"{named}: global_batch_size={part.global_batch_size} and micro_batch_size={part.micro_batch_size} must be at least 1"
+            )
+        if part[1:] == parts[number][1:]:
+            raise ConfigError(f"{named}, has the settings of what comes after it; leave it out")
+        if part.image_size != config.model.image_size and config.model.position == "relative":
+            raise ConfigError(f"{named}: image_size cannot change under position=relative; learned_1d, learned_2d, sincos and none can")
+        try:
+            check_model(dataclasses.replace(config.model, image_size=part.image_size))
+            _check_batch(part.global_batch_size, part.micro_batch_size, world_size, config.mix.is_on)
+        except ConfigError as error:
+            raise ConfigError(f"{named}: {error}") from None
+        before = phase.until
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -85,7 +141,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "global_batch_size": 1, "micro_batch_size": 1, "log_every": 1, "eval_every": 0, "checkpoint_every": 1, "keep_checkpoints": 0,
         "keep_every": 0, "guard.max_nonfinite": 0,
         "guard.spike_deviations": 0, "guard.spike_window": 8, "guard.spike_steps": 1, "guard.max_rollbacks": 0, "guard.compare_every": 0,
-        "guard.hang_seconds": 0, "guard.max_restarts": 0,
+        "guard.hang_seconds": 0, "guard.max_restarts": 0, "profile.steps": 0, "profile.first_step": 0,
         "epochs": 0, "steps": 0, "seed": 0, "stream.lanes": 0, "stream.window": 0, "stream.workers": 0, "stream.prefetch": 1,
         "stream.buffer_bytes": 0, "stream.read_threads": 1, "stream.read_timeout": 1, "stream.max_unusable": 0,
         "stream.max_unusable_per_shard": 0, "optimizer.peak_lr": 0,
@@ -104,11 +160,15 @@ def _check_ranges(config: TrainConfig) -> None:
         )
     if not all(math.isfinite(weight) and weight > 0 for weight in config.data_weights):
         raise ConfigError(f"data_weights={_listed(config.data_weights)} must all be above 0; leave out a dataset that is not wanted")
+    if config.profile.first_step == 1:
+        raise ConfigError("profile.first_step=1 has no step before it to warm up; 2 has")
     if config.seed >= 2**63:
         raise ConfigError(f"seed={config.seed} must be below 2**63")
     for name in ("optimizer.eps", "model.layer_norm_eps"):
         if not 0 < _lookup(config, name) < 1:
             raise ConfigError(f"{name}={_lookup(config, name):g} must lie in (0, 1)")
+    if not 0 < config.optimizer.layer_decay <= 1:
+        raise ConfigError(f"optimizer.layer_decay={config.optimizer.layer_decay:g} must lie in (0, 1]; 1 is none")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas={config.optimizer.betas} must both lie in [0, 1), as 0.9 0.999 do")
     for name, high in (("preprocess.flip", 1), ("mix.prob", 1), ("mix.switch_prob", 1), ("preprocess.randaugment_magnitude", 30)):

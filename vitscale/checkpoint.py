@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -386,16 +386,20 @@ def read_weights(description: Description, kind: str, shapes: dict[str, tuple[in
         kind: `average` (where there is one) or `weight`.
     """
     kind = description.preferred(kind)
-    check_tensors(description, shapes, [kind])
+    check_tensors(description, shapes, {kind: shapes.keys()})
     reader = TensorReader(description)
     return {name: reader.whole(name, kind) for name in shapes}
 
 
-def check_tensors(description: Description, expected: dict[str, tuple[int, ...]], kinds: Iterable[str]) -> None:
-    """Every expected tensor there with its shape, and none besides. Raises CheckpointError that names the first that differ."""
-    for kind in kinds:
+def check_tensors(description: Description, expected: dict[str, tuple[int, ...]], kinds: Mapping[str, Collection[str]]) -> None:
+    """Every expected tensor there with its shape, and none besides. Raises CheckpointError that names the first that differ.
+
+    Args:
+        kinds: kinds, and the names of the tensors that there must be of each.
+    """
+    for kind, names in kinds.items():
         found = {t.name: t.shape for t in description.tensors if t.kind == kind}
-        missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        missing, extra = sorted(set(names) - found.keys()), sorted(found.keys() - set(names))
         if missing or extra:
             raise CheckpointError(
                 f"{description.path} does not fit the model: of kind {kind} {len(missing)} tensors are missing ({_first(missing)}) "

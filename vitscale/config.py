@@ -13,6 +13,7 @@ import math
 import types
 from dataclasses import dataclass, field
 from enum import Enum
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
@@ -85,6 +86,10 @@ class ViTConfig:
     """After the position embeddings, both MLP layers and the attention output."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
+    patch_dropout: float = 0.0
+    """Share of a training image's patches that the model is not shown (arXiv 2208.07220); not with relative positions."""
+    qk_norm: bool = False
+    """LayerNorm over each head's queries and keys (arXiv 2302.05442)."""
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     """erf GELU, or the tanh form that Flax uses."""
     layer_norm_eps: float = 1e-6
@@ -100,6 +105,16 @@ class ViTConfig:
     def num_tokens(self) -> int:
         """Tokens in a sequence, the class token among them."""
         return self.grid[0] * self.grid[1] + (self.pool == "cls")
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Those of a training image: patch dropout keeps the class token and a fixed number of patches, at least one."""
+        return max(1, int(self.grid[0] * self.grid[1] * (1 - self.patch_dropout))) + (self.pool == "cls")
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Stochastic depth of each block."""
+        return tuple(self.drop_path_rate * index / max(1, self.depth - 1) for index in range(self.depth))
 
 
 @dataclass(frozen=True)
@@ -205,34 +220,83 @@ class MixConfig:
 class OptimizerConfig:
     """The optimizer; weight decay acts on kernels only, never on biases, norms, the class token or position embeddings."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """muon updates the matrices of blocks by Muon, scaled so that AdamW's learning rate and decay carry over, and all else by AdamW."""
     peak_lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW."""
     eps: float = 1e-8
     """Of AdamW."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Of SGD and of Muon, whose author takes 0.95."""
     weight_decay: float = 0.0
     """Times the learning rate of the step; decoupled under AdamW."""
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0 does not clip."""
     average_decay: float = 0.0
     """Decay a step of an average of the weights (EMA, Polyak), which evaluation and export then use; 0 keeps none."""
+    layer_decay: float = 1.0
+    """A layer's learning rate is this times that of the layer above it: of fine-tuning, 0.65 to 0.85; 1 gives all the same (BEiT)."""
 
-    @property
-    def moments(self) -> tuple[str, ...]:
-        """The tensors that the optimizer keeps for each parameter, by their names in torch's state of it."""
-        if self.name == "adamw":
-            return "exp_avg", "exp_avg_sq"
-        return ("momentum_buffer",) if self.momentum else ()
+    def moments(self, *, muon: bool = False) -> tuple[str, ...]:
+        """The tensors that the optimizer keeps for a parameter, which Muon updates or not, by their names in torch's state of it."""
+        if self.name == "sgd" or muon:
+            return ("momentum_buffer",) if self.momentum or muon else ()
+        return "exp_avg", "exp_avg_sq"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run before its last one, with other settings than the run's own; what is None is as the run has it."""
+
+    until: float
+    """Where it ends, as a share of the run's samples."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels; position embeddings are resampled to its grid."""
+    global_batch_size: int | None = None
+    micro_batch_size: int | None = None
+
+
+def _parse_phases(words: list[str]) -> tuple[Phase, ...]:
+    return tuple(_parse_phase(word) for word in words)
+
+
+def _parse_phase(word: str) -> Phase:
+    until, _, settings = word.partition(":")
+    try:
+        values: dict[str, Any] = {}
+        for name, value in (setting.split("=") for setting in settings.replace("-", "_").split(",")):
+            sides = tuple(map(int, value.split("x")))
+            values[name] = (sides * 2)[:2] if name == "image_size" and len(sides) < 3 else int(value)
+        return Phase(float(until), **values)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{word} is no phase; 0.5:image_size=126 is one, and so is 0.5:image_size=112x140,global_batch_size=2048,micro_batch_size=32"
+        ) from None
+
+
+def written(phase: Phase) -> str:
+    """A phase as the command line has it."""
+    sides = f"image_size={phase.image_size[0]}x{phase.image_size[1]}" if phase.image_size else ""
+    batches = (f"{name}={value}" for name in ("global_batch_size", "micro_batch_size") if (value := getattr(phase, name)) is not None)
+    return f"{phase.until:.9g}:{','.join(filter(None, (sides, *batches)))}"
+
+
+_PHASES = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="UNTIL:SETTING=VALUE,...",
+    instance_from_str=_parse_phases,
+    is_instance=lambda value: isinstance(value, tuple),
+    str_from_instance=lambda value: [written(phase) for phase in value],
+)
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over the run."""
+    """The learning rate, and the sizes of images and batches, over the run."""
 
     kind: Literal["linear", "cosine", "rsqrt", "constant"] = "cosine"
+    """Linear and cosine run over samples, from the end of the warm-up; rsqrt over steps."""
     warmup_steps: int = 0
     """Linear rise from 0."""
     cooldown_steps: int = 0
@@ -241,11 +305,14 @@ class ScheduleConfig:
     """What linear and cosine end at."""
     timescale: int = 10_000
     """Of rsqrt, in steps."""
+    phases: Annotated[tuple[Phase, ...], _PHASES] = ()
+    """Parts of the run before its last, as 0.5:image_size=126 0.8:image_size=160,global_batch_size=2048: each up to a share of the run's
+    samples, with its own image_size, global_batch_size, micro_batch_size; then the run's own hold (docs/design.md, "The clock")."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the work is laid over devices; but for the precision, it changes nothing that is learned beyond rounding."""
+    """How the work is laid over devices; but for the precision and float8, it changes nothing that is learned beyond rounding."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 1 partitions the optimizer, 2 gradients too, 3 weights too. 1 is enough up to 2 B parameters."""
@@ -253,6 +320,16 @@ class EngineConfig:
     """bf16: weights and activations in bf16, fp32 masters and gradient accumulation."""
     checkpoint_every_n_blocks: int = 0
     """Activation checkpointing: 0 none, 1 every block, n every n-th block."""
+    checkpoint_keeps: Literal["nothing", "products"] = "nothing"
+    """What such a block keeps for the backward pass: nothing but its input, or the outputs of its matrix products and attention too, so
+    that LayerNorm, GELU and dropout alone are computed again."""
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
+    """The kernel that attends; auto takes cuDNN's before Flash on Hopper and later, and tells which it is."""
+    compile: Literal["auto", "none", "blocks", "graphs"] = "auto"
+    """blocks: torch.compile of each block. graphs: recorded into CUDA graphs too, for micro-batches so small that launches count. auto:
+    blocks on a GPU under ZeRO 0 to 2. What was compiled is kept in TORCHINDUCTOR_CACHE_DIR."""
+    float8: bool = False
+    """Multiply in float8 in the linear layers of the inner blocks; bf16 on compiled blocks, Ada, Hopper or later, and torchao needed."""
     deepspeed: Annotated[dict[str, Any], _JSON] = field(default_factory=dict)
     """Anything else that DeepSpeed's config takes, as JSON; merged over ours."""
 
@@ -275,9 +352,22 @@ class GuardConfig:
     """Steps between comparisons of what all ranks must hold alike; before every checkpoint in any case; 0 leaves it at that."""
     hang_seconds: float = 0.0
     """Seconds without progress after which a rank counts as hanging; 0 learns them: 20 times the slowest step of late, at least
-    120, and a minute more than stream.read_timeout: six minutes by default. A start's first step has half an hour."""
+    120, and a minute more than stream.read_timeout: six minutes by default. A start's first step has half an hour, and so has one
+    that compiles."""
     max_restarts: int = 3
     """Starts in a row without progress, after which a run is not started again by itself."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Where the time of some steps goes: a trace for Perfetto and tables in RUN/profile (docs/operations.md)."""
+
+    steps: int = 0
+    """How many are profiled, once a start; 0 none."""
+    first_step: int = 0
+    """The first of them, by its number in the run; 0 takes the 20th of each start."""
+    ranks: tuple[int, ...] = (0,)
+    """That write what they saw."""
 
 
 @dataclass(frozen=True)
@@ -342,6 +432,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -369,6 +460,8 @@ class NewModelConfig:
     """After the position embeddings, both MLP layers and the attention output."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
+    patch_dropout: float = 0.0
+    """Share of a training image's patches that the model is not shown."""
     head_bias: float = 0.0
     """What the new head's biases start from."""
 
@@ -392,11 +485,6 @@ class FinetuneConfig(RunConfig):
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def total_steps(config: RunConfig, num_samples: int) -> int:
-    """Optimizer steps of a run over a dataset of `num_samples`."""
-    return config.steps or math.ceil(config.epochs * num_samples / config.global_batch_size)
-
-
 Config = TypeVar("Config", bound=RunConfig)
 
 
@@ -407,6 +495,18 @@ def settle_length(config: Config, given: set[str]) -> Config:
     if given == {"steps"}:
         return dataclasses.replace(config, epochs=0.0)
     return config
+
+
+DROP_PATH_SUBSET_ABOVE = 0.1  # up to here leaving samples out gains nothing (a CPU, 32 images: 1.02 x at 0.1, 1.13 x at 0.15, 2 x at 0.6)
+
+
+def drop_path_rows(rate: float, kept: int, batch: int) -> int:
+    """Of how many samples of a micro-batch a block's branches are computed that drop at `rate` and keep `kept` of them at most.
+
+    Dropped ones fill up the number to a multiple of an eighth, so that a compiled block sees eight shapes at most.
+    """
+    granule = -(-batch // 8)
+    return batch if rate <= DROP_PATH_SUBSET_ABOVE else min(batch, -(-max(1, kept) // granule) * granule)
 
 
 def grad_accum_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -441,10 +541,11 @@ def fine_tuning_run(
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.
 MAY_CHANGE = (
     "data", "eval_data", "stage", "cache", "cache_bytes", "out", "micro_batch_size", "log_every", "eval_every", "checkpoint_every",
-    "keep_checkpoints", "keep_every", "keep_best", "checkpoint_bytes", "guard",
+    "keep_checkpoints", "keep_every", "keep_best", "checkpoint_bytes", "guard", "profile",
     "stream.workers", "stream.processes", "stream.prefetch", "stream.reads", "stream.buffer_bytes",
     "stream.read_threads", "stream.read_timeout", "stream.max_unusable", "stream.max_unusable_per_shard", "engine.zero_stage",
-    "engine.checkpoint_every_n_blocks", "engine.deepspeed.zero_optimization", "init.folder",
+    "engine.checkpoint_every_n_blocks", "engine.checkpoint_keeps", "engine.attention", "engine.compile",
+    "engine.deepspeed.zero_optimization", "init.folder", "schedule.phases.*.micro_batch_size",
 )  # fmt: skip
 
 
@@ -457,7 +558,7 @@ def changes(old: TrainConfig, new: TrainConfig) -> dict[str, str]:
 
 def may_change(name: str) -> bool:
     """Whether a setting may be another when a run is resumed."""
-    return f"{name}.".startswith(tuple(f"{allowed}." for allowed in MAY_CHANGE))
+    return any(fnmatchcase(f"{name}.", f"{allowed}.*") for allowed in MAY_CHANGE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -509,9 +610,11 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A config's settings by their dotted names."""
+    """A config's settings by their dotted names; those of a list of phases by their places in it."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            value = dict(zip(map(str, range(len(value))), value, strict=True))
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")
         else:

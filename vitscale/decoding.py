@@ -30,10 +30,8 @@ from vitscale.workers import Rows
 
 @dataclass(frozen=True)
 class View:
-    """What of an image the model sees."""
+    """What of an image the model sees; in how many pixels, the rows tell that it is written to."""
 
-    image_size: tuple[int, int]
-    """Height and width in pixels."""
     preprocess: PreprocessConfig
     decode: Decode
     training: bool
@@ -43,9 +41,9 @@ class View:
         """Writes an image's pixels, or tells why it cannot be used. `draws` are the key's."""
         try:
             if self.training:
-                images.training_view(data, self.image_size, key, draws, self.preprocess, self.decode, out_HWC)
+                images.training_view(data, out_HWC.shape[:2], key, draws, self.preprocess, self.decode, out_HWC)
             else:
-                images.evaluation_view(data, self.image_size, self.preprocess, out_HWC)
+                images.evaluation_view(data, out_HWC.shape[:2], self.preprocess, out_HWC)
         except UNDECODABLE as error:
             return f"{type(error).__name__}: {error}"
         return None

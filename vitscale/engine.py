@@ -9,13 +9,22 @@ tensor of this rank; everything that reads or writes state goes through it, so t
 saving are local to a rank; reading a whole tensor is a collective.
 
 Gradients are averaged over ranks and micro-batches and clipped by DeepSpeed. In bf16 they accumulate in fp32.
+
+Which of DeepSpeed's two stages 1 that is. With fp32 accumulation it takes `BF16_Optimizer`: it adds micro-batches in whole fp32 gradients
+on every rank (4 bytes a parameter), and after the last backward all-reduces them in bf16, as `communication_data_type` is. With bf16
+accumulation it takes `stage_1_and_2`: the same bytes sent, no fp32 gradients, but each addition of a micro-batch rounds to 8 bits. Over
+200 steps of a small ViT on one rank both came as near to fp32 with 1 and 4 micro-batches, and neither was faster on a CPU. The first is
+taken for what it adds up; what it costs in memory, stage 2 gives back: that reduces in bf16 too, but while backward goes on, adds what it
+has reduced in fp32 partitions, and sends no more where a step has one micro-batch. Stage 3 reduces in bf16 and adds in fp32 partitions.
+Each waits for the device once a step, for the norm, to know whether to leave it out.
 """
 
+import itertools
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -29,10 +38,21 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 
+from vitscale import compute
 from vitscale.checkpoint import AVERAGE, WEIGHT
 from vitscale.config import EngineConfig, OptimizerConfig
+from vitscale.model import Block, ViT
+from vitscale.muon import Exchange, Muon, Updates, cut, is_muons, num_parts
 from vitscale.optim import build_optimizer
 from vitscale.rendezvous import ARRIVAL, join
+from vitscale.timing import Clock, Waited, ring_bytes
+
+# DeepSpeed's collectives, and which of their arguments is all that they carry
+_COLLECTIVES = {
+    "all_reduce": (0, "tensor"), "reduce": (0, "tensor"), "broadcast": (0, "tensor"), "all_gather": (0, "tensor_list"),
+    "all_gather_into_tensor": (0, "output_tensor"), "all_gather_coalesced": (0, "output_tensors"), "reduce_scatter": (1, "input_list"),
+    "reduce_scatter_tensor": (1, "input_tensor"), "all_to_all_single": (1, "input"),
+}  # fmt: skip
 
 # (name, kind, start, length) -> that stretch of the flattened tensor, fp32
 Read = Callable[[str, str, int, int], Tensor]
@@ -71,53 +91,90 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def deepspeed_config(config: EngineConfig, grad_clip: float, micro_batch_size: int, grad_accum_steps: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: EngineConfig, grad_clip: float, micro_batch_size: int, grad_accum_steps: int, *, on_gpu: bool = False
+) -> dict[str, Any]:
     """DeepSpeed's config from ours; `config.deepspeed` is merged over it, mapping by mapping."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    # DeepSpeed's 5e8 elements hold most of a ViT-H: a reduction would begin when backward is all but over, and take 1 or 2 GB. Megatron-LM
+    # takes 4e7 (core/distributed, bucket_size)
+    zero["reduce_bucket_size"] = 50_000_000
+    if config.zero_stage == 1:  # in fp32: reduces where backward left the gradients, without copying them together first and apart again
+        zero["contiguous_gradients"] = False
+    if config.zero_stage == 2:
+        # All-reduces the bucket in place. With it, DeepSpeed flattens the bucket once more and all-reduces that: no byte less is sent
+        zero["reduce_scatter"] = False
+        zero["overlap_comm"] = on_gpu  # reduces on a stream of its own while backward goes on; a CPU has no streams
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": grad_accum_steps,
         "gradient_clipping": grad_clip if config.zero_stage else 0.0,  # without ZeRO the engine clips, to know the norm
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list; tests hold it to plain torch
         "steps_per_print": 2**31,
     }
+    if config.zero_stage == 3 and config.compile == "blocks":
+        ours["zero_optimization"]["leaf_module"] = BLOCKS_ARE_LEAVES
     if config.precision == "bf16":
         ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return _merge(ours, config.deepspeed)
+
+
+# Has stage 3 gather a block's weights at once, around what is compiled: its hooks at each layer would break the graph there
+BLOCKS_ARE_LEAVES = {"classes": [f"{Block.__module__}.{Block.__name__}"], "names": [], "name_suffixes": []}
 
 
 class Engine:
     """A model in training.
 
     Args:
-        model: in fp32 on the CPU, its weights as they should be at the start.
+        model: in fp32 on the CPU, its weights as they should be at the start; how it is computed is set here (`compute.prepare`).
         optimizer: which optimizer, its clipping and the decay of the average.
+        clock: is told of DeepSpeed's collectives, until the engine is closed.
     """
 
     def __init__(
-        self, model: nn.Module, config: EngineConfig, optimizer: OptimizerConfig, *, micro_batch_size: int, grad_accum_steps: int
-    ) -> None:
+        self, model: ViT, config: EngineConfig, optimizer: OptimizerConfig, *, micro_batch_size: int, grad_accum_steps: int,
+        clock: Clock | None = None,
+    ) -> None:  # fmt: skip
         self.stage, self.average_decay, self.grad_clip = config.zero_stage, optimizer.average_decay, optimizer.grad_clip
-        self.moments = optimizer.moments
         self.dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.parameters = dict(model.named_parameters())
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
+        muons = {name for name, p in self.parameters.items() if optimizer.name == "muon" and is_muons(name, p)}
+        self.moments = {name: optimizer.moments(muon=name in muons) for name in self.parameters}
         self.updates = 0  # made so far, those of the run's earlier starts included; steps left out do not count
         self._grad_norm = float("nan")
         exact = {name: p.detach().flatten().clone() for name, p in self.parameters.items()}
-        settings = deepspeed_config(config, optimizer.grad_clip, micro_batch_size, grad_accum_steps)
-        self.deepspeed, *_ = deepspeed.initialize(model=model.to(device()), optimizer=build_optimizer(model, optimizer), config=settings)
+        self._attention, self._graphs = ExitStack(), config.compile == "graphs"
+        self.computes = compute.prepare(model, config, device(), micro_batch_size=micro_batch_size, attention=self._attention)
+        on_gpu = torch.cuda.is_available()
+        settings = deepspeed_config(config, optimizer.grad_clip, micro_batch_size, grad_accum_steps, on_gpu=on_gpu)
+        torchs = build_optimizer(model.to(device()), optimizer)
+        name_of = {parameter: name for name, parameter in self.parameters.items()}
+        groups = [[name_of[parameter] for parameter in group["params"]] for group in torchs.param_groups]
+        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=torchs, config=settings)
         self._zero = self.deepspeed.optimizer  # ZeRO's wrapper; under stage 0 torch's optimizer itself
         self._optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
         # DeepSpeed made its fp32 weights from the model's bf16 copies; they should be what the model was given
         self._fill(WEIGHT, lambda name, _, start, length: exact[name][start : start + length])
+        if isinstance(self._optimizer, Muon):
+            self._optimizer.updates = self._exchange_matrices(groups)
         self._averages = [flat.detach().clone() for flat in self._flat_weights()] if self.average_decay else []
         self._average_of = {id(flat): average for flat, average in zip(self._flat_weights(), self._averages, strict=False)}
+        self._untimed = _time_collectives(clock) if clock else lambda: None
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
+    @property
+    def module(self) -> nn.Module:
+        """The model."""
+        return self.deepspeed.module  # type: ignore[no-any-return]
+
     def forward(self, images_BCHW: Tensor, sample_keys_B: Tensor | None = None) -> Tensor:
         """Logits of normalised fp32 images."""
+        if self._graphs:  # what blocks gave out in the last micro-batch is no longer needed, and may be written over
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         return self.deepspeed(images_BCHW.to(self.dtype), sample_keys_B)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor) -> None:
@@ -130,9 +187,9 @@ class Engine:
         Returns False, on all ranks alike, where the update was left out because the gradient is not finite.
         """
         for group in self._zero.param_groups:  # under stage 3 these are the wrapper's own, and it copies them
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         updates = self.deepspeed.is_gradient_accumulation_boundary()
         finite = True
         if updates and self.stage == 0:  # DeepSpeed would update with a gradient that is not finite, and keeps no norm
@@ -150,20 +207,31 @@ class Engine:
                 torch._foreach_lerp_(self._averages, self._flat_weights(), 1 - self.average_decay)
         return bool(applied)
 
+    def set_batch(self, micro_batch_size: int, grad_accum_steps: int) -> None:
+        """Steps have other micro-batches from now on. Call between steps."""
+        self.deepspeed.set_train_micro_batch_size(micro_batch_size)
+        self.deepspeed.set_train_batch_size(micro_batch_size * grad_accum_steps * dist.get_world_size())
+        self.deepspeed.micro_steps = 0  # a step ends where the number of steps accumulated divides it
+
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient, before clipping."""
         return self._grad_norm if self.stage == 0 else float(self.deepspeed.get_global_grad_norm())
 
     def close(self) -> None:
         """Frees what DeepSpeed holds (hooks, buffers)."""
+        self._untimed()
+        self._attention.close()
         self.deepspeed.destroy()
 
     # -- state ------------------------------------------------------------------------------------------------------------------------
 
     @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of tensors that a checkpoint of this engine holds for each parameter."""
-        return (WEIGHT, *self.moments, *((AVERAGE,) if self._averages else ()))
+    def kinds(self) -> dict[str, tuple[str, ...]]:
+        """The kinds of tensors that a checkpoint of this engine holds, and the parameters that it holds one of each for."""
+        everything = tuple(self.parameters)
+        moments = dict.fromkeys(itertools.chain(*self.moments.values()))
+        of_moments = {kind: tuple(name for name in everything if kind in self.moments[name]) for kind in moments}
+        return {WEIGHT: everything} | of_moments | ({AVERAGE: everything} if self.average_decay else {})
 
     def gather(self, name: str, kind: str) -> Tensor:
         """A whole tensor in fp32 on this rank's device. A collective: every rank must ask for the same ones in the same order."""
@@ -203,10 +271,11 @@ class Engine:
             updates: that were made before the checkpoint.
         """
         self.updates = updates
-        for flat in self._flat_weights():
-            state: dict[str, Tensor] = {moment: torch.zeros_like(flat) for moment in self.moments}
-            if isinstance(self._optimizer, torch.optim.AdamW):  # its bias correction counts steps
-                state["step"] = torch.tensor(float(updates))
+        fragments = {name: self._fragment(parameter) for name, parameter in self.parameters.items()}
+        for name, flat in {id(f.flat): (name, f.flat) for name, f in fragments.items() if f}.values():
+            state: dict[str, Tensor] = {moment: torch.zeros_like(flat) for moment in self.moments[name]}
+            if "exp_avg" in state:  # AdamW's bias correction counts steps; fused, on the device
+                state["step"] = torch.tensor(float(updates), device=flat.device)
             self._optimizer.state[flat] = state
         for kind in self.kinds:
             self._fill(kind, read)
@@ -224,8 +293,8 @@ class Engine:
         return int((torch.stack(sums) * odd).sum())
 
     def _fill(self, kind: str, read: Read) -> None:
-        for name, parameter in self.parameters.items():
-            fragment = self._fragment(parameter)
+        for name in self.kinds[kind]:
+            fragment = self._fragment(self.parameters[name])
             if fragment is not None:
                 self._view(fragment, kind).copy_(read(name, kind, fragment.start, fragment.length))
 
@@ -257,6 +326,27 @@ class Engine:
             else:
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     parameter.data.copy_(whole)
+
+    def _exchange_matrices(self, groups: list[list[str]]) -> Updates:
+        """What brings together the matrices of Muon's groups, of which these are the names, as ranks hold them. A collective."""
+        shares: list[dict[str, tuple[int, int]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, self.shares())
+        of_flat: dict[int, list[str]] = {}  # by the place of the flat tensor that they lie in; without ZeRO, by that of the group
+        for place, name in ((place, name) for place, names in enumerate(groups) for name in names):
+            if "momentum_buffer" in self.moments[name]:
+                place = self._zero.grad_position[self._zero.get_param_id(self.parameters[name])][0] if self.stage == 3 else place
+                of_flat.setdefault(place, []).append(name)
+        exchanges = {}
+        for place, names in of_flat.items():
+            matrices = []
+            for index, name in enumerate(names):
+                fragment, held = self._fragment(self.parameters[name]), [of_rank[name] for of_rank in shares]
+                begin = fragment.flat_start - fragment.start if fragment else 0
+                tensor, everywhere = (index, True) if self.stage == 0 else (0, False)
+                matrices += cut(self.shapes[name], num_parts(name), held, everywhere=everywhere, tensor=tensor, begin=begin)
+            first = self.parameters[names[0]] if self.stage == 0 else self._flat_weights()[place]
+            exchanges[id(first)] = Exchange(matrices)
+        return lambda weights, directions: exchanges[id(weights[0])](weights, directions)
 
     def _flat_weights(self) -> list[Tensor]:
         """The tensors that hold this rank's fp32 weights, which are also the keys of the optimizer's state."""
@@ -294,6 +384,49 @@ class Engine:
         """A moment of a flat tensor; before the first update, when the optimizer has none yet, zeros as it will begin with."""
         moment = self._optimizer.state.get(flat, {}).get(kind)
         return torch.zeros_like(flat) if moment is None else moment
+
+
+def _time_collectives(clock: Clock) -> Callable[[], None]:
+    """Tells a clock of the collectives that DeepSpeed makes, and of its waiting for its side streams; returns what ends that."""
+    backend = deepspeed.comm.comm.cdb
+
+    def timed(name: str, collective: Callable[..., Any], place: int, argument: str) -> Callable[..., Any]:
+        each = ring_bytes(name, 1, dist.get_world_size())  # of a byte; DeepSpeed's groups are all of the world here
+
+        def call(*args: Any, **options: Any) -> Any:
+            carried = options[argument] if argument in options else args[place]
+            size = sum(tensor.nbytes for tensor in (carried if isinstance(carried, list | tuple) else (carried,)))
+            clock.count(name, size * each)
+            with clock.communicating():
+                work = collective(*args, **options)
+            return Waited(work, clock.communicating) if work is not None else None
+
+        return torch.compiler.disable(call)  # type: ignore[no-untyped-call, no-any-return]
+
+    def waits(wait: Callable[..., Any], *, by_stream: bool) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if not clock.computes(args[0] if by_stream else None):
+                return wait(*args)
+            with clock.communicating():
+                return wait(*args)
+
+        return call
+
+    ours: list[tuple[Any, str, Callable[..., Any]]] = [
+        (backend, name, timed(name, getattr(backend, name), *carries)) for name, carries in _COLLECTIVES.items()
+    ]
+    if torch.cuda.is_available():  # where the stream that computes waits for another, and where the host does, and it for the host
+        stream, accelerator = torch.cuda.Stream, deepspeed.accelerator.get_accelerator()
+        ours.append((stream, "wait_stream", waits(stream.wait_stream, by_stream=True)))
+        ours += [(of, "synchronize", waits(of.synchronize, by_stream=False)) for of in (stream, accelerator)]
+    theirs = [(of, name, getattr(of, name)) for of, name, _ in ours]
+
+    def put(functions: list[tuple[Any, str, Callable[..., Any]]]) -> None:
+        for of, name, function in functions:
+            setattr(of, name, function)
+
+    put(ours)
+    return lambda: put(theirs)
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

@@ -120,6 +120,7 @@ def timm_config(model: ViTConfig, preprocess: PreprocessConfig, class_names: tup
             "global_pool": pool,
             "fc_norm": False,  # ours normalises the tokens and then pools, as big_vision does
             "act_layer": model.activation,
+            "qk_norm": model.qk_norm,
         },
         "pretrained_cfg": {
             "input_size": [3, *model.image_size],

@@ -338,15 +338,15 @@ class ForeignStream:
     """
 
     def __init__(
-        self, tars: Tars, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, share: Share, *, seed: int,
-        quarantine: Path, usable: Usable, cursor: int = 0,
+        self, tars: Tars, preprocess: PreprocessConfig, config: StreamConfig, share: Share, *, seed: int, quarantine: Path,
+        usable: Usable, cursor: int = 0,
     ) -> None:  # fmt: skip
         self.seed, self.share = seed, share
         self.cursor = cursor
         """This rank's, of the micro-batch before the one that was given last: that one may be on its way to the device yet."""
         self._given = cursor  # the cursor, once the micro-batch that was given last is used
         self._tars, self._config, self._usable = tars, config, usable
-        self._decoder = _Decoder(View(image_size, preprocess, config.decode, training=True))
+        self._decoder = _Decoder(View(preprocess, config.decode, training=True))
         self._quarantine = Quarantine(
             quarantine, share.rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard, remedy=_REMEDY
         )  # fmt: skip
@@ -387,11 +387,12 @@ class ForeignStream:
             drawn.close()
 
     def _positions(self, samples_seen: int, end: int | None) -> Iterator[Int64]:
-        each = self.share.global_batch_size // self.share.world_size
         while end is None or samples_seen < end:
+            span = self.share.timeline.at(samples_seen)
+            each = span.global_batch_size // self.share.world_size
             first = samples_seen + self.share.rank * each
-            yield from np.arange(first, first + each, dtype=np.int64).reshape(-1, self.share.micro_batch_size)
-            samples_seen += self.share.global_batch_size
+            yield from np.arange(first, first + each, dtype=np.int64).reshape(-1, span.micro_batch_size)
+            samples_seen += span.global_batch_size
 
     def _thrown_away(self, positions: Int64, drawn: _Drawn, skipped: Sequence[tuple[int, int]]) -> bool:
         if not is_skipped(int(positions[0]), skipped):
@@ -403,7 +404,8 @@ class ForeignStream:
     def _begin(self, positions: Int64, drawn: _Drawn, pool: WorkerPool) -> _Begun:
         samples = [drawn.draw(position) for position in positions.tolist()]
         size = len(samples)
-        rows = Rows.new((size, *self._decoder.view.image_size, 3), shared=self._config.processes)
+        image_size = self.share.timeline.at(int(positions[0])).image_size
+        rows = Rows.new((size, *image_size, 3), shared=self._config.processes)
         keys = keyed.key(keyed.Purpose.SAMPLE, self.seed, positions)
         begun = _Begun(positions, keys, samples, drawn.floor, rows)
         begun.chunks = [self._submit(begun, first, end, pool) for first, end in chunks(size, worker_count(self._config.workers))]

@@ -10,23 +10,23 @@ from pathlib import Path
 
 from data_tools.durable import publish_folder
 from vitscale import checkpoint
-from vitscale.config import TrainConfig, changes, to_dict
+from vitscale.config import Phase, TrainConfig, changes, to_dict, written
 from vitscale.run import (
     RunError,
     check_same_data,
     identities,
-    planned_steps,
     read_config,
     read_record,
     records_until,
+    samples_of,
     trained_datasets,
     write_json,
 )
+from vitscale.timeline import Timeline, timeline_of
 
 # What a checkpoint's tensors and its clock stand for: a run with others of these is not the same run continued.
 _FIXED = {
     "model": "the checkpoint's tensors have these shapes",
-    "global_batch_size": "the clock counts samples in whole steps",
     "seed": "it gives the order of samples, of which a part is used up",
     "data_weights": "they give the order of samples, of which a part is used up",
     "stream.lanes": "they give the order of samples, of which a part is used up",
@@ -35,7 +35,7 @@ _FIXED = {
     "init": "the weights come from the checkpoint",
     "recipe": "the command that goes on names it",
 }
-_FREE = ("model.drop_path_rate", "model.dropout")  # of the model, and no shape
+_FREE = ("model.drop_path_rate", "model.dropout", "model.patch_dropout")  # of the model, and no shape
 
 
 def origin_of(spec: str) -> tuple[Path, checkpoint.Description]:
@@ -60,9 +60,15 @@ def fork(run: Path, origin: checkpoint.Description, config: TrainConfig) -> Path
         if reason:
             raise RunError(f"{name}: {change}, and {reason}; a fork keeps it (`vitscale finetune --init` makes another model)")
     check_same_data(run, record, *identities(config))
-    steps = planned_steps(config, trained_datasets(record))
-    if steps <= origin.step:
-        raise RunError(f"the run would have {steps} steps, and the checkpoint is of step {origin.step}; give more --steps")
+    num_samples = samples_of(trained_datasets(record))
+    past, timeline = (timeline_of(of, num_samples) for of in (read_config(run), config))
+    if timeline.total_steps <= origin.step:
+        raise RunError(f"the run would have {timeline.total_steps} steps, and the checkpoint is of step {origin.step}; give more --steps")
+    if past.batches(origin.step) != timeline.batches(origin.step):
+        raise RunError(
+            f"the checkpoint's {origin.step} steps would have other batches than they had, and the clock counts samples in whole steps; "
+            f"they keep theirs where --schedule.phases begins with {_as_made(past, origin.step, config, num_samples)}"
+        )
     hidden = out.with_name(f".{out.name}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
     folder = checkpoint.step_folder(hidden, origin.step)
@@ -78,9 +84,20 @@ def fork(run: Path, origin: checkpoint.Description, config: TrainConfig) -> Path
     before = [start for start in record["starts"] if start.get("step", origin.step) < origin.step]
     began["starts"] = [*record.get("origin", {}).get("starts", []), *before]
     write_json(hidden / "config.json", to_dict(config))
-    write_json(hidden / "run.json", record | {"total_steps": steps, "starts": [], "skipped": skipped, "origin": began})
+    write_json(hidden / "run.json", record | {"total_steps": timeline.total_steps, "starts": [], "skipped": skipped, "origin": began})
     publish_folder(hidden, out)
     return out
+
+
+def _as_made(past: Timeline, step: int, config: TrainConfig, num_samples: int) -> str:
+    """The steps made so far, as phases of the run that is to go on from them."""
+    total = config.epochs * num_samples or past.samples_at(step) + (config.steps - step) * config.global_batch_size
+    ends = [past.samples_at(min(end, step)) for end in past.ends]
+    return " ".join(
+        written(Phase(end / total, span.image_size, span.global_batch_size, span.micro_batch_size))
+        for span, end in zip(past.spans, ends, strict=True)
+        if span.first_step < step
+    )
 
 
 def _link(file: Path, beside: Path) -> None:

@@ -10,7 +10,7 @@ checkpoint that knew nothing of them.
 
 import statistics
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from vitscale.config import GuardConfig
@@ -40,13 +40,14 @@ class Guard:
         spikes: in a row up to the last of them.
         nonfinite_steps: the same.
         rollbacks: how many the run has had.
+        anew: steps, counted from 1, whose images have another size than those before: what their losses are judged by begins with them.
     """
 
     def __init__(
         self, config: GuardConfig, recent_losses: Sequence[float] = (), spikes: Sequence[float] = (), nonfinite_steps: int = 0, *,
-        rollbacks: int = 0,
+        rollbacks: int = 0, anew: Collection[int] = (),
     ) -> None:  # fmt: skip
-        self._config, self._rollbacks = config, rollbacks
+        self._config, self._rollbacks, self._anew = config, rollbacks, anew
         self._losses = deque(recent_losses, maxlen=config.spike_window)
         self._spikes = list(spikes)
         self._not_finite = nonfinite_steps
@@ -83,6 +84,8 @@ class Guard:
             loss: mean over all ranks; means nothing where the step was not applied.
             applied: whether the optimizer took the step; it leaves out one whose gradient is not finite.
         """
+        if step in self._anew:
+            self._losses.clear()
         if not applied:
             self._not_finite += 1
             if self._not_finite <= self._config.max_nonfinite:

@@ -25,7 +25,7 @@ from vitscale.ending import EXIT_FAILED, Cause, End, write_end
 from vitscale.machine import Place, this_host
 from vitscale.metrics import duration
 
-STARTING, TRAINING, EVALUATING, SAVING, ENDED = "starting", "training", "evaluating", "saving", "ended"  # phases
+STARTING, TRAINING, EVALUATING, COMPILING, SAVING, ENDED = "starting", "training", "evaluating", "compiling", "saving", "ended"  # phases
 WRITE_EVERY = 5.0  # seconds between two signs of life
 _WATCH_EVERY = 1.0
 _PATIENCE = 30 * 60.0  # for what beats once only, or for the first time: start-up, a compilation, a checkpoint that is waited for

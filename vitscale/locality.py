@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from vitscale.config import StreamConfig
 from vitscale.order import dealt_together
+from vitscale.timeline import Timeline
 
 WINDOW = 256  # samples
 FEWEST_WINDOWS = 4  # in a lane of a dataset that is far away
@@ -88,6 +89,9 @@ def choose_order(stream: StreamConfig, num_samples: int, global_batch_size: int,
     """Fills in lanes and window where they are 0 (docs/design.md, "The clock and the order of samples").
 
     A dataset that is far away is read by windows where it has room for some: each of the reads of a full shuffle would be a request.
+
+    Args:
+        global_batch_size: of a run whose batches grow, what all of them are multiples of.
     """
     power = math.gcd(global_batch_size, 1024)  # a power of two
     if num_samples < 4_000_000:
@@ -134,6 +138,17 @@ def locality(size: Size, chosen: StreamConfig, *, global_batch_size: int, world_
         samples_per_read=1.0 if why else chosen.window / stretches,
         open_shards_per_rank=min(size.shards, lanes_per_rank * (2 if why else 2 * NEXT_WINDOWS)),
     )
+
+
+def run_locality(size: Size, chosen: StreamConfig, timeline: Timeline, world_size: int) -> Locality:
+    """How a run reads: as it does where it holds the most, for all of it reads in one way."""
+    of_spans = [
+        locality(
+            size, chosen, global_batch_size=span.global_batch_size, world_size=world_size, micro_batch_size=span.micro_batch_size
+        )
+        for span in timeline.spans
+    ]  # fmt: skip
+    return max(of_spans, key=lambda of: (of.reads == "samples", of.buffered_bytes_per_rank))
 
 
 def traffic(of: Locality, images_per_second_per_rank: float, ranks_per_node: int = 8) -> Traffic:

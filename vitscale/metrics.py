@@ -2,11 +2,17 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
+
+# What the wall time of steps is divided into, mean over the ranks; `timing.py` says what each means on a GPU and on a CPU
+SHARES = ("data_wait", "communication", "compute", "host", "checkpoint")
+WORTH_TELLING = 0.05  # of the time, from which on something else than computing is told on the terminal
 
 
 class Metrics:
@@ -61,40 +67,80 @@ class Moment(NamedTuple):
     step: int
     seconds: float
     """Of this process's clock."""
-    waited: float
-    """Seconds in all that were waited for data."""
     stalled: float
     """Seconds in all that training stood still for checkpoints."""
+    sent: Mapping[str, int]
+    """Bytes in all that this rank sent, by collective."""
 
 
 class Pace:
-    """How fast steps are made from one logged step to the next, and what they waited for.
+    """How fast steps are made from one logged step to the next, and what their time went into.
 
-    What is done between steps, saves and evaluations, does not count: `restart` after it.
+    What is done between steps, saves and evaluations, does not count into their speed: `restart` after it.
     """
 
     def __init__(self, step: int) -> None:
-        self.waited = self.stalled = self._told = 0.0
+        self.stalled = self._told = 0.0
+        self._spent, self._sent = dict.fromkeys(SHARES, 0), (step, dict[str, int]())
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """What follows is measured from here on."""
-        self._since = self.moment(step)
+        """The speed of what follows is measured from here on."""
+        self._since = self.moment(step, {})
 
-    def moment(self, step: int) -> Moment:
+    def moment(self, step: int, sent: Mapping[str, int]) -> Moment:
         """Now, at the end of a step."""
-        return Moment(step, time.perf_counter(), self.waited, self.stalled)
+        return Moment(step, time.perf_counter(), self.stalled, dict(sent))
 
-    def measure(self, until: Moment, global_batch_size: int) -> dict[str, float]:
-        """Fields of metrics.jsonl for the steps up to a moment; the next ones are measured from there on."""
+    def measure(self, until: Moment, samples_at: Callable[[int], int], spent: Mapping[str, int]) -> dict[str, Any]:
+        """Fields of metrics.jsonl for the steps up to a moment; the next ones are measured from there on.
+
+        Args:
+            samples_at: how many samples were seen after a step.
+            spent: on each of SHARES by then, in whatever unit.
+        """
         seconds = until.seconds - self._since.seconds
-        found = {
-            "images_per_second": (until.step - self._since.step) * global_batch_size / seconds,
-            "data_wait": (until.waited - self._since.waited) / seconds,
+        found: dict[str, Any] = {
+            "images_per_second": (samples_at(until.step) - samples_at(self._since.step)) / seconds,
             "checkpoint_seconds": until.stalled - self._told,
         }
-        self._since, self._told = until, until.stalled
+        since = {share: spent[share] - self._spent[share] for share in SHARES}
+        if total := sum(since.values()):
+            found |= {share: part / total for share, part in since.items()}
+        step, sent = self._sent
+        if more := {name: (number - sent.get(name, 0)) / (until.step - step) for name, number in until.sent.items()}:
+            found["communication_bytes"] = more
+        self._since, self._told, self._sent = until, until.stalled, (until.step, dict(until.sent))
+        self._spent = {share: spent[share] for share in SHARES}
         return found
+
+
+def what_bounds(shares: Mapping[str, float], workers: int = 0, images_per_second: float = 0.0, ranks: int = 1) -> str:
+    """In words, what a run's steps wait for and what would help; empty where nothing is known. Pure.
+
+    Args:
+        shares: of SHARES.
+        workers: that decode, a rank; 0: not known.
+        images_per_second: of all ranks.
+    """
+    if not all(share in shares for share in SHARES):
+        return ""
+    most = max((share for share in SHARES if share != "compute"), key=shares.__getitem__)
+    part = shares[most]
+    if part < WORTH_TELLING:
+        return f"bound by computing, {shares['compute']:.0%} of the time"
+    if most == "data_wait":
+        words = f"waits for data {part:.0%} of the time: more --stream.workers or cores, --stream.decode fast, or nearer data"
+        if workers and images_per_second:
+            each, enough = images_per_second / (workers * ranks), math.ceil(workers / (1 - min(part, 0.99)))
+            words += f"; {counted(workers, 'worker')} a rank give {each:,.0f} img/s each, and some {enough} would keep up"
+        return words
+    return {
+        "communication": f"waits for other ranks {part:.0%} of the time: more images a rank and step or ZeRO 1 in place of 2 or 3 send "
+        "less, and `vitscale doctor` measures whether a rank or a link is slow",
+        "host": f"waits for Python {part:.0%} of the time: a larger --micro-batch-size, or a larger --log-every",
+        "checkpoint": f"stands still for checkpoints {part:.0%} of the time: a larger --checkpoint-every",
+    }[most]
 
 
 def open_terminal() -> TextIO:
@@ -115,10 +161,18 @@ def progress_line(values: dict[str, Any], total_steps: int) -> str:
     ]
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.1%}")
+    most = max((share for share in SHARES if share != "compute"), key=lambda share: values.get(share, 0.0))
+    if values.get(most, 0.0) > WORTH_TELLING:
+        parts.append(f"{share_name(most)} {values[most]:.0%}")
     parts.append(f"{duration(values['seconds_left'])} left")
     if values["unusable"]:
         parts.append(f"{values['unusable']:,} unusable")
     return "  ".join(parts)
+
+
+def share_name(share: str) -> str:
+    """What people are told of one of SHARES."""
+    return share.removesuffix("_wait")
 
 
 def duration(seconds: float) -> str:

@@ -1,20 +1,43 @@
 """The Vision Transformer (arXiv 2010.11929, section 3.1) and its initialisation.
 
 Knows nothing of ranks, files or clusters. Parameters bear timm's names (timm/models/vision_transformer.py), so that an export is the same
-tensors. The forms that the field's other ViTs have (LayerScale, registers, SwiGLU, QK norm) would be options of `Block` and `Attention`.
+tensors. The forms that the field's other ViTs have (LayerScale, registers, SwiGLU) would be options of `Block` and `Attention`.
 
-Axes: B batch, C channels, H height (of images) or heads (of attention), W width of images, N tokens, D width, d width of a head, K classes.
+What training leaves out of a sample (whole residual branches, patches) is drawn from the sample's key, on the host and once for a forward
+pass (`draw_omissions`): the device is told which rows to compute and is never waited for.
+
+Axes: B batch, C channels, H height (of images) or heads (of attention), W width of images, N tokens, D width, d width of a head, K classes;
+of what is left out: R samples that a branch computes, P patches.
 """
 
+import functools
 import hashlib
 import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from vitscale.config import PreprocessConfig, ViTConfig
+from vitscale.config import PreprocessConfig, ViTConfig, drop_path_rows
+
+aten = torch.ops.aten
+# What activation checkpointing keeps under `products`: the outputs of matrix products and of every fused attention; the backend that spells
+# attention out is made of products. Under ZeRO-3 DeepSpeed has a linear layer of its own, which adds its bias to the product in place:
+# computed again it would be added twice to what was kept, so that sum is kept, too, and torch is told that what is kept may change.
+PRODUCTS = [
+    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten._scaled_mm.default,
+    aten.add_.Tensor,
+    aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+]  # fmt: skip
+Keeps = Literal["everything", "nothing", "products"]
 
 
 class ViT(nn.Module):
@@ -23,15 +46,19 @@ class ViT(nn.Module):
     Args:
         config: sizes and options; with `num_classes` 0 there is no head, and what it would see comes out.
         checkpoint_every_n_blocks: activation checkpointing; 0 none, 1 every block, n every n-th block.
+        checkpoint_keeps: of what such a block computes, until the backward pass.
+        image_sizes: that it takes beside `config.image_size`, with its position embeddings resampled to their grids.
     """
 
     pos_embed_fixed: Tensor
 
-    def __init__(self, config: ViTConfig, checkpoint_every_n_blocks: int = 0) -> None:
+    def __init__(
+        self, config: ViTConfig, checkpoint_every_n_blocks: int = 0, checkpoint_keeps: Literal["nothing", "products"] = "nothing",
+        image_sizes: Iterable[tuple[int, int]] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
-        self.checkpoint_every_n_blocks = checkpoint_every_n_blocks
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config, image_sizes)
         if config.pool == "cls":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         grid_h, grid_w = config.grid
@@ -44,7 +71,7 @@ class ViT(nn.Module):
             self.register_buffer("pos_embed_fixed", sincos_2d(config.grid, config.width), persistent=False)
         self.pos_drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            Block(config, drop_path_rate=config.drop_path_rate * index / max(1, config.depth - 1), index=index)
+            Block(config, checkpoint_keeps if checkpoint_every_n_blocks and index % checkpoint_every_n_blocks == 0 else "everything")
             for index in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
@@ -57,18 +84,30 @@ class ViT(nn.Module):
         self.head = nn.Linear(config.representation_size or config.width, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward(self, images_BCHW: Tensor, sample_keys_B: Tensor | None = None) -> Tensor:
-        """Logits (B, K) of normalised images. `sample_keys_B` (int64) seeds stochastic depth, and is needed where that is on."""
+        """Logits (B, K) of normalised images.
+
+        Args:
+            sample_keys_B: int64, on the CPU; what is left out of each sample in training is drawn from its key.
+        """
         return self.head(self.pool(self.tokens(images_BCHW, sample_keys_B)))  # type: ignore[no-any-return]
 
     def tokens(self, images_BCHW: Tensor, sample_keys_B: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, D) after the final norm; a class token comes first."""
-        x_BND = self._with_positions(self.patch_embed(images_BCHW))
-        for index, block in enumerate(self.blocks):
-            every = self.checkpoint_every_n_blocks
-            if every and index % every == 0 and torch.is_grad_enabled():
-                x_BND = checkpoint(block, x_BND, sample_keys_B, use_reentrant=False)
-            else:
-                x_BND = block(x_BND, sample_keys_B)
+        """Tokens (B, N, D) after the final norm, those that patch dropout keeps; a class token comes first."""
+        height, width = images_BCHW.shape[-2:]
+        shown = replace(self.config, image_size=(height, width))
+        kept_BN, paths = None, [FULL_PATH] * self.config.depth
+        if self.training and (self.config.drop_path_rate or self.config.patch_dropout):
+            if sample_keys_B is None:
+                raise ValueError(
+                    "drop_path_rate and patch_dropout above 0 need sample_keys_B in training, so that they are the same under every split "
+                    "of a batch"
+                )
+            kept_BN, paths = draw_omissions(shown, sample_keys_B, images_BCHW.device)
+        x_BND = self._with_positions(self.patch_embed(images_BCHW), shown.grid)
+        if kept_BN is not None:
+            x_BND = x_BND.flatten(0, 1).index_select(0, kept_BN.flatten()).view(*kept_BN.shape, -1)
+        for block, path in zip(self.blocks, paths, strict=True):
+            x_BND = block(x_BND, *path)
         return self.norm(x_BND)  # type: ignore[no-any-return]
 
     def pool(self, x_BND: Tensor) -> Tensor:
@@ -81,30 +120,30 @@ class ViT(nn.Module):
             x_BD = self.pre_logits(x_BD)
         return x_BD
 
-    def _with_positions(self, x_BND: Tensor) -> Tensor:
+    def _with_positions(self, x_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         position = self.config.position
         if position == "learned_2d":
-            x_BND = x_BND + grid_2d(self.pos_embed_rows, self.pos_embed_columns)
+            x_BND = x_BND + grid_2d(resampled(self.pos_embed_rows, 0, grid[0]), resampled(self.pos_embed_columns, 0, grid[1]))
         elif position == "sincos":
-            x_BND = x_BND + self.pos_embed_fixed
+            x_BND = x_BND + on_grid(self.pos_embed_fixed, self.config.grid, grid)
         if self.config.pool == "cls":
             x_BND = torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         if position == "learned_1d":  # the paper's: the class token has a position too
-            x_BND = x_BND + self.pos_embed
+            x_BND = x_BND + on_grid(self.pos_embed, self.config.grid, grid)
         return self.pos_drop(x_BND)  # type: ignore[no-any-return]
 
 
 class PatchEmbed(nn.Module):
     """Patches, flattened and projected: a convolution whose stride is its kernel."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, image_sizes: Iterable[tuple[int, int]] = ()) -> None:
         super().__init__()
-        self.image_size = config.image_size
+        self.image_size, self.image_sizes = config.image_size, {config.image_size, *image_sizes}
         self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Patch tokens (B, N, D), row by row."""
-        if tuple(images_BCHW.shape[-2:]) != self.image_size:
+        if tuple(images_BCHW.shape[-2:]) not in self.image_sizes:
             raise ValueError(
                 f"images of {tuple(images_BCHW.shape[-2:])} pixels do not fit this model's image_size {self.image_size}; "
                 "fine-tuning changes a model's image size"
@@ -113,33 +152,40 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each on a residual branch that stochastic depth may drop for a sample."""
+    """Pre-norm attention and MLP, each on a residual branch that stochastic depth may drop for a sample.
 
-    def __init__(self, config: ViTConfig, drop_path_rate: float, index: int) -> None:
+    Activation checkpointing is inside, so that a compiled block holds it too: the compiler then sees what is to be recomputed.
+    """
+
+    def __init__(self, config: ViTConfig, keeps: Keeps = "everything") -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.mlp = Mlp(config)
-        self.drop_path_rate = drop_path_rate
-        self.index = index
+        self.keeps = keeps
 
-    def forward(self, x_BND: Tensor, sample_keys_B: Tensor | None) -> Tensor:
-        """Tokens to tokens (B, N, D)."""
-        x_BND = x_BND + self._drop_path(self.attn(self.norm1(x_BND)), sample_keys_B, branch=0)
-        return x_BND + self._drop_path(self.mlp(self.norm2(x_BND)), sample_keys_B, branch=1)
+    def forward(self, x_BND: Tensor, rows_2R: Tensor | None = None, scales_2R: Tensor | None = None) -> Tensor:
+        """Tokens to tokens (B, N, D); a `Path` says of which samples attention and MLP are computed."""
+        if self.keeps == "everything" or not torch.is_grad_enabled():
+            return self._branches(x_BND, rows_2R, scales_2R)
+        if self.keeps == "nothing":
+            return checkpoint(self._branches, x_BND, rows_2R, scales_2R, use_reentrant=False)  # type: ignore[no-any-return]
+        contexts = functools.partial(create_selective_checkpoint_contexts, PRODUCTS, allow_cache_entry_mutation=True)
+        return checkpoint(self._branches, x_BND, rows_2R, scales_2R, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
 
-    def _drop_path(self, x_BND: Tensor, sample_keys_B: Tensor | None, branch: int) -> Tensor:
-        if not self.training or self.drop_path_rate == 0:
-            return x_BND
-        if sample_keys_B is None:
-            raise ValueError("drop_path_rate above 0 needs sample_keys_B in training, so that it is the same under every split of a batch")
-        keep_B = keyed_uniform(sample_keys_B, 2 * self.index + branch) >= self.drop_path_rate
-        return x_BND * (keep_B.to(x_BND.dtype) / (1 - self.drop_path_rate))[:, None, None]
+    def _branches(self, x_BND: Tensor, rows_2R: Tensor | None, scales_2R: Tensor | None) -> Tensor:
+        for branch, (norm, layer) in enumerate(((self.norm1, self.attn), (self.norm2, self.mlp))):
+            rows_R = None if rows_2R is None else rows_2R[branch]
+            y_RND = layer(norm(x_BND if rows_R is None else x_BND.index_select(0, rows_R)))
+            if scales_2R is not None:
+                y_RND = y_RND * scales_2R[branch].to(y_RND.dtype)[:, None, None]
+            x_BND = x_BND + y_RND if rows_R is None else x_BND.index_add(0, rows_R, y_RND)
+        return x_BND
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through torch's fused kernels."""
+    """Multi-head self-attention through torch's fused kernels; queries and keys of each head may be normalised (arXiv 2302.05442)."""
 
     rel_pos_index_NN: Tensor
 
@@ -147,6 +193,9 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm, self.k_norm = (nn.LayerNorm(config.width // config.num_heads, eps=config.layer_norm_eps) for _ in range(2))
         self.proj = nn.Linear(config.width, config.width)
         self.proj_drop = nn.Dropout(config.dropout)
         self.relative = config.position == "relative"
@@ -160,6 +209,8 @@ class Attention(nn.Module):
         B, N, D = x_BND.shape
         q_BHNd, k_BHNd, v_BHNd = self.qkv(x_BND).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         bias_HNN = self.rel_pos_bias[self.rel_pos_index_NN].permute(2, 0, 1) if self.relative else None
+        if self.qk_norm:
+            q_BHNd, k_BHNd = self.q_norm(q_BHNd), self.k_norm(k_BHNd)
         x_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=bias_HNN)
         return self.proj_drop(self.proj(x_BHNd.transpose(1, 2).reshape(B, N, D)))  # type: ignore[no-any-return]
 
@@ -180,7 +231,10 @@ class Mlp(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """MAP head of the scaling study (arXiv 2106.04560; big_vision models/vit.py): a learned query attends over all tokens, then an MLP."""
+    """MAP head of the scaling study (arXiv 2106.04560; big_vision models/vit.py): a learned query attends over all tokens, then an MLP.
+
+    `qk_norm` does not reach it, as in timm, whose AttentionPoolLatent gets no such option from VisionTransformer.
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -203,9 +257,11 @@ class AttentionPool(nn.Module):
 
 def normalize(images_BHWC: Tensor, preprocess: PreprocessConfig) -> Tensor:
     """The model's input (B, C, H, W), fp32, from pixels in [0, 255]."""
-    mean_C11, std_C11 = (torch.tensor(v, device=images_BHWC.device)[:, None, None] for v in (preprocess.mean, preprocess.std))
     images_BCHW = images_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    return images_BCHW.div_(255).sub_(mean_C11).div_(std_C11)  # in place: on a CPU four large arrays cost more than loading the images
+    images_BCHW.div_(255)  # in place: on a CPU four large arrays cost more than loading the images
+    for images_BHW, mean, std in zip(images_BCHW.unbind(1), preprocess.mean, preprocess.std, strict=True):
+        images_BHW.sub_(mean).div_(std)  # by numbers and not by tensors: to send those to a device waits for it
+    return images_BCHW
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -225,6 +281,34 @@ def grid_2d(rows: Tensor, columns: Tensor) -> Tensor:
     """Embeddings (1, N, D) of a grid: those of its rows (h, D/2) and columns (w, D/2), concatenated (appendix D.4)."""
     h, w = rows.shape[0], columns.shape[0]
     return torch.cat([rows[:, None].expand(h, w, -1), columns[None].expand(h, w, -1)], dim=-1).flatten(0, 1)[None]
+
+
+def on_grid(embeddings_1ND: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Embeddings of one grid on another, row by row; what comes before them, as a class token's, stays as it is.
+
+    They are resampled as timm resamples them for fine-tuning (bicubic with antialias; `finetune.METHODS`), but as a part of the forward
+    pass: what is learned on the other grid is learned by the embeddings of the model's own.
+    """
+    if old == new:
+        return embeddings_1ND
+    prefix = embeddings_1ND.shape[1] - old[0] * old[1]
+    grid_1hwD = embeddings_1ND[:, prefix:].view(1, *old, -1)
+    return torch.cat([embeddings_1ND[:, :prefix], resampled(resampled(grid_1hwD, 1, new[0]), 2, new[1]).flatten(1, 2)], dim=1)
+
+
+def resampled(x: Tensor, axis: int, size: int) -> Tensor:
+    """A tensor with `size` places along an axis in place of those it has; bicubic with antialias, computed in fp32."""
+    if x.shape[axis] == size:
+        return x
+    moved: Tensor = torch.tensordot(resampling(x.shape[axis], size, x.device), x.float(), dims=([1], [axis]))
+    return moved.movedim(0, axis).to(x.dtype)
+
+
+@functools.lru_cache
+def resampling(old: int, new: int, device: torch.device) -> Tensor:
+    """The matrix (new, old), fp32, that resamples `old` places in a row to `new`: what torch makes of each unit vector."""
+    # Not as columns of width 1, which torch 2.13 resamples wrongly on a CPU
+    return F.interpolate(torch.eye(old)[None, None], size=(new, old), mode="bicubic", antialias=True)[0, 0].to(device)
 
 
 def relative_offsets(grid: tuple[int, int], class_token: bool) -> tuple[Tensor, int]:
@@ -301,20 +385,82 @@ def lecun_normal_(value: Tensor, generator: torch.Generator) -> None:
     nn.init.trunc_normal_(value, 0.0, deviation, -2 * deviation, 2 * deviation, generator=generator)
 
 
-def keyed_uniform(keys_B: Tensor, draw: int) -> Tensor:
-    """The draw-th number in [0, 1) of each key (int64), in float32: SplitMix64's finaliser in two's-complement arithmetic.
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# What training leaves out: stochastic depth and patch dropout, on the host
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+class Path(NamedTuple):
+    """What a block does of its two branches, attention and MLP: stochastic depth as drawn for a micro-batch."""
+
+    rows_2R: Tensor | None
+    """int32; the samples each branch computes, others pass it by. None: all of them, in order."""
+    scales_2R: Tensor | None
+    """fp32; what each computed sample's branch is multiplied by, 0 where it is dropped all the same. None: 1."""
+
+
+FULL_PATH = Path(None, None)
+PATCH_DRAWS = 2**20  # where the patches' draws of a key begin, far behind those of any number of blocks
+
+
+def draw_omissions(config: ViTConfig, keys_B: Tensor, device: torch.device) -> tuple[Tensor | None, list[Path]]:
+    """What the samples of these keys leave out: (rows (B, N) of the flattened tokens that are kept, or None; the path of each block).
+
+    All of it goes to the device in one transfer that waits for nothing.
+    """
+    keys = keys_B.numpy()
+    kept = kept_tokens(config, keys) if config.patch_dropout else None
+    drawn = keyed_uniform(keys, np.arange(2 * config.depth)[:, None]).reshape(config.depth, 2, -1)
+    paths = [draw_path(rate, of_2B) if rate else (None, None) for rate, of_2B in zip(config.drop_path_rates, drawn, strict=True)]
+    arrays = [array for array in (kept, *(array for path in paths for array in path)) if array is not None]
+    packed = torch.from_numpy(np.concatenate([array.ravel().view(np.int32) for array in arrays]))
+    if device.type == "cuda":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    pieces = iter(torch.split(packed, [array.size for array in arrays]))
+
+    def sent(array: npt.NDArray[np.int32] | npt.NDArray[np.float32] | None) -> Tensor | None:
+        return None if array is None else next(pieces).view(torch.from_numpy(array).dtype).view(array.shape)
+
+    return sent(kept), [Path(sent(rows), sent(scales)) for rows, scales in paths]
+
+
+def draw_path(
+    rate: float, uniform_2B: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.int32] | None, npt.NDArray[np.float32]]:  # fmt: skip
+    """The fields of a `Path`, of a block that drops each branch of a sample at `rate` (arXiv 1603.09382).
+
+    DINOv2 (dinov2/layers/block.py) leaves out a fixed number of each micro-batch; here each sample decides for itself, so that no split of
+    a batch matters, and some that are dropped are computed (`config.drop_path_rows`), equally many in both branches.
+    """
+    dropped_2B = uniform_2B < np.float32(rate)
+    scales_2B = np.where(dropped_2B, np.float32(0), np.float32(1) / np.float32(1 - rate))
+    batch = dropped_2B.shape[1]
+    computed = drop_path_rows(rate, int((~dropped_2B).sum(axis=1).max()), batch)
+    if computed == batch:
+        return None, scales_2B
+    rows_2R = np.argsort(dropped_2B, axis=1, kind="stable")[:, :computed]
+    return rows_2R.astype(np.int32), np.take_along_axis(scales_2B, rows_2R, axis=1)
+
+
+def kept_tokens(config: ViTConfig, keys_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """Rows (B, N) of the flattened tokens that patch dropout keeps: the class token, and the patches of each sample that draw least."""
+    patches = config.grid[0] * config.grid[1]
+    class_token = config.num_tokens - patches
+    uniform_BP = keyed_uniform(keys_B[:, None], PATCH_DRAWS + np.arange(patches))
+    kept_BP = np.sort(np.argsort(uniform_BP, axis=1, kind="stable")[:, : config.num_train_tokens - class_token], axis=1)
+    kept_BN = np.concatenate([np.zeros((len(keys_B), class_token), np.int64), class_token + kept_BP], axis=1)
+    rows_BN: npt.NDArray[np.int32] = (np.arange(len(keys_B))[:, None] * config.num_tokens + kept_BN).astype(np.int32)
+    return rows_BN
+
+
+def keyed_uniform(keys: npt.NDArray[np.int64], draw: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """The draw-th number in [0, 1) of each key: SplitMix64's finaliser of a counter; arrays are broadcast.
 
     Another sequence than `keyed.uniform` draws from the same key, so what the model draws never meets what the stream draws.
     """
-    x = keys_B + _signed((draw + 1) * 0x9E3779B97F4A7C15)
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return _shift_right(x ^ _shift_right(x, 31), 40).float() * 2.0**-24
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # a logical shift: torch's own fills with the sign
-
-
-def _signed(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        x = keys.view(np.uint64) + (np.asarray(draw, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    numbers: npt.NDArray[np.float32] = ((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    return numbers

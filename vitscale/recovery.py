@@ -23,6 +23,7 @@ from vitscale.engine import Engine, device
 from vitscale.guards import Guard, Rollback, disagreeing, knows
 from vitscale.machine import this_host
 from vitscale.run import cut_back, note_begin, note_skipped, read_metrics, read_record, skipped_ranges, was_evaluated
+from vitscale.timeline import Timeline
 
 _HELP = "a lower --optimizer.peak-lr or more warm-up may help, in a run of its own (`vitscale run fork`)"
 
@@ -81,27 +82,29 @@ def _take_back(run: Path, skipped: tuple[tuple[int, int], ...]) -> None:
 
 
 def roll_back(
-    rollback: Rollback, guard: Guard, config: TrainConfig, last_step: int, skipped: tuple[tuple[int, int], ...]
+    rollback: Rollback, guard: Guard, config: TrainConfig, timeline: Timeline, skipped: tuple[tuple[int, int], ...]
 ) -> Ended | None:  # fmt: skip
     """Writes down which positions the run is to skip from now on; returns what ends this start on all ranks. A collective.
 
     None where it was the run's last step alone, which is never skipped.
     """
-    if rollback.began == last_step:
+    if rollback.began == timeline.total_steps:
         return None
     if not guard.can_roll_back:
         most = config.guard.max_rollbacks
         return Ended(Cause.DIVERGED, f"{rollback.words}; guard.max_rollbacks={most} allows no {'more' if most else 'rollback'}; {_HELP}")
-    if not rollback.spike and any(end == (rollback.first - 1) * config.global_batch_size for _, end in skipped):
+    if not rollback.spike and any(end == timeline.samples_at(rollback.first - 1) for _, end in skipped):
         return Ended(Cause.DIVERGED, f"{rollback.words}, right after those that were skipped: it is not the data; {_HELP}")
-    rollback = replace(rollback, last=min(rollback.last, last_step - 1))  # the last step is always made, and its checkpoint written
+    rollback = replace(
+        rollback, last=min(rollback.last, timeline.total_steps - 1)
+    )  # the last step is always made, and its checkpoint written
     cause = Cause.SPIKE if rollback.spike else Cause.NONFINITE
     words = rollback.words
     if dist.get_rank() == 0:
         run = Path(config.out)
         first = first_to_skip(rollback, _whole_ones(run, rollback))
         words = f"{words}: steps {first} to {rollback.last} are skipped from now on"
-        note_skipped(run, ((first - 1) * config.global_batch_size, rollback.last * config.global_batch_size), cause, words)
+        note_skipped(run, (timeline.samples_at(first - 1), timeline.samples_at(rollback.last)), cause, words)
         _take_back(run, skipped_ranges(read_record(run)))
     dist.barrier()  # nobody ends, and has the others ended with it, before that is done
     return Ended(cause, words)

@@ -25,7 +25,7 @@ from data_tools.page import BASE, LIGHT, cards, document, inline, nice_step, sec
 from vitscale.checkpoint import WEIGHT, TensorReader, describe, find_checkpoint
 from vitscale.config import StreamConfig
 from vitscale.evaluate import load_model
-from vitscale.metrics import duration
+from vitscale.metrics import SHARES, duration, share_name, what_bounds
 from vitscale.mixture import Mixture
 from vitscale.model import normalize
 from vitscale.run import read_metrics
@@ -33,6 +33,7 @@ from vitscale.stream import evaluation_batches
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea7317", "#94a3b8"
 COLORS = {"pretrain": "#0f766e", "finetune": BLUE, "scratch": ORANGE}
+SHARE_COLORS = (ORANGE, "#7c3aed", BLUE, GREY, "#15803d")  # of metrics.SHARES
 VIRIDIS = np.array([(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)], dtype=float)
 RIGHT_SHOWN, WRONG_SHOWN = 12, 6
 Points = list[tuple[float, float]]
@@ -81,6 +82,8 @@ def write_report(
         head(title, rows, seconds, Dataset.open(downstream / "train")),
         section("Held-out accuracy", comparison(rows)),
         section("While training", f'<div class="charts">{"".join(charts)}</div>'),
+        section("Where the time went", f'<div class="pair">{time_spent("Pre-training", lines["pretrain"])}'
+                                       f'{time_spent("Fine-tuning", lines["finetune"])}</div>'),
         section("What the fine-tuned model says", gallery(found)),
         section(
             "What the position embeddings learned",
@@ -190,6 +193,21 @@ def chart(title: str, series: dict[str, tuple[str, Points]], high: float | None 
             drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in (place(*point) for point in line)]
         drawn.append(f'<text x="{width - right + 7}" y="{end + 4:.1f}" style="fill:{color};font-weight:600">{html.escape(name)}</text>')
     return f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {width} {height}">{"".join(drawn)}</svg></figure>'
+
+
+def time_spent(title: str, lines: list[dict[str, Any]]) -> str:
+    """The shares of a run's time over its steps, and in words what bounds it; the first line, in which all is slow, is left out."""
+    told = [line for line in lines if all(share in line for share in SHARES)]
+    if len(told) < 2:
+        return ""
+    steps = [line["step"] - before["step"] for before, line in itertools.pairwise(told)]
+    mean = {share: sum(n * line[share] for n, line in zip(steps, told[1:], strict=True)) / sum(steps) for share in SHARES}
+    drawn = {
+        share_name(share): (color, [(line["step"], 100 * line[share]) for line in told[1:]])
+        for share, color in zip(SHARES, SHARE_COLORS, strict=True)
+    }
+    words = what_bounds(mean)
+    return f"<div>{chart(f'{title}: shares of the time, %', drawn, high=100.0)}<p>{html.escape(words[:1].upper() + words[1:])}.</p></div>"
 
 
 def spread(places: list[float], gap: float) -> list[float]:

@@ -6,6 +6,7 @@ Imports no torch: it works on login nodes.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 from data_tools.cache import Cache
@@ -13,10 +14,11 @@ from data_tools.dataset import Dataset, DatasetError
 from data_tools.storage import Location, Url, exists, location
 from vitscale import checkpoint, unindexed
 from vitscale.check import check_config
-from vitscale.config import ConfigError, FinetuneConfig, StreamConfig, TrainConfig, fine_tuning_run, total_steps
-from vitscale.locality import choose_order, locality
+from vitscale.config import ConfigError, FinetuneConfig, StreamConfig, TrainConfig, fine_tuning_run
+from vitscale.locality import choose_order, run_locality
 from vitscale.mixture import Mixture, class_difference
 from vitscale.run import RunError, has_begun, is_of_tars, overlay_fields, read_config, read_record, trained_datasets, used_overlays
+from vitscale.timeline import timeline_of
 from vitscale.unindexed import Tars, named_tars
 
 
@@ -48,11 +50,11 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
             raise ConfigError(f"out={config.out} lies inside the dataset {component.path}; --out runs/{config.recipe} works")
         if config.objective.soft_targets:
             _check_scores(component)
-    _check_schedule(config, total_steps(config, dataset.num_samples))
-    stream = choose_order(_begun_order(config), dataset.num_samples, config.global_batch_size, remote=not dataset.is_local)
-    reads = locality(
-        dataset.size, stream, global_batch_size=config.global_batch_size, world_size=world_size, micro_batch_size=config.micro_batch_size
-    )
+    timeline = timeline_of(config, dataset.num_samples)
+    _check_schedule(config, timeline.total_steps)
+    unit = math.gcd(*(span.global_batch_size for span in timeline.spans))
+    stream = choose_order(_begun_order(config), dataset.num_samples, unit, remote=not dataset.is_local)
+    reads = run_locality(dataset.size, stream, timeline, world_size)
     if reads.reads == "windows" and reads.buffered_bytes_per_rank > stream.buffer_bytes:
         raise ConfigError(
             f"stream.reads=windows would hold {reads.buffered_bytes_per_rank:,} bytes of windows a rank, over "
@@ -75,7 +77,7 @@ def _resolve_tars(asked: TrainConfig | FinetuneConfig, tars: Tars, world_size: i
         raise ConfigError(f"{named} that tells how long {asked.epochs:g} epochs are; give --steps, or {instead}")
     if asked.data_weights or asked.cache:
         raise ConfigError(f"{named}, which {'data_weights' if asked.data_weights else 'cache'} needs; leave it out, or {instead}")
-    _check_schedule(asked, asked.steps)
+    _check_schedule(asked, timeline_of(asked, 0).total_steps)
     held_out = "none"
     if asked.eval_data not in ("", "none"):
         found = Dataset.open_checked(location(asked.eval_data), stage=stage_at(asked.stage))

@@ -35,11 +35,11 @@ from vitscale.config import (
     from_dict,
     may_change,
     to_dict,
-    total_steps,
 )
 from vitscale.goodput import steps_lost
 from vitscale.metrics import counted
 from vitscale.quarantine import parse_lines
+from vitscale.timeline import timeline_of
 from vitscale.unindexed import named_tars
 
 FORMAT_VERSION = 1
@@ -100,7 +100,7 @@ def check_start(config: TrainConfig) -> tuple[dict[str, Any], dict[str, str]]:
         check_same_data(run, record, trained_on, held_out)
         record["held_out"] = record["held_out"] or (held_out[0] if held_out else None)
         if not has_begun(run):
-            record["total_steps"] = planned_steps(config, trained_on)
+            record["total_steps"] = timeline_of(config, samples_of(trained_on)).total_steps
         changed = changes(started, config) if has_begun(run) else {}
         if refused := [f"{name}: {change}" for name, change in changed.items() if not may_change(name)]:
             raise RunError(f"{run} holds a run with other settings: {', '.join(refused)}; give its own to resume it, or another --out")
@@ -109,7 +109,7 @@ def check_start(config: TrainConfig) -> tuple[dict[str, Any], dict[str, str]]:
             "format_version": FORMAT_VERSION,
             "dataset": trained_on[0] if len(trained_on) == 1 else trained_on,
             "held_out": held_out[0] if held_out else None,
-            "total_steps": planned_steps(config, trained_on),
+            "total_steps": timeline_of(config, samples_of(trained_on)).total_steps,
             "starts": [],
         }
     return record, changed
@@ -122,9 +122,9 @@ def check_same_data(run: Path, record: dict[str, Any], trained_on: list[dict[str
             _check_same(run, flag, before, now)
 
 
-def planned_steps(config: TrainConfig, trained_on: list[dict[str, Any]]) -> int:
-    """Steps of a run with this config on datasets of these identities."""
-    return total_steps(config, sum(dataset.get("samples", 0) for dataset in trained_on))
+def samples_of(trained_on: list[dict[str, Any]]) -> int:
+    """Samples of datasets of these identities; none of tars without an index, which tell of none."""
+    return sum(dataset.get("samples", 0) for dataset in trained_on)
 
 
 def identities(config: TrainConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from threading import Event, Thread
 
@@ -58,7 +59,8 @@ class Layout:
     """Which stretch of each parameter each node writes. Its file holds kind after kind, in each of them parameter after parameter."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    kinds: tuple[str, ...]
+    kinds: Mapping[str, tuple[str, ...]]
+    """Kinds, and the parameters that there are tensors of each for."""
     starts_NP: np.ndarray
     lengths_NP: np.ndarray
 
@@ -69,16 +71,15 @@ class Layout:
 
     def body_bytes(self, node: int) -> int:
         """The size of a node's tensors."""
-        return int(self.lengths_NP[node].sum()) * len(self.kinds) * _ELEMENT
+        lengths: dict[str, int] = dict(zip(self.shapes, self.lengths_NP[node].tolist(), strict=True))
+        return sum(lengths[name] for names in self.kinds.values() for name in names) * _ELEMENT
 
     def offsets(self, node: int) -> dict[tuple[str, str], int]:
         """Where the pieces of a node begin, by name and kind, in elements from the first."""
-        ends_P = self.lengths_NP[node].cumsum()
-        begins = (ends_P - self.lengths_NP[node]).tolist()
-        total = int(ends_P[-1])
-        return {
-            (name, kind): k * total + begin for k, kind in enumerate(self.kinds) for name, begin in zip(self.shapes, begins, strict=True)
-        }
+        lengths = dict(zip(self.shapes, self.lengths_NP[node].tolist(), strict=True))
+        tensors = [(name, kind) for kind, names in self.kinds.items() for name in names]
+        begins = accumulate((lengths[name] for name, _ in tensors), initial=0)
+        return dict(zip(tensors, begins, strict=False))
 
     def header(self, node: int) -> bytes:
         """The head of a node's safetensors file: its length, and where each tensor lies in what follows."""
@@ -98,10 +99,13 @@ class Layout:
         pieces = {}
         for name, starts, lengths in zip(self.shapes, self.starts_NP.T.tolist(), self.lengths_NP.T.tolist(), strict=True):
             pieces[name] = tuple(Piece(*piece) for piece in zip(files, starts, lengths, strict=True) if piece[2])
-        return tuple(TensorEntry(name, kind, tuple(shape), pieces[name]) for kind in self.kinds for name, shape in self.shapes.items())
+        tensors = ((name, kind) for kind, names in self.kinds.items() for name in names)
+        return tuple(TensorEntry(name, kind, tuple(self.shapes[name]), pieces[name]) for name, kind in tensors)
 
 
-def lay_out(shapes: Mapping[str, tuple[int, ...]], kinds: tuple[str, ...], shares_RP2: np.ndarray, leaders: Sequence[int]) -> Layout:
+def lay_out(
+    shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, tuple[str, ...]], shares_RP2: np.ndarray, leaders: Sequence[int]
+) -> Layout:
     """The layout where ranks hold these (start, length) of each parameter, in the order of `shapes`.
 
     Args:
@@ -112,7 +116,7 @@ def lay_out(shapes: Mapping[str, tuple[int, ...]], kinds: tuple[str, ...], share
     sizes_P = [int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()]
     if ((starts_RP != before_RP) & (lengths_RP > 0)).any() or lengths_RP.sum(axis=0).tolist() != sizes_P:
         raise RuntimeError("ranks do not hold adjacent stretches of each parameter in their order, as deepspeed 0.19.8 has them")
-    return Layout(dict(shapes), kinds, before_RP[list(leaders)], np.add.reduceat(lengths_RP, list(leaders), axis=0))
+    return Layout(dict(shapes), dict(kinds), before_RP[list(leaders)], np.add.reduceat(lengths_RP, list(leaders), axis=0))
 
 
 def node_file(node: int) -> str:

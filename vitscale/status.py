@@ -12,7 +12,9 @@ from vitscale import checkpoint
 from vitscale.ending import Cause
 from vitscale.goodput import goodput
 from vitscale.heartbeat import ENDED, STARTING, Sign, read_heartbeats
-from vitscale.run import is_finished, is_locked, read_config, read_metrics, read_record, unusable
+from vitscale.metrics import SHARES, what_bounds
+from vitscale.run import is_finished, is_locked, read_config, read_metrics, read_record, samples_of, trained_datasets, unusable
+from vitscale.timeline import timeline_of
 from vitscale.verdict import Past, read_history
 
 LIVE = ("starting", "running", "hanging")  # states in which the run has processes
@@ -68,7 +70,11 @@ def status(run: Path, *, verify: bool = False) -> dict[str, Any]:
     told += [submission.time] if submission else []
     seen = max(told, default=now)
     lives = state in LIVE
-    pace = _pace([line for line in steps if line["step"] > newest.get("step", 0)])
+    timeline = timeline_of(config, samples_of(trained_datasets(record))) if steps else None
+    begun = timeline.at_step(steps[-1]["step"] - 1).first_step if timeline else 0
+    pace = _pace([line for line in steps if line["step"] > max(begun, newest.get("step", 0))])
+    bound = what_bounds(pace, config.stream.workers, pace.get("images_per_second", 0.0), newest.get("world_size", 1))
+    profiles = sorted((run / "profile").glob("step-*.md"), key=lambda file: (file.stat().st_mtime, file.name))
     spent = goodput(record["starts"], {past.start: past.time for past in history}, lines, now if lives else seen)
     return {
         "run": str(run),
@@ -82,6 +88,8 @@ def status(run: Path, *, verify: bool = False) -> dict[str, Any]:
         "samples_seen": steps[-1].get("samples_seen", 0) if steps else 0,
         "last": steps[-1] if steps else None,
         "pace": pace,
+        "bound": bound,
+        "profile": str(profiles[-1]) if profiles else None,
         "evaluation": evaluations[-1] if evaluations else None,
         "checkpoints": [folder.name for folder in checkpoint.committed(run)],
         "checkpoint_ages": {folder.name: now - (folder / "COMMIT.json").stat().st_mtime for folder in checkpoint.committed(run)},
@@ -90,8 +98,8 @@ def status(run: Path, *, verify: bool = False) -> dict[str, Any]:
         "starts": len(record["starts"]),
         "ends": [asdict(past) for past in history],
         "goodput": asdict(spent) | {"share": spent.share},
-        "seconds_left": (record["total_steps"] - steps[-1]["step"]) * config.global_batch_size / pace["images_per_second"]
-        if pace.get("images_per_second")
+        "seconds_left": timeline.images_left(steps[-1]["step"], config.model) / pace["images_per_second"]
+        if timeline and pace.get("images_per_second")
         else None,
         "age": now - seen,
         "dataset": record["dataset"],
@@ -183,7 +191,9 @@ def _waiting(happened: str, submission: Submission, stop_asked: bool) -> str:
 
 
 def _pace(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """How fast a start is of late: the medians of what its newest lines measured."""
-    of_late = steps[-_OF_LATE:]
-    measured = {name: [line[name] for line in of_late if name in line] for name in ("images_per_second", "mfu", "data_wait")}
-    return {name: statistics.median(values) for name, values in measured.items() if values}
+    """How a start goes of late: the medians of the speeds that its newest lines measured, and the means of the shares."""
+    of_late = [line for line in steps if "profiled" not in line][-_OF_LATE:]
+    measured = {name: [line[name] for line in of_late if name in line] for name in ("images_per_second", "mfu", "mfu_of_measured")}
+    found = {name: statistics.median(values) for name, values in measured.items() if values}
+    told = [line for line in of_late if all(share in line for share in SHARES)]
+    return found | ({share: statistics.fmean(line[share] for line in told) for share in SHARES} if told else {})  # which sum to 1

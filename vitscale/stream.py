@@ -15,6 +15,7 @@ Axes: B batch, H height, W width, C channels, L labels of a sample.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -32,13 +33,14 @@ from vitscale import keyed
 from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.decoding import Decoded, Decoder, Task, View, kept_candidates
 from vitscale.guards import is_skipped
-from vitscale.locality import locality
+from vitscale.locality import run_locality
 from vitscale.metrics import counted
 from vitscale.mixture import Mixture
 from vitscale.order import MAX_DRAWS, Int64, RunOrder
 from vitscale.pixels import path_in_use
 from vitscale.quarantine import Quarantine
 from vitscale.reading import Awaited, Reader
+from vitscale.timeline import Timeline
 from vitscale.workers import Rows, WorkerPool, chunks, worker_count
 
 T = TypeVar("T")
@@ -66,10 +68,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of each step is a rank's, in images."""
+    """Which part of each step is a rank's."""
 
-    global_batch_size: int
-    micro_batch_size: int
+    timeline: Timeline
     rank: int = 0
     world_size: int = 1
 
@@ -79,7 +80,6 @@ class TrainStream:
 
     Args:
         dataset: the training split, or several.
-        image_size: height and width in pixels.
         config: lanes and window must be chosen (above 0).
         seed: of the run.
         quarantine: the file that unusable samples are appended to, a line of JSON each.
@@ -90,19 +90,16 @@ class TrainStream:
     """Nothing beside `samples_seen` tells where it is; of tars without an index something does (`foreign.ForeignStream`)."""
 
     def __init__(
-        self, dataset: Mixture, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, share: Share, *, seed: int,
-        quarantine: Path, weights: tuple[float, ...] = (),
+        self, dataset: Mixture, preprocess: PreprocessConfig, config: StreamConfig, share: Share, *, seed: int, quarantine: Path,
+        weights: tuple[float, ...] = (),
     ) -> None:  # fmt: skip
         self.order = RunOrder(
             [component.shard_sizes for component in dataset.components], weights or None, seed, config.lanes, config.window
         )
         self.seed, self.share = seed, share
         self._dataset, self._config = dataset, config
-        self.locality = locality(
-            dataset.size, config, global_batch_size=share.global_batch_size, world_size=share.world_size,
-            micro_batch_size=share.micro_batch_size,
-        )  # fmt: skip
-        view = View(image_size, preprocess, config.decode, training=True)
+        self.locality = run_locality(dataset.size, config, share.timeline, share.world_size)
+        view = View(preprocess, config.decode, training=True)
         self._decoder = Decoder(dataset, view, self.order, attempts=config.max_unusable + 1)
         self._quarantine = Quarantine(quarantine, share.rank, max_samples=config.max_unusable, max_per_shard=config.max_unusable_per_shard)
 
@@ -119,8 +116,7 @@ class TrainStream:
         WorkerError where a worker dies.
         """
         reader = Reader(
-            self._dataset, self.order if self.locality.reads == "windows" else None,
-            lambda positions: self.order.preferred_ranks(positions, self.share.global_batch_size, self.share.world_size) == self.share.rank,
+            self._dataset, self.order if self.locality.reads == "windows" else None, self._prefers,
             shared=self._config.processes, threads=self._config.read_threads,
         )  # fmt: skip
         return _prepare_ahead(self._jobs(samples_seen, end, skipped), self._decoder, reader, self._config, self._quarantine)
@@ -131,8 +127,8 @@ class TrainStream:
 
     def describe(self) -> str:
         """How a rank reads and decodes, and the memory that it takes for it, in a line."""
-        height, width = self._decoder.view.image_size
-        batches = (self._config.prefetch + 2) * self.share.micro_batch_size * height * width * 3
+        largest = max(span.micro_batch_size * math.prod(span.image_size) * 3 for span in self.share.timeline.spans)
+        batches = (self._config.prefetch + 2) * largest
         kind = "process" if self._config.processes else "thread"
         reads = f"one by one ({self.locality.why})" if self.locality.why else f"in windows of {self.locality.window_bytes / 1e6:,.1f} MB"
         return (
@@ -144,16 +140,22 @@ class TrainStream:
     def _jobs(self, samples_seen: int, end: int | None, skipped: Sequence[tuple[int, int]]) -> Iterator[_Job]:
         share = self.share
         while end is None or samples_seen < end:
-            if is_skipped(samples_seen, skipped):
-                samples_seen += share.global_batch_size
+            span = share.timeline.at(samples_seen)
+            begin, samples_seen = samples_seen, samples_seen + span.global_batch_size
+            if is_skipped(begin, skipped):
                 continue
-            taken = self.order.positions_of_rank(samples_seen, share.global_batch_size, share.rank, share.world_size)
-            for positions in taken.reshape(-1, share.micro_batch_size):
+            taken = self.order.positions_of_rank(begin, span.global_batch_size, share.rank, share.world_size)
+            for positions in taken.reshape(-1, span.micro_batch_size):
                 samples = self.order.samples_at(positions)
                 for i in np.flatnonzero(self._dataset.removed(samples)).tolist():
                     samples[i] = self._kept_instead(int(positions[i]))
-                yield _Job(positions, samples, keyed.key(keyed.Purpose.SAMPLE, self.seed, positions))
-            samples_seen += share.global_batch_size
+                yield _Job(positions, samples, keyed.key(keyed.Purpose.SAMPLE, self.seed, positions), span.image_size)
+
+    def _prefers(self, positions: Int64) -> npt.NDArray[np.bool_]:
+        """Whether this rank reads the window of each of a micro-batch's positions whole."""
+        batch = self.share.timeline.at(int(positions[0])).global_batch_size
+        own: npt.NDArray[np.bool_] = self.order.preferred_ranks(positions, batch, self.share.world_size) == self.share.rank
+        return own
 
     def _kept_instead(self, position: int) -> int:
         """The first candidate for a position that no overlay removes."""
@@ -180,12 +182,12 @@ def evaluation_batches(
             samples = np.arange(start, start + batch_size, dtype=np.int64)
             samples[samples >= end] = -1
             samples[samples >= 0] = np.where(dataset.removed(samples[samples >= 0]), -1, samples[samples >= 0])
-            yield _Job(samples, samples, np.zeros(batch_size, dtype=np.uint64))
+            yield _Job(samples, samples, np.zeros(batch_size, dtype=np.uint64), image_size)
 
     reader = Reader(
         dataset, None, lambda positions: np.zeros(len(positions), np.bool_), shared=config.processes, threads=config.read_threads
     )
-    return _prepare_ahead(jobs(), Decoder(dataset, View(image_size, preprocess, "exact", training=False), None), reader, config, None)
+    return _prepare_ahead(jobs(), Decoder(dataset, View(preprocess, "exact", training=False), None), reader, config, None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -200,6 +202,7 @@ class _Job(NamedTuple):
     samples: Int64
     """-1: there is none."""
     keys: keyed.UInt64
+    image_size: tuple[int, int]
 
 
 class _Begun(NamedTuple):
@@ -239,7 +242,7 @@ def ahead(begun: Iterable[T], count: int) -> Iterator[T]:
 def _begin(job: _Job, decoder: Decoder, reader: Reader, pool: WorkerPool, config: StreamConfig) -> _Begun:
     """Has a micro-batch's bytes read, and each of its chunks decoded once they are there."""
     size, there = len(job.samples), np.flatnonzero(job.samples >= 0)
-    begun = _Begun(job, Rows.new((size, *decoder.view.image_size, 3), shared=config.processes), [None] * size, [])
+    begun = _Begun(job, Rows.new((size, *job.image_size, 3), shared=config.processes), [None] * size, [])
     for i, awaited in zip(there.tolist(), reader.start(job.positions[there], job.samples[there]), strict=True):
         begun.reads[i] = awaited
     located = decoder.dataset.locate(np.maximum(job.samples, 0))

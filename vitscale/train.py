@@ -8,10 +8,11 @@ However a start ends before the run does, it ends as `ending.py` says, and anoth
 (`stopping.py`), which all ranks agree on at a step's end (`agreement.py`) and save, and after steps that went wrong (`guards.py`).
 """
 
+import gc
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,20 +24,22 @@ from data_tools.dataset import Dataset
 from vitscale import checkpoint, keyed, stopping
 from vitscale.agreement import Agreement
 from vitscale.checkpoint import CheckpointError
-from vitscale.config import TrainConfig, ViTConfig, grad_accum_steps, total_steps
+from vitscale.compute import Compiling
+from vitscale.config import TrainConfig, ViTConfig, grad_accum_steps
 from vitscale.ending import Cause, Ended
 from vitscale.engine import Engine, device
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
-from vitscale.flops import peak_flops, train_flops
+from vitscale.flops import measured_flops, peak_flops, train_flops
 from vitscale.foreign import ForeignStream, Usable
 from vitscale.guards import Guard, is_skipped
-from vitscale.heartbeat import EVALUATING, SAVING, TRAINING
-from vitscale.metrics import Metrics, Moment, Pace, counted, progress_line
+from vitscale.heartbeat import COMPILING, EVALUATING, SAVING, TRAINING
+from vitscale.metrics import SHARES, Metrics, Moment, Pace, counted, progress_line
 from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
+from vitscale.profiling import Profile
 from vitscale.recovery import compare_ranks, left_out_line, note_left_out, roll_back, take_up
 from vitscale.resolve import open_data, open_held_out
 from vitscale.retention import policy_of
@@ -44,6 +47,8 @@ from vitscale.run import unusable_line
 from vitscale.saving import PATIENCE, Saver
 from vitscale.stopping import Asked
 from vitscale.stream import Share, TrainStream
+from vitscale.timeline import Span, Timeline, timeline_of
+from vitscale.timing import BACKWARD, CHECKPOINT, DATA, FORWARD, LOGGING, OUTSIDE, UPDATE, Clock
 from vitscale.transfer import on_device
 from vitscale.unindexed import Tars
 
@@ -78,11 +83,13 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
 
     # -- Data -------------------------------------------------------------------------------------------------------------------------
     dataset, held_out = open_data(config), open_held_out(config)  # as the start found them: ranks must agree
-    last_step = total_steps(config, dataset.num_samples)
+    timeline = timeline_of(config, dataset.num_samples)
+    last_step = timeline.total_steps
 
     # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------
     folder, faults, evaluated, skipped = take_up(config)
-    model = ViT(config.model, config.engine.checkpoint_every_n_blocks)
+    sizes = {span.image_size for span in timeline.spans}
+    model = ViT(config.model, config.engine.checkpoint_every_n_blocks, config.engine.checkpoint_keeps, sizes)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     resumed = checkpoint.describe(folder) if folder else None
     origin = ""
@@ -96,27 +103,27 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         initialize(model, config.seed)
 
     # -- Engine -----------------------------------------------------------------------------------------------------------------------
-    accumulate = grad_accum_steps(config.global_batch_size, config.micro_batch_size, world_size)
-    engine = Engine(model, config.engine, config.optimizer, micro_batch_size=config.micro_batch_size, grad_accum_steps=accumulate)
+    samples_seen = resumed.samples_seen if resumed else 0
+    step, span = timeline.step_at(samples_seen), timeline.at(samples_seen)
+    accumulate, clock = grad_accum_steps(*span.batch, world_size), Clock(device())
+    engine = Engine(
+        model, config.engine, config.optimizer, micro_batch_size=span.micro_batch_size, grad_accum_steps=accumulate, clock=clock
+    )  # fmt: skip
     if resumed:
         checkpoint.check_tensors(resumed, shapes, engine.kinds)
         engine.load(checkpoint.TensorReader(resumed).stretch, resumed.step if resumed.updates is None else resumed.updates)
 
     # -- Stream -----------------------------------------------------------------------------------------------------------------------
-    samples_seen = resumed.samples_seen if resumed else 0
-    step = samples_seen // config.global_batch_size
-    share, quarantine = Share(config.global_batch_size, config.micro_batch_size, rank, world_size), run / "quarantine.jsonl"
+    share, quarantine = Share(timeline, rank, world_size), run / "quarantine.jsonl"
     stream: TrainStream | ForeignStream
     if isinstance(dataset, Tars):
         usable, cursor = Usable(config.model.num_classes, config.objective.soft_targets), resumed.cursor if resumed else 0
         stream = ForeignStream(
-            dataset, config.model.image_size, config.preprocess, config.stream, share, seed=config.seed, quarantine=quarantine,
-            usable=usable, cursor=cursor,
+            dataset, config.preprocess, config.stream, share, seed=config.seed, quarantine=quarantine, usable=usable, cursor=cursor
         )  # fmt: skip
     else:
         stream = TrainStream(
-            dataset, config.model.image_size, config.preprocess, config.stream, share, seed=config.seed, quarantine=quarantine,
-            weights=config.data_weights,
+            dataset, config.preprocess, config.stream, share, seed=config.seed, quarantine=quarantine, weights=config.data_weights
         )  # fmt: skip
 
     # -- What the run leaves: checkpoints, and what people read ----------------------------------------------------------------------------
@@ -126,27 +133,36 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         for fault in faults:
             metrics.say(f"warning: {fault}; {f'{folder.name} is used' if folder else 'the run starts anew'}")
         parameters = sum(math.prod(shape) for shape in shapes.values())
-        metrics.say(_headline(config, step, last_step, world_size, accumulate, parameters) + origin)
+        metrics.say(_headline(config, step, timeline, world_size, parameters) + origin)
+        metrics.say(_cost_line(config, span, _device_name()))
+        metrics.say(engine.computes)
         metrics.say(stream.describe())
         _say_of_data(metrics, dataset, config, step, samples_seen)
 
     # -- What watches over the run, and what it does with each step once all ranks' losses are known --------------------------------------
     past = (resumed.recent_losses, resumed.spikes, resumed.nonfinite_steps) if resumed else ()
-    guard = Guard(config.guard, *past, rollbacks=len(skipped))
+    guard = Guard(config.guard, *past, rollbacks=len(skipped), anew=timeline.other_sizes())
     asked, agreement = Asked(run, rank), Agreement[_Step](device())
-    pace = Pace(step)
+    pace, profile = Pace(step), Profile(config.profile, run, step, rank, clock, engine.module)
+    if metrics and (late := profile.too_late()):
+        metrics.say(late)
+    compiling = Compiling(lambda: beat(step, samples_seen, COMPILING))
 
-    def tell(done: _Step, loss: float) -> None:
+    def tell(done: _Step, loss: float, sums: Mapping[str, int]) -> None:
         """Rank 0's line of a step: of those that are logged, and of those that were left out."""
         if not metrics:
             return
-        clock = _clock(done.at.step, done.samples_seen)
+        at = _clock(done.at.step, done.samples_seen)
         if not done.applied:
-            metrics.log(clock | {"left_out": "the gradient is not finite"}, left_out_line(run, done.at.step))
+            metrics.log(at | {"left_out": "the gradient is not finite"}, left_out_line(run, done.at.step))
         elif done.logged:
             learned = {"epoch": stream.epoch(done.samples_seen), "loss": loss, "lr": done.lr, "grad_norm": done.grad_norm}
-            speed = pace.measure(done.at, config.global_batch_size) | {"unusable": stream.unusable()}
-            line = clock | learned | speed | _outlook(speed["images_per_second"], last_step - done.at.step, config, world_size)
+            speed = pace.measure(done.at, timeline.samples_at, sums) | {"unusable": stream.unusable()}
+            if profile.covers(done.at.step):  # nothing that is measured is true of other steps
+                speed = {name: value for name, value in speed.items() if name not in SHARES} | {"profiled": True}
+            if (lead := clock.lead()) is not None:
+                speed["host_lead"] = lead
+            line = at | learned | speed | _outlook(speed["images_per_second"], done.at.step, timeline, config, world_size)
             line |= {"save_seconds": saver.seconds} if saver.seconds else {}
             metrics.log(line, progress_line(line, last_step))
 
@@ -167,11 +183,11 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
             elif rollback:
                 beat(step, samples_seen, SAVING)
                 saver.wait()
-                if ended := roll_back(rollback, guard, config, last_step, skipped):
+                if ended := roll_back(rollback, guard, config, timeline, skipped):
                     raise ended
-            tell(done, loss)
+            tell(done, loss, known.sums)
         if metrics:
-            for said in saver.news():
+            for said in (*compiling.news(), *saver.news()):
                 metrics.say(said)
         return reason
 
@@ -184,11 +200,12 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
 
     def evaluate_on(held_out: Dataset) -> str:
         """Evaluates the weights as they are, or their average, and tells the result; returns why it was broken off, or nothing."""
+        clock.enter(OUTSIDE)
         found = _evaluate(engine, held_out, config, asked, saver, lambda: beat(step, samples_seen, EVALUATING))
         if isinstance(found, str):
             return found
         if metrics:
-            metrics.log(_clock(step, samples_seen) | _eval_fields(found), _eval_line(step, found))
+            metrics.log(_clock(step, samples_seen) | _eval_fields(found), _eval_line(step, found, timeline))
         return ""
 
     def about() -> checkpoint.Description:
@@ -200,58 +217,90 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         )  # fmt: skip
 
     # -- The loop ---------------------------------------------------------------------------------------------------------------------
-    batches = on_device(stream.micro_batches(samples_seen, last_step * config.global_batch_size, skipped), device(), config.mix)
+    batches = on_device(stream.micro_batches(samples_seen, timeline.total_samples, skipped), device(), config.mix)
     reason = _asked_by_any(asked)
     if held_out and step > 0 and _due(step, last_step, config.eval_every) and not evaluated:  # the last start ended before it was
         reason = reason or evaluate_on(held_out)
+    gc.disable()  # to look through what a start has made takes half a second, a different one on each rank, and all wait for it
+    clock.enter(LOGGING)
     pace.restart(step)
     while step < last_step and step != stop_at and not reason:
         if is_skipped(samples_seen, skipped):
             reason = hear(all_=True)  # what was made before is measured before the pace begins anew
-            samples_seen, step = samples_seen + config.global_batch_size, step + 1
+            step += 1
+            samples_seen = timeline.samples_at(step)
+            pace.restart(step)
+            continue
+        if profile.between(step):
+            reason = hear(all_=True)
+            beat(step, samples_seen, SAVING)
+            told = profile.write(_image_flops(config.model, span) * span.global_batch_size / world_size)
+            dist.barrier()  # for those that write, where the waiting counts into no share
+            if metrics and told:
+                metrics.say(told)
+            clock.enter(LOGGING)
             pace.restart(step)
             continue
         beat(step, samples_seen, TRAINING)
-        lr = learning_rate(step, last_step, config.optimizer.peak_lr, config.schedule)
+        if timeline.at_step(step) != span:
+            span = timeline.at_step(step)
+            accumulate = grad_accum_steps(*span.batch, world_size)
+            engine.set_batch(span.micro_batch_size, accumulate)
+            if metrics:
+                metrics.say(f"from step {step + 1} on: {', '.join(_size_and_work(span, config.model, world_size))}")
+        lr = learning_rate(step, last_step, config.optimizer.peak_lr, config.schedule, timeline.samples_at)
         loss = torch.zeros((), device=device())
         seen = []  # the samples of each micro-batch, and its loss
         for micro in range(accumulate):
-            asks = time.perf_counter()
+            clock.enter(DATA)
             batch = next(batches)
-            pace.waited += time.perf_counter() - asks
+            clock.enter(FORWARD)
             if config.model.dropout:  # element dropout repeats at equal world size and micro-batch
                 torch.manual_seed(int(keyed.key(keyed.Purpose.DROPOUT, config.seed, step, micro, rank) >> 1))
             images_BCHW = normalize(batch.images_BHWC, config.preprocess)
             images_BCHW = batch.mix.images(images_BCHW) if batch.mix else images_BCHW
             logits_BK = engine.forward(images_BCHW, batch.keys_B)
             micro_loss = compute_loss(logits_BK, batch.labels_BL, batch.scores_BL, config.objective, batch.mix)
+            clock.enter(BACKWARD)
             engine.backward(micro_loss)
+            clock.enter(UPDATE)
             applied = engine.step(lr)
+            clock.enter(LOGGING)
             loss += micro_loss.detach() / accumulate
             seen.append((batch.samples_B, micro_loss.detach()))
-        samples_seen += config.global_batch_size
-        step = samples_seen // config.global_batch_size
+        position, step = samples_seen, step + 1
+        samples_seen = timeline.samples_at(step)
         if not applied:
-            note_left_out(run, step, samples_seen - config.global_batch_size, seen)
+            note_left_out(run, step, position, seen)
 
         evaluates = held_out is not None and _due(step, last_step, config.eval_every)
         saves = evaluates or step == stop_at or _due(step, last_step, config.checkpoint_every)  # what is evaluated may be the best
         logged = saves or step % config.log_every == 0 or step == 1  # the first tells how long the run will take
+        logged = logged or timeline.at_step(step) != span  # a pace is of steps that are alike
         grad_norm = engine.grad_norm() if logged and applied else math.nan
-        done = _Step(pace.moment(step), samples_seen, lr, grad_norm, applied, logged)
-        agreement.tell(done, loss, **asked.counts(), unwritten=saver.unwritten, failed=saver.failed)
+        done = _Step(pace.moment(step, clock.sent), samples_seen, lr, grad_norm, applied, logged)
+        if logged:
+            gc.collect()
+            if not gc.get_freeze_count():  # once: what is frozen is never collected, were it garbage later
+                gc.freeze()
+        agreement.tell(done, loss, **asked.counts(), unwritten=saver.unwritten, failed=saver.failed, **clock.microseconds())
         reason = hear(all_=saves)
         if saves or (config.guard.compare_every and step % config.guard.compare_every == 0):
             compare()
         if saves and not reason and (step == last_step or not guard.in_doubt):
             beat(step, samples_seen, SAVING)
+            clock.enter(CHECKPOINT)
             before = time.perf_counter()
             saver.snapshot(about(), patience=math.inf if step in (last_step, stop_at) else PATIENCE)
             pace.stalled += time.perf_counter() - before
+            clock.enter(LOGGING)
             pace.restart(step)
         if evaluates and held_out and not reason:
             reason = evaluate_on(held_out)
+            clock.enter(LOGGING)
             pace.restart(step)
+    clock.enter(OUTSIDE)
+    profile.close()
 
     # -- The end ----------------------------------------------------------------------------------------------------------------------
     beat(step, samples_seen, SAVING)
@@ -270,7 +319,10 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         if said := unusable_line(run):
             metrics.say(said)
         metrics.close()
+    compiling.close()
     engine.close()
+    gc.unfreeze()
+    gc.enable()
     if reason:
         raise _stopped(reason, step)
 
@@ -313,11 +365,13 @@ def _say_of_data(metrics: Metrics, dataset: Mixture | Tars, config: TrainConfig,
         metrics.log(line, f"overlays: {relabelled:,} samples relabelled, {dataset.num_removed:,} removed")
 
 
-def _outlook(images_per_second: float, steps_left: int, config: TrainConfig, world_size: int) -> dict[str, float]:
+def _outlook(images_per_second: float, step: int, timeline: Timeline, config: TrainConfig, world_size: int) -> dict[str, float]:
     """What a rate says of the run's end, and of its share of the devices' peak where that is known."""
-    found = {"seconds_left": steps_left * config.global_batch_size / images_per_second}
-    if peak := peak_flops(_device_name(), config.engine.precision):
-        found["mfu"] = train_flops(config.model) * images_per_second / world_size / peak
+    found = {"seconds_left": timeline.images_left(step, config.model) / images_per_second}
+    of = (_device_name(), config.engine.precision)
+    for name, ceiling in (("mfu", peak_flops(*of)), ("mfu_of_measured", measured_flops(*of))):
+        if ceiling:
+            found[name] = _image_flops(config.model, timeline.at_step(step - 1)) * images_per_second / world_size / ceiling
     return found
 
 
@@ -356,13 +410,38 @@ class _BrokenOff(Exception):  # noqa: N818 - asked for
     """Ends an evaluation, on all ranks after the same batch; the next start makes it anew."""
 
 
-def _headline(config: TrainConfig, step: int, last_step: int, world_size: int, accumulate: int, parameters: int) -> str:
+def _headline(config: TrainConfig, step: int, timeline: Timeline, world_size: int, parameters: int) -> str:
     begins = f"resumes at step {step}" if step else "starts"
-    work = f"{config.global_batch_size} images = {counted(world_size, 'rank')} x {config.micro_batch_size} x {accumulate}"
+    span, *others = (of for of, end in zip(timeline.spans, timeline.ends, strict=True) if end > step or end == timeline.total_steps)
+    size, work = _size_and_work(span, config.model, world_size)
+    later = "".join(f"; from step {of.first_step + 1} on {' and '.join(_size_and_work(of, config.model, world_size))}" for of in others)
     return (
-        f"{config.recipe} {begins} on {_device_name()}: {parameters:,} parameters, {_pixels(config.model)} in {config.model.num_tokens} "
-        f"tokens, {last_step} steps of {work}, ZeRO {config.engine.zero_stage}, {config.engine.precision}, run directory {config.out}"
+        f"{config.recipe} {begins} on {_device_name()}: {parameters:,} parameters, {size}, {timeline.total_steps} steps of {work}{later}, "
+        f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, run directory {config.out}"
     )
+
+
+def _image_flops(model: ViTConfig, span: Span) -> int:
+    """Of an image of a span, forward and backward."""
+    return train_flops(replace(model, image_size=span.image_size))
+
+
+def _cost_line(config: TrainConfig, span: Span, device_name: str) -> str:
+    """What a step computes, and what MFU is held against."""
+    image, of = _image_flops(config.model, span), (device_name, config.engine.precision)
+    ceilings = {"by datasheet": peak_flops(*of), "measured": measured_flops(*of)}
+    known = " and ".join(f"{ceiling / 1e12:,.0f} TFLOP/s {kind}" for kind, ceiling in ceilings.items() if ceiling)
+    label = f"{config.engine.precision}{', float8 products too' if config.engine.float8 else ''}"
+    basis = f"MFU is of {known}, {label}" if known else f"no peak of {device_name} is known, so no MFU is told"
+    step = f"{image / 1e9:,.4g} GFLOP an image, {image * span.global_batch_size / 1e12:,.4g} TFLOP a step"
+    return f"{step}, recomputation not counted; {basis}"
+
+
+def _size_and_work(span: Span, model: ViTConfig, world_size: int) -> tuple[str, str]:
+    """The images of a step, and how they are shared out, for people."""
+    at_size, accumulate = replace(model, image_size=span.image_size), grad_accum_steps(*span.batch, world_size)
+    work = f"{span.global_batch_size} images = {counted(world_size, 'rank')} x {span.micro_batch_size} x {accumulate}"
+    return f"{_pixels(at_size)} in {at_size.num_tokens} tokens", work
 
 
 def _origin(source: checkpoint.Description, model: ViTConfig) -> str:
@@ -384,11 +463,14 @@ def _eval_fields(result: Evaluation) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in asdict(result).items()}
 
 
-def _eval_line(step: int, result: Evaluation) -> str:
+def _eval_line(step: int, result: Evaluation, timeline: Timeline) -> str:
+    """Evaluated at the size that the weights are for, whichever they are trained at."""
+    final = timeline.spans[-1].image_size
+    size = f" at {final[0]}x{final[1]} pixels" if timeline.at_step(step - 1).image_size != final else ""
     skipped = f", {result.skipped} unreadable" if result.skipped else ""
     skipped += f", {result.removed} removed" if result.removed else ""
     scores = f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  loss {result.loss:.4f}"
-    return f"step {step} held out: {scores}  ({result.samples} samples{skipped})"
+    return f"step {step} held out{size}: {scores}  ({result.samples} samples{skipped})"
 
 
 def _device_name() -> str:

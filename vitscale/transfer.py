@@ -26,6 +26,7 @@ class DeviceBatch:
     labels_BL: Tensor
     scores_BL: Tensor
     keys_B: Tensor
+    """On the CPU, where what is left out of each sample is drawn."""
     valid_B: Tensor
     samples_B: np.ndarray
     """On the CPU."""
@@ -47,7 +48,7 @@ def on_device(batches: Iterator[Batch], device: torch.device, mix: MixConfig | N
         if ahead is not None:
             yield ahead
         torch.cuda.current_stream(device).wait_stream(copying)
-        for tensor in (sent.images_BHWC, sent.labels_BL, sent.scores_BL, sent.keys_B, sent.valid_B, *(sent.mix or ())):
+        for tensor in (sent.images_BHWC, sent.labels_BL, sent.scores_BL, sent.valid_B, *(sent.mix or ())):
             tensor.record_stream(torch.cuda.current_stream(device))  # or its memory could be given away while the step still reads it
         ahead = sent
     if ahead is not None:
@@ -59,9 +60,10 @@ def _sent(batch: Batch, device: torch.device, mix: MixConfig | None) -> DeviceBa
         tensor = torch.from_numpy(array)
         return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
-    images_BHWC, labels_BL, scores_BL, keys_B, valid_B = (
-        send(array) for array in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.keys_B, batch.valid_B)
+    images_BHWC, labels_BL, scores_BL, valid_B = (
+        send(array) for array in (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.valid_B)
     )
+    keys_B = torch.from_numpy(batch.keys_B)
     height, width = images_BHWC.shape[1:3]
     drawn = draw_mix(batch.keys_B, (height, width), mix) if mix else None
     return DeviceBatch(images_BHWC, labels_BL, scores_BL, keys_B, valid_B, batch.samples_B, Mix(*map(send, drawn)) if drawn else None)

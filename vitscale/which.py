@@ -33,10 +33,12 @@ from vitscale.run import (
     read_config,
     read_quarantine,
     read_record,
+    samples_of,
     skipped_ranges,
     start_of_step,
     trained_datasets,
 )
+from vitscale.timeline import timeline_of
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,16 @@ def which_step(run: Path, step: int, rank: int | None = None, data: Sequence[str
     world_size = start_of_step(past.record, step)["world_size"]
     if rank is not None and not 0 <= rank < world_size:
         raise RunError(f"rank {rank} had no part in step {step} of {run}, which was made by ranks 0 to {world_size - 1}")
-    batch = past.config.global_batch_size
+    begin, batch = past.timeline.samples_at(step - 1), past.timeline.at_step(step - 1).global_batch_size
     ranks = range(world_size) if rank is None else [rank]
-    shares = [(r, past.order.positions_of_rank((step - 1) * batch, batch, r, world_size)) for r in ranks]
+    shares = [(r, past.order.positions_of_rank(begin, batch, r, world_size)) for r in ranks]
     found = [(position, r, *past.used(position)) for r, positions in shares for position in positions.tolist()]
     names = past.names([sample for _, _, used, before in found for sample in (used, *(other for other, _ in before))])
     seen = [
         Seen(*names[used], position, r, tuple(Replaced(*names[other], reason) for other, reason in before))
         for position, r, used, before in sorted(found)
     ]
-    skipped = is_skipped((step - 1) * batch, skipped_ranges(past.record))
+    skipped = is_skipped(begin, skipped_ranges(past.record))
     return StepSeen(str(run), step, step <= reached(run), skipped, world_size, tuple(seen))
 
 
@@ -130,7 +132,7 @@ def which_sample(
     `progress` is called with how many keys were looked at, and of how many.
     """
     past = _Past(run, data)
-    batch, steps_made = past.config.global_batch_size, reached(run)
+    steps_made = reached(run)
     samples = []
     for dataset, first in zip(past.mixture.components, past.mixture.first_samples.tolist(), strict=True):
         try:
@@ -143,11 +145,11 @@ def which_sample(
             samples.append(first + own)
     if not samples:
         raise RunError(f"no dataset of {run} has a sample with the key {key!r}; `vitscale data preview` and samples/*.parquet tell keys")
-    end = steps_made * batch
+    end = past.timeline.samples_at(steps_made)
     skipped = skipped_ranges(past.record)
     looked_at = (past.positions_that_saw(sample, end) for sample in samples)
     seen = {position: own for found in looked_at for position, own in found.items() if not is_skipped(position, skipped)}
-    lines = tuple({"step": p // batch + 1, "position": p, "stood_in": not own} for p, own in sorted(seen.items()))
+    lines = tuple({"step": past.timeline.step_at(p) + 1, "position": p, "stood_in": not own} for p, own in sorted(seen.items()))
     first = lines[0]["step"] if lines else steps_made + 1
     kept = tuple(folder.name for folder in checkpoint.committed(run) if checkpoint.step_of(folder) >= first)
     return SampleSeen(str(run), key, tuple(Named(*name) for name in past.names(samples).values()), steps_made, lines, kept)
@@ -168,6 +170,7 @@ class _Past:
                 f"{run} was trained on tars without an index, whose order cannot be told; `vitscale data index` makes one for other runs"
             )
         self.config: TrainConfig = read_config(run)
+        self.timeline = timeline_of(self.config, samples_of(trained_datasets(self.record)))
         self._paths = self._found(data)
         self._mixture = lru_cache(maxsize=8)(self._open)
         self.mixture = self._mixture(((),) * len(self._paths))
@@ -180,7 +183,7 @@ class _Past:
 
     def used(self, position: int) -> tuple[int, list[tuple[int, str]]]:
         """The sample that is used at a position, and those tried before it, with what was wrong with each."""
-        start = start_of_step(self.record, position // self.config.global_batch_size + 1)
+        start = start_of_step(self.record, self.timeline.step_at(position) + 1)
         mixture, unusable = self._mixture(self._overlays(start)), self._unusable.get(position, {})
         before: dict[int, str] = {}
         for sample in self.order.candidates(position):

@@ -18,6 +18,7 @@ import pytest
 from data_tools.page import nice_step
 from launch.quickstart import ROADS, QuickstartFlags, open_folder, sample_classes, stages
 from launch.terminal import VerbError
+from vitscale.metrics import SHARES
 from vitscale.report import spread
 
 VITSCALE = str(Path(sys.executable).with_name("vitscale"))
@@ -107,7 +108,8 @@ def test_the_printed_commands_work_verbatim_and_give_the_tables_numbers(finished
 def test_the_page_has_its_parts_and_loads_nothing(finished: Finished) -> None:
     page = (finished.folder / "report.html").read_text()
     assert not re.search(r"https?:|<script|<link|@import|url\(", page)
-    assert page.count("<polyline") == 6  # pre-training loss, two downstream losses, two accuracies and guessing
+    lines = 1 + 2 + 3 + 2 * len(SHARES)  # pre-training loss, downstream losses, accuracies and guessing, shares of two runs' time
+    assert page.count("<polyline") == lines
     assert page.count('class="tile"') == 12
     wrong = round((1 - finished.result["rows"][1]["top1"]) * finished.result["rows"][1]["images"])
     assert page.count('class="tile wrong"') == min(6, wrong)

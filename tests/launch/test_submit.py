@@ -217,6 +217,13 @@ def test_the_plan_counts_what_evaluations_save_too(dataset: Path, tmp_path: Path
     assert told["plan"]["checkpoints"] == written
 
 
+def test_the_plan_counts_the_images_of_phases(dataset: Path, tmp_path: Path) -> None:
+    """Ten steps, of which the first half of the samples are in steps of 4 images: 7 of those, then 3 of 8."""
+    words = pretraining(dataset, tmp_path / "run", "--steps", 10, "--schedule.phases", "0.5:global_batch_size=4")
+    plan = json.loads(dry_run("--json", *words, folder=tmp_path).stdout)["plan"]
+    assert (plan["steps"], plan["phases"], plan["images"]) == (10, 2, 7 * 4 + 3 * 8)
+
+
 @pytest.mark.parametrize(
     ("flags", "more", "said"),
     [

@@ -6,6 +6,7 @@ swapped or forgotten tensors, so every comparison here starts from `randomize`.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -32,9 +33,9 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
         parameter.masked_fill_(parameter == 0, 0.1)  # a normal in fp32 is exactly zero once in some ten million
 
 
-def random_vit(config: ViTConfig, seed: int = 0, checkpoint_every_n_blocks: int = 0) -> ViT:
+def random_vit(config: ViTConfig, seed: int = 0, **checkpointing: Any) -> ViT:
     """A model in evaluation mode, every tensor random."""
-    model = ViT(config, checkpoint_every_n_blocks)
+    model = ViT(config, **checkpointing)
     randomize(model, seed)
     return model.eval()
 

@@ -18,10 +18,9 @@ MODEL = ViTConfig(depth=2, width=16, mlp_dim=20, num_heads=2, patch_size=4, imag
 class Held:
     """Two parameters and a moment of each, which Saver asks as it asks an engine; every element follows from the step and its place."""
 
-    kinds = ("weight", "exp_avg")
-
     def __init__(self, elements: int) -> None:
         self.shapes = {"kernel": torch.Size([elements - 7]), "bias": torch.Size([7])}
+        self.kinds = {kind: tuple(self.shapes) for kind in ("weight", "exp_avg")}
         self.state = {(name, kind): torch.empty(shape) for name, shape in self.shapes.items() for kind in self.kinds}
         self.move_to(0)
 

@@ -9,6 +9,7 @@ from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.locality import choose_order
 from vitscale.mixture import Mixture
 from vitscale.stream import Batch, Share, TrainStream
+from vitscale.timeline import Timeline, steady
 
 IMAGE_SIZE = (8, 12)
 PREPROCESS = PreprocessConfig(crop_scale=(0.3, 1.0))
@@ -17,12 +18,13 @@ PREPROCESS = PreprocessConfig(crop_scale=(0.3, 1.0))
 def stream(
     dataset: Dataset | Mixture, tmp_path: Path, *, rank: int = 0, world_size: int = 1, batch: int = 12, micro: int | None = None,
     seed: int = 0, config: StreamConfig | None = None, weights: tuple[float, ...] = (),
+    timeline: Timeline | None = None,
 ) -> TrainStream:  # fmt: skip
     mixture = Mixture([dataset]) if isinstance(dataset, Dataset) else dataset
     chosen = choose_order(config or StreamConfig(workers=2), mixture.num_samples, batch)
     return TrainStream(
-        mixture, IMAGE_SIZE, PREPROCESS, chosen, Share(batch, micro or batch // world_size, rank, world_size), seed=seed,
-        quarantine=tmp_path / "quarantine.jsonl", weights=weights,
+        mixture, PREPROCESS, chosen, Share(timeline or steady(IMAGE_SIZE, batch, micro or batch // world_size), rank, world_size),
+        seed=seed, quarantine=tmp_path / "quarantine.jsonl", weights=weights,
     )  # fmt: skip
 
 

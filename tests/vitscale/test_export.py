@@ -42,6 +42,7 @@ OPTIONS = {
     "map": replace(SMALL, pool="map", activation="gelu_tanh"),
     "representation": replace(SMALL, representation_size=48),
     "epsilon": replace(SMALL, layer_norm_eps=1e-3),
+    "qk-norm": replace(SMALL, qk_norm=True, patch_dropout=0.5),
 }
 
 
@@ -160,6 +161,8 @@ IN_TIMM = {
     "map": replace(SMALL, pool="map"),
     "map-tanh": replace(SMALL, pool="map", activation="gelu_tanh"),
     "tanh": replace(SMALL, activation="gelu_tanh"),
+    "qk-norm": replace(SMALL, qk_norm=True, patch_dropout=0.5),
+    "qk-norm-map": replace(SMALL, qk_norm=True, pool="map"),
     "one-class": replace(SMALL, num_classes=1),
     "headless": replace(SMALL, num_classes=0),
     "headless-mean": replace(SMALL, num_classes=0, pool="mean"),

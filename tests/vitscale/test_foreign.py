@@ -26,12 +26,14 @@ from tests.command import SMALL, VITSCALE, vitscale
 from tests.data_tools.conftest import Server, bucket, make_image, process, server, upload  # noqa: F401 - fixtures
 from tests.data_tools.mutations import mutated
 from tests.vitscale.streams import IMAGE_SIZE, PREPROCESS
+from vitscale import keyed
 from vitscale.config import FinetuneConfig, StreamConfig, TrainConfig
 from vitscale.foreign import ForeignStream, Usable, _Drawn, shard_at
 from vitscale.quarantine import QuarantineError
 from vitscale.resolve import open_data, resolve
 from vitscale.run import locked, open_run
 from vitscale.stream import Batch, Share, StreamError
+from vitscale.timeline import Span, Timeline, steady
 from vitscale.unindexed import WINDOW, Tars, UnindexedError, named_tars
 from vitscale.workers import WorkerError
 
@@ -73,12 +75,12 @@ def found(*words: object) -> Tars:
 
 def stream(
     tars: Tars, tmp_path: Path, *, rank: int = 0, world_size: int = 1, batch: int = 12, micro: int = 2, cursor: int = 0, seed: int = 3,
-    config: StreamConfig | None = None,
+    config: StreamConfig | None = None, timeline: Timeline | None = None,
 ) -> ForeignStream:  # fmt: skip
     config = config or StreamConfig(workers=2, window=4)
     config = dataclasses.replace(config, window=config.window or WINDOW)
     return ForeignStream(
-        tars, IMAGE_SIZE, PREPROCESS, config, Share(batch, micro, rank, world_size),
+        tars, PREPROCESS, config, Share(timeline or steady(IMAGE_SIZE, batch, micro), rank, world_size),
         seed=seed, quarantine=tmp_path / "quarantine.jsonl", usable=Usable(CLASSES), cursor=cursor,
     )  # fmt: skip
 
@@ -490,3 +492,16 @@ def test_what_a_run_takes_and_refuses(tars: Path, dataset: Path, config: TrainCo
             open_run(dataclasses.replace(resolved, data=str(data)), 2)
     with locked(run), pytest.raises(UserError, match=r"part-005.tar cannot be read \(No such"):
         open_run(dataclasses.replace(resolved, data=str(tars / "part-{000..007}.tar")), 2)
+
+
+def test_steps_of_phases_have_the_positions_and_the_size_that_they_should(tars: Path, tmp_path: Path) -> None:
+    """Steps of 6, then of 12 images; a start within the second phase goes on with its positions."""
+    timeline = Timeline((Span(0, 0, (8, 8), 6, 1), Span(2, 12, IMAGE_SIZE, 12, 2)), 4)
+    for first in (0, 3):
+        ranks = [stream(found(tars), tmp_path, rank=rank, world_size=2, timeline=timeline) for rank in (0, 1)]
+        batches = [list(of.micro_batches(timeline.samples_at(first), timeline.total_samples)) for of in ranks]
+        sizes = [batch.images_BHWC.shape[:3] for batch in batches[0]]
+        assert sizes == ([(1, 8, 8)] * 6 if first == 0 else []) + [(2, *IMAGE_SIZE)] * (6 if first == 0 else 3)
+        keys = sorted(key for of in batches for batch in of for key in batch.keys_B.view(np.uint64).tolist())
+        positions = np.arange(timeline.samples_at(first), timeline.total_samples)
+        assert keys == sorted(keyed.key(keyed.Purpose.SAMPLE, 3, positions).tolist())

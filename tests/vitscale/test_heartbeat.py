@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vitscale.ending import Cause, read_ends
-from vitscale.heartbeat import EVALUATING, SAVING, STARTING, TRAINING, Sign, hang_bound, read_heartbeats
+from vitscale.heartbeat import COMPILING, EVALUATING, SAVING, STARTING, TRAINING, Sign, hang_bound, read_heartbeats
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ from vitscale.heartbeat import EVALUATING, SAVING, STARTING, TRAINING, Sign, han
         (STARTING, [], 5, 1800),
         (STARTING, [], 4000, 4000),
         (SAVING, [1.0], 5, 1800),
+        (COMPILING, [], 5, 1800),  # a step that meets a new size, say
         (TRAINING, [], 0, 1800),  # the first step, which may compile
         (TRAINING, [0.5, 2.0, 1.0], 0, 120),
         (TRAINING, [0.5, 9.0, 1.0], 0, 180),

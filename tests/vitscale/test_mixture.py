@@ -19,11 +19,12 @@ from data_tools.pack import pack
 from tests.conftest import write_images
 from tests.distributed import run_on_ranks
 from tests.runs import TOLERANCE, begin, case, last_start, variant
-from vitscale.config import ConfigError, TrainConfig, from_dict, to_dict, total_steps
+from vitscale.config import ConfigError, TrainConfig, from_dict, to_dict
 from vitscale.mixture import Mixture
 from vitscale.resolve import resolve
 from vitscale.run import RunError, read_config, read_record, used_overlays
 from vitscale.status import status
+from vitscale.timeline import timeline_of
 from vitscale.which import which_step
 
 
@@ -134,7 +135,7 @@ def test_a_run_remembers_each_dataset(config: TrainConfig, dataset: Path, second
     begun = begin(mixed)
     record = json.loads((Path(config.out) / "run.json").read_text())
     assert [of["samples"] for of in record["dataset"]] == [131, 43]
-    assert record["total_steps"] == total_steps(mixed, 174) == -(-2 * 174 // 24)
+    assert record["total_steps"] == timeline_of(mixed, 174).total_steps == -(-2 * 174 // 24)
     assert begun.eval_data == str(dataset / "val"), "the sibling of the first"
     assert read_config(Path(config.out)) == begun
     assert status(Path(config.out))["dataset"] == record["dataset"]

@@ -1,13 +1,17 @@
 """Which parameters decay, and what the learning rate is at a step, against formulas written out here."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vitscale.config import OptimizerConfig, ScheduleConfig, ViTConfig
 from vitscale.model import ViT
-from vitscale.optim import build_optimizer, learning_rate, split_by_decay
+from vitscale.muon import choose_owners, cut, orthogonalize
+from vitscale.optim import build_optimizer, learning_rate, param_groups, split_by_decay
 
 TINY = {"depth": 2, "width": 16, "mlp_dim": 32, "num_heads": 2, "patch_size": 4, "image_size": (8, 8), "num_classes": 3}
 
@@ -60,6 +64,61 @@ def test_kernels_alone_decay(case: str, optimizer: str) -> None:
     assert sum(len(group["params"]) for group in built.param_groups) == len(decay), "each parameter once"
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_layers_decay_towards_the_embeddings(optimizer: str) -> None:
+    """BEiT's scales: 0.5 to the power of how many layers lie above, of which the head and the last norm are one."""
+    model = ViT(ViTConfig(**TINY))  # type: ignore[arg-type]
+    groups = param_groups(dict(model.named_parameters()), OptimizerConfig(optimizer, layer_decay=0.5))  # type: ignore[arg-type]
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    scale = {name_of[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    expected = {"patch_embed": 0.125, "cls_token": 0.125, "pos_embed": 0.125, "blocks.0": 0.25, "blocks.1": 0.5, "norm": 1.0, "head": 1.0}
+    assert scale == {name: next(s for start, s in expected.items() if f"{name}.".startswith(f"{start}.")) for name in name_of.values()}
+    assert all(group["params"] for group in groups)
+
+
+@given(shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=8), ranks=st.integers(1, 5), data=st.data())
+def test_a_matrix_goes_to_a_rank_that_holds_most_of_it(shapes: list[tuple[int, int]], ranks: int, data: st.DataObject) -> None:
+    """However weights are cut over ranks, q, k and v apart: a matrix's stretches cover it once, and its owner holds of it."""
+    matrices = []
+    for rows, columns in shapes:
+        parts = data.draw(st.sampled_from([1, 3]))
+        size = parts * rows * columns
+        bounds = [0, *sorted(data.draw(st.lists(st.integers(0, size), min_size=ranks - 1, max_size=ranks - 1))), size]
+        shares = [(low, high - low) for low, high in pairwise(bounds)]
+        of_weight = cut((parts * rows, columns), parts, shares, everywhere=False, tensor=0, begin=0)
+        assert len(of_weight) == parts
+        for matrix in of_weight:
+            covered = [e for stretch in matrix.held for e in range(stretch.start, stretch.start + stretch.length)]
+            assert covered == list(range(rows * columns))
+        matrices += of_weight
+    for matrix, owner in zip(matrices, choose_owners(matrices), strict=True):
+        assert 2 * matrix.held[owner].length > max(stretch.length for stretch in matrix.held)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_work_is_divided_where_all_hold_alike(ranks: int) -> None:
+    """As under stage 3, in the shapes of a ViT: no rank has more than a matrix above the mean."""
+    D = 16
+    shapes = [((3 * D, D), 3), ((D, D), 1), ((4 * D, D), 1), ((D, 4 * D), 1)] * 8
+    matrices = []
+    for shape, parts in shapes:
+        size = math.prod(shape)
+        shares = [(rank * size // ranks, (rank + 1) * size // ranks - rank * size // ranks) for rank in range(ranks)]
+        matrices += cut(shape, parts, shares, everywhere=False, tensor=0, begin=0)
+    cost = [m.rows * m.columns * min(m.rows, m.columns) for m in matrices]
+    load = [sum(c for c, owner in zip(cost, choose_owners(matrices), strict=True) if owner == rank) for rank in range(ranks)]
+    assert max(load) <= sum(cost) / ranks + max(cost)
+
+
+def test_singular_values_become_about_one() -> None:
+    x_KRC = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    for found in (orthogonalize(x_KRC), orthogonalize(x_KRC.mT).mT):
+        values = torch.linalg.svdvals(found)
+        assert 0.6 < values.min() < values.max() < 1.3
+        u, _, v = torch.linalg.svd(x_KRC, full_matrices=False)
+        torch.testing.assert_close(found, u @ torch.diag_embed(torch.linalg.svdvals(found).new_ones(3, 24)) @ v, atol=0.2, rtol=0)
+
+
 def test_split_keeps_the_order_of_the_model() -> None:
     """DeepSpeed lays parameters out in this order; a checkpoint does not depend on it, a repeated run's bits do."""
     parameters = dict(ViT(ViTConfig(**TINY)).named_parameters())  # type: ignore[arg-type]
@@ -100,7 +159,7 @@ def test_settings_arrive_and_moments_bear_their_names(name: str, momentum: float
         p.grad = torch.ones_like(p)
     built.step()
     state = next(iter(built.state.values()), {})  # SGD without momentum keeps none
-    assert {key for key, value in state.items() if torch.is_tensor(value) and value.ndim} == set(config.moments)
+    assert {key for key, value in state.items() if torch.is_tensor(value) and value.ndim} == set(config.moments())
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -17,17 +17,25 @@ from vitscale.config import (
     ViTConfig,
     fine_tuning_run,
     grad_accum_steps,
-    total_steps,
 )
 from vitscale.flops import train_flops
 from vitscale.model import ViT
 from vitscale.optim import learning_rate
 from vitscale.recipes import FINETUNE, PRETRAIN, recipe, recipe_name, vit
+from vitscale.timeline import timeline_of
 
 Recipe = Callable[[], TrainConfig]
 JFT, I21K, I1K = 303_000_000, 14_197_122, 1_281_167  # images
 CLASSES = {"jft300m": 18_291, "imagenet21k": 21_843, "imagenet1k": 1_000}
-SIZES = {"ti": (12, 192, 768, 3), "s": (12, 384, 1536, 6), "b": (12, 768, 3072, 12), "l": (24, 1024, 4096, 16), "h": (32, 1280, 5120, 16)}
+SIZES = {
+    "ti": (12, 192, 768, 3),
+    "s": (12, 384, 1536, 6),
+    "b": (12, 768, 3072, 12),
+    "l": (24, 1024, 4096, 16),
+    "h": (32, 1280, 5120, 16),
+    "g": (40, 1408, 6144, 16),
+    "G": (48, 1664, 8192, 16),
+}
 
 # arXiv 2010.11929, table 3: epochs, peak lr, decay, weight decay, dropout.
 TABLE_3 = {
@@ -73,6 +81,7 @@ TABLE_4 = {
     "finetune-flowers": (500, 384, 100, 0.0, OTHERS_GRID),
     "finetune-vtab": (2_500, 384, 100, 0.0, {0.01}),
 }
+SCALED = {"vit-giant14-jft3b": "g", "vit-gigantic14-jft3b": "G"}
 TINY = {"tiny-digits", "tiny-fashion", "tiny-finetune"}
 
 
@@ -95,10 +104,10 @@ def count(model: ViTConfig) -> int:
 
 
 def test_the_tables_here_name_every_recipe() -> None:
-    assert set(names(PRETRAIN)) == TABLE_3.keys() | AUGMENTED.keys() | (TINY - {"tiny-finetune"})
+    assert set(names(PRETRAIN)) == TABLE_3.keys() | SCALED.keys() | AUGMENTED.keys() | (TINY - {"tiny-finetune"})
     assert set(names(FINETUNE)) == TABLE_4.keys() | {"tiny-finetune"}
     everything = names(PRETRAIN) + names(FINETUNE)
-    assert len(everything) == len(set(everything)) == len(TABLE_3) + len(AUGMENTED) + len(TABLE_4) + len(TINY)
+    assert len(everything) == len(set(everything)) == len(TABLE_3) + len(SCALED) + len(AUGMENTED) + len(TABLE_4) + len(TINY)
 
 
 @pytest.mark.parametrize("function", PRETRAIN + FINETUNE, ids=lambda f: f.__name__)
@@ -159,6 +168,23 @@ def test_pretraining_has_the_models_size(name: str) -> None:
     assert count(model) == closed_form(model)
 
 
+@pytest.mark.parametrize("name", SCALED)
+def test_the_scaling_studys_are_big_visions(name: str) -> None:
+    """big_vision/configs/proj/scaling_laws/train_vit_g.py."""
+    config = recipe(name, PRETRAIN)
+    model = config.model
+    assert (model.depth, model.width, model.mlp_dim, model.num_heads) == SIZES[SCALED[name]]
+    assert (model.patch_size, model.image_size, model.num_classes) == (14, (224, 224), 29_593)
+    assert (model.pool, model.head_bias, config.objective.kind) == ("map", -10.0, "sigmoid")
+    assert (config.global_batch_size, config.steps, config.epochs) == (16_384, 1_000_000, 0.0)
+    assert (config.optimizer.peak_lr, config.optimizer.weight_decay, config.optimizer.grad_clip) == (8e-4, 0.03, 1.0)
+    schedule = config.schedule
+    assert (schedule.kind, schedule.timescale, schedule.warmup_steps, schedule.cooldown_steps) == ("rsqrt", 10_000, 10_000, 50_000)
+    assert (config.preprocess.eval_protocol, config.preprocess.eval_crop) == ("big_vision", 224 / 256)
+    for world_size in (1, 8, 512):
+        check_config(config, world_size)
+
+
 @pytest.mark.parametrize("name", AUGMENTED)
 def test_augmented_recipes_are_big_visions(name: str) -> None:
     config = recipe(name, PRETRAIN)
@@ -179,15 +205,15 @@ def test_augmented_recipes_are_big_visions(name: str) -> None:
     assert (config.schedule.kind, config.schedule.warmup_steps, config.schedule.end_lr) == ("cosine", 10_000, 0.0)
     for world_size in (1, 8):
         check_config(config, world_size)
-    assert config.schedule.warmup_steps < total_steps(config, I1K)
+    assert config.schedule.warmup_steps < timeline_of(config, I1K).total_steps
 
 
 def test_the_headline_recipe_has_the_published_cost() -> None:
     config = recipe("vit-h14-jft300m", PRETRAIN)
     assert count(config.model) == 630_764_800 + 1281 * 18_291
-    assert total_steps(config, JFT) == 1_035_645
-    assert round(total_steps(config, JFT) / 1e6, 2) == 1.04
-    assert round(train_flops(config.model) * total_steps(config, JFT) * config.global_batch_size / 1e21, 1) == 4.3
+    assert timeline_of(config, JFT).total_steps == 1_035_645
+    assert round(timeline_of(config, JFT).total_steps / 1e6, 2) == 1.04
+    assert round(train_flops(config.model) * timeline_of(config, JFT).total_steps * config.global_batch_size / 1e21, 1) == 4.3
 
 
 @pytest.mark.parametrize("name", TABLE_3)
@@ -212,7 +238,7 @@ def test_pretraining_passes_the_checks_at_sensible_sizes(name: str) -> None:
 )
 def test_learning_rate_over_a_run(name: str, images: int, expected: dict[int, float]) -> None:
     config = recipe(name, PRETRAIN)
-    steps = total_steps(config, images)
+    steps = timeline_of(config, images).total_steps
     for step, rate in expected.items():
         assert learning_rate(step, steps, config.optimizer.peak_lr, config.schedule) == pytest.approx(rate, rel=1e-3, abs=1e-9), step
 
@@ -281,6 +307,6 @@ def test_tiny_ones_pass_the_checks_and_have_the_size_they_say(name: str, images:
     said = re.search(r"A ViT of ([\d.]+) M parameters", function.__doc__ or "")
     assert said
     assert round(count(model) / 1e6, 1) == float(said[1])
-    assert config.schedule.warmup_steps < total_steps(config, images) / 5
+    assert config.schedule.warmup_steps < timeline_of(config, images).total_steps / 5
     assert config.engine.precision == "fp32", "for a CPU"
-    assert not math.isnan(learning_rate(0, total_steps(config, images), config.optimizer.peak_lr, config.schedule))
+    assert not math.isnan(learning_rate(0, timeline_of(config, images).total_steps, config.optimizer.peak_lr, config.schedule))

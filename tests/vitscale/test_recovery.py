@@ -15,6 +15,7 @@ from vitscale.ending import Cause, Ended
 from vitscale.guards import Guard, Rollback
 from vitscale.recovery import roll_back, take_up
 from vitscale.run import note_skipped, read_record, skipped_ranges
+from vitscale.timeline import Span, Timeline, steady
 
 SPIKE = Rollback(12, 15, 17, True, "the loss was 9")
 
@@ -47,7 +48,7 @@ def steps_left(config: TrainConfig) -> list[int]:
 
 def rolled_back(config: TrainConfig, rollback: Rollback = SPIKE) -> tuple[tuple[int, int], ...]:
     """The steps that are skipped from then on, each row of them from its first to its last."""
-    ended = roll_back(rollback, Guard(config.guard), config, 27, ())
+    ended = roll_back(rollback, Guard(config.guard), config, steady(config.model.image_size, 8, 8, total_steps=27), ())
     assert isinstance(ended, Ended)
     assert ended.cause is Cause.SPIKE
     return tuple((first // 8 + 1, end // 8) for first, end in skipped_ranges(read_record(Path(config.out))))
@@ -60,6 +61,17 @@ def test_a_start_takes_back_what_a_killed_rollback_left(begun: TrainConfig) -> N
     assert found.folder is not None
     assert (found.folder.name, found.skipped) == ("step-00000010", ((11 * 8, 17 * 8),))
     assert steps_left(begun) == [10]
+
+
+def test_a_rollback_skips_steps_of_the_sizes_that_they_had(begun: TrainConfig) -> None:
+    """Steps 12 to 17, of which those after step 14 have twice the images."""
+    timeline = Timeline((Span(0, 0, (8, 8), 8, 8), Span(14, 112, (8, 8), 16, 8)), 27)
+    assert isinstance(roll_back(SPIKE, Guard(begun.guard), begun, timeline, ()), Ended)
+    assert skipped_ranges(read_record(Path(begun.out))) == ((11 * 8, 14 * 8 + 3 * 16),)
+    nonfinite = Rollback(18, 18, 19, False, "the gradient was not finite")
+    ended = roll_back(nonfinite, Guard(begun.guard), begun, timeline, skipped_ranges(read_record(Path(begun.out))))
+    assert ended is not None
+    assert ended.cause is Cause.DIVERGED, "right after those that were skipped"
 
 
 def test_a_rollback_keeps_one_to_go_on_from(begun: TrainConfig) -> None:

@@ -266,7 +266,7 @@ def test_rows_that_evaluation_leaves_out_are_black(damaged: tuple[Dataset, set[i
     mixture, samples = Mixture([damaged[0]]), np.array([2, 3, -1, 4])
     rows = Rows.new((4, *IMAGE_SIZE, 3), shared=False)
     rows.array[:] = 255
-    decoder = Decoder(mixture, View(IMAGE_SIZE, PREPROCESS, "exact", training=False), None)
+    decoder = Decoder(mixture, View(PREPROCESS, "exact", training=False), None)
     task = Task(samples, samples, np.zeros(4, np.uint64), mixture.locate(np.maximum(samples, 0)), [None] * 4)
     assert decoder(task, rows).valid.tolist() == [True, False, False, True]
     assert rows.array.reshape(4, -1).any(axis=1).tolist() == [True, False, False, True]
@@ -293,7 +293,7 @@ def test_a_mixture_s_dataset_of_which_nothing_can_be_used_is_known_soon(dataset:
     mixture = Mixture([Dataset.open(dataset / "val"), Dataset.open(tmp_path / "broken")])
     order = Counting([component.shard_sizes for component in mixture.components], (1, 1), 0, 1, 2**20)
     position = int(order.positions_of(np.array([38]), 1)[0])
-    decoder = Decoder(mixture, View(IMAGE_SIZE, PREPROCESS, "exact", training=True), order, attempts=100)
+    decoder = Decoder(mixture, View(PREPROCESS, "exact", training=True), order, attempts=100)
     at, samples = np.array([position]), order.samples_at(np.array([position]))
     task = Task(at, samples, np.zeros(1, np.uint64), mixture.locate(samples), [None])
     done = decoder(task, Rows.new((1, *IMAGE_SIZE, 3), shared=False))

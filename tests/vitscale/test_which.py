@@ -17,10 +17,11 @@ from data_tools.pack import pack
 from tests.command import SMALL, vitscale
 from tests.conftest import write_images
 from tests.runs import begin, log
-from vitscale.config import StreamConfig, TrainConfig
+from vitscale.config import Phase, StreamConfig, TrainConfig
 from vitscale.mixture import Mixture
 from vitscale.run import RunError, note_begin, overlay_fields, used_overlays
 from vitscale.stream import Share, TrainStream
+from vitscale.timeline import timeline_of
 from vitscale.which import which_sample, which_step
 
 LAYOUTS = [StreamConfig(workers=1), StreamConfig(lanes=4, window=5, workers=1)]
@@ -29,20 +30,20 @@ LAYOUTS = [StreamConfig(workers=1), StreamConfig(lanes=4, window=5, workers=1)]
 def run_steps(config: TrainConfig, first: int, last: int, world_size: int) -> dict[int, list[list[int]]]:
     """A start that makes the steps after `first` up to `last`, without a model: of each step the samples of each rank."""
     config = begin(replace(config, micro_batch_size=config.global_batch_size // world_size), world_size)
-    run, batch = Path(config.out), config.global_batch_size
+    run = Path(config.out)
     note_begin(run, first)
     overlays = used_overlays(run)
     mixture = Mixture.open(config.datasets, [overlays[name] for name in overlay_fields(len(config.datasets))])
+    timeline = timeline_of(config, mixture.num_samples)
     held: dict[int, list[list[int]]] = {step: [] for step in range(first + 1, last + 1)}
     for rank in range(world_size):
         stream = TrainStream(
-            mixture, config.model.image_size, config.preprocess, config.stream,
-            Share(batch, config.micro_batch_size, rank, world_size), seed=config.seed, quarantine=run / "quarantine.jsonl",
-            weights=config.data_weights,
+            mixture, config.preprocess, config.stream, Share(timeline, rank, world_size), seed=config.seed,
+            quarantine=run / "quarantine.jsonl", weights=config.data_weights,
         )  # fmt: skip
-        for step, made in zip(held, stream.micro_batches(first * batch, last * batch), strict=True):
+        for step, made in zip(held, stream.micro_batches(timeline.samples_at(first), timeline.samples_at(last)), strict=True):
             held[step].append(made.samples_B.tolist())
-    log(config, *({"step": step, "samples_seen": step * batch, "loss": 1.0} for step in held))
+    log(config, *({"step": step, "samples_seen": timeline.samples_at(step), "loss": 1.0} for step in held))
     return held
 
 
@@ -206,3 +207,21 @@ def test_as_typed(dataset: Path, second: Path, tmp_path: Path) -> None:
         assert "--step N" in done.stderr
     done = vitscale("run", "which", out, "--step", 7)
     assert (done.returncode, done.stderr) == (1, f"error: {out} has no step 7; it has steps 1 to 6\n")
+
+
+def test_steps_of_phases_are_told_as_they_were(config: TrainConfig) -> None:
+    """Of 12, then of 24 images, over an epoch's end: from the step to its samples, and from a sample to all its steps."""
+    phases = (Phase(0.3, (8, 16), 12, 12),)
+    config = replace(config, schedule=replace(config.schedule, phases=phases), stream=StreamConfig(lanes=4, window=5, workers=1))
+    held, run = {step: ranks[0] for step, ranks in run_steps(config, 0, 20, 1).items()}, Path(config.out)
+    assert {len(samples) for samples in held.values()} == {12, 24}
+    mixture, position = Mixture.open(config.datasets), 0
+    for step, samples in held.items():
+        seen = which_step(run, step).samples
+        assert [(of.position, of.sample) for of in seen] == list(enumerate(samples, start=position))
+        position += len(samples)
+    assert position > 2 * mixture.num_samples
+    for sample in range(0, mixture.num_samples, 9):
+        found = which_sample(run, mixture.components[0].key(sample))
+        assert found.steps_made == 20
+        assert [line["step"] for line in found.seen] == [step for step, samples in held.items() for of in samples if of == sample]

@@ -4,8 +4,11 @@ A process group a world size walks all cases through `train.train`; each case is
 metrics.jsonl. A spy on the engine sums a hash of every image that goes into a step, so that equal sums mean equal sets of images.
 """
 
+import dataclasses
 import itertools
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,17 @@ from torch import nn
 
 from tests.distributed import run_on_ranks
 from tests.runs import STOP, TOLERANCE, case, losses_of, variant
-from vitscale.config import TrainConfig, from_dict
+from vitscale import checkpoint
+from vitscale.config import OptimizerConfig, TrainConfig, from_dict
 from vitscale.engine import Engine
+from vitscale.flops import checkpoint_bytes
 from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import build_optimizer, learning_rate
 from vitscale.run import open_run, read_metrics
 from vitscale.stream import Share, TrainStream
+from vitscale.timeline import steady
 from vitscale.train import train
 
 STEPS = 20
@@ -53,7 +59,7 @@ def walk(payload: dict[str, Any]) -> dict[str, Any]:
         sums = [torch.zeros(2, dtype=torch.int64) for _ in range(dist.get_world_size())]
         counts = torch.tensor([_fold(images), len(images)])
         dist.all_gather(sums, counts)
-        losses = {line["step"]: line["loss"] for line in read_metrics(Path(config.out))}
+        losses = {line["step"]: line["loss"] for line in read_metrics(Path(config.out)) if "loss" in line}
         results[name] = {"losses": losses, "images": [sum(int(s[0]) for s in sums) % 2**63, sum(int(s[1]) for s in sums)]}
     return results
 
@@ -89,8 +95,9 @@ def plain_torch(config: TrainConfig, steps: int) -> tuple[list[float], list[floa
     """The losses and gradient norms of the same training without DeepSpeed, ranks, accumulation or checkpointing."""
     dataset = Mixture.open(config.datasets)
     stream = TrainStream(
-        dataset, config.model.image_size, config.preprocess, config.stream,
-        Share(config.global_batch_size, config.global_batch_size), seed=config.seed, quarantine=Path(config.out) / "quarantine.jsonl",
+        dataset, config.preprocess, config.stream,
+        Share(steady(config.model.image_size, config.global_batch_size, config.global_batch_size)),
+        seed=config.seed, quarantine=Path(config.out) / "quarantine.jsonl",
     )  # fmt: skip
     model = ViT(config.model)
     initialize(model, config.seed)
@@ -140,6 +147,33 @@ def test_every_stage_is_plain_torch(config: TrainConfig, tmp_path: Path, world_s
     assert len({tuple(r["images"]) for r in results.values()}) == 1, "every case must have seen the same images"
 
 
+def test_every_stage_leaves_out_and_computes_again_alike(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples of drop-path and patches left out, in every mode of checkpointing: the same bits in all modes, and plain torch's masks.
+
+    With element dropout, whose masks plain torch draws for another batch, the modes are held to one another alone.
+    """
+    model = replace(config.model, drop_path_rate=0.6, patch_dropout=0.3, qk_norm=True)
+    modes = {"none": (0, "nothing"), "nothing": (1, "nothing"), "products": (1, "products")}
+    configs = {
+        f"stage{stage}-dropout{dropout}-{mode}": variant(
+            replace(config, model=replace(model, dropout=dropout)), tmp_path, f"{stage}{dropout}{mode}", accumulate=2, world_size=2,
+            zero_stage=stage, checkpoint_every_n_blocks=every, checkpoint_keeps=keeps,
+        )
+        for stage, (mode, (every, keeps)), dropout in itertools.product(STAGES, modes.items(), (0.0, 0.2))
+        if not dropout or stage == 3
+    }  # fmt: skip
+    results = run_on_ranks("tests.vitscale.test_zero:walk", 2, {"cases": {n: case(c, stop_at=8) for n, c in configs.items()}}, tmp_path)
+    monkeypatch.setattr("vitscale.config.DROP_PATH_SUBSET_ABOVE", 1.0)
+    expected, _ = plain_torch(configs["stage0-dropout0.0-none"], 8)
+    for name, result in results.items():
+        losses = losses_of(result, 0, 8)
+        if "dropout0.0" in name:
+            np.testing.assert_allclose(losses, expected, rtol=TOLERANCE, err_msg=name)
+        alike = losses_of(results[f"{name.rpartition('-')[0]}-none"], 0, 8)
+        assert losses.tolist() == alike.tolist(), f"{name} must be bitwise the run without checkpointing"
+    assert losses_of(results["stage3-dropout0.2-none"], 0, 8).tolist() != losses_of(results["stage3-dropout0.0-none"], 0, 8).tolist()
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
 def test_a_run_goes_on_at_any_stage_and_world_size(config: TrainConfig, tmp_path: Path, optimizer: str) -> None:
     """Stopped at stage a and world size b, resumed at stage c and world size d: all pairs over {0,1,2,3} x {1,2}, and world size 3 once."""
@@ -172,3 +206,24 @@ def test_a_run_goes_on_at_any_stage_and_world_size(config: TrainConfig, tmp_path
                 assert losses.tolist() == expected.tolist(), f"{optimizer} {name} must be bitwise the uninterrupted run"
             assert result["losses"].keys() == whole[a, b]["losses"].keys()
         assert len({tuple(r["images"]) for r in results.values()}) == 1, "every continuation must have seen the same images"
+
+
+def test_a_run_with_muon_goes_on_and_keeps_the_moments_of_each_kind(config: TrainConfig, tmp_path: Path) -> None:
+    """Stopped at stage 1 on two ranks; gone on with there, bitwise, and at stage 3. Its checkpoint has the size that is foretold."""
+    muon = OptimizerConfig("muon", peak_lr=3e-3, weight_decay=0.1, grad_clip=0.3, layer_decay=0.8, average_decay=0.9)
+    config = dataclasses.replace(config, optimizer=muon)
+    first, there, after = (
+        variant(config, tmp_path, name, world_size=2, zero_stage=stage) for name, stage in (("a", 1), ("b", 1), ("c", 3))
+    )
+    whole = variant(config, tmp_path, "whole", world_size=2, zero_stage=1)
+    cases = {"whole": case(whole, stop_at=STOP + 4), "a": case(first, stop_at=STOP)}
+    cases |= {name: case(of, stop_at=STOP + 4, copy_of=first.out) for name, of in (("b", there), ("c", after))}
+    results = run_on_ranks("tests.vitscale.test_zero:walk", 2, {"cases": cases}, tmp_path)
+    expected = losses_of(results["whole"], STOP, STOP + 4)
+    assert losses_of(results["b"], STOP, STOP + 4).tolist() == expected.tolist()
+    np.testing.assert_allclose(losses_of(results["c"], STOP, STOP + 4), expected, rtol=1e-4)
+    tensors = checkpoint.describe(checkpoint.find_checkpoint(first.out)).tensors
+    assert sum(4 * math.prod(tensor.shape) for tensor in tensors) == checkpoint_bytes(first.model, muon)
+    kinds = {name: {t.kind for t in tensors if t.name == name} for name in ("blocks.0.mlp.fc1.weight", "head.weight")}
+    assert kinds["blocks.0.mlp.fc1.weight"] == {"weight", "momentum_buffer", "average"}
+    assert kinds["head.weight"] == {"weight", "exp_avg", "exp_avg_sq", "average"}
