@@ -16,6 +16,7 @@ from tyro.conf import Positional
 from data_tools.config import MAYBE_BYTES
 from launch.data_verbs import DATA_VERBS
 from launch.flags import UsageError, given, parse, take_recipe
+from launch.plan_verb import plan
 from launch.run_verbs import RUN_VERBS
 from launch.terminal import Json, Verb, need, print_json, progress_bar
 from vitscale.config import EvalProtocol, FinetuneConfig, TrainConfig, settle_length
@@ -274,6 +275,7 @@ VERBS: dict[str, Verb] = (
     | {
         "pretrain": pretrain,
         "finetune": finetune,
+        "plan": plan,
         "evaluate": evaluate,
         "checkpoint show": checkpoint_show,
         "checkpoint export": checkpoint_export,

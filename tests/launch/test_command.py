@@ -95,6 +95,13 @@ BAD_INPUT = {
     "checkpoint export RUN TMP/x --to onnx": "'timm', 'safetensors'",
     "pretrain tiny-digits --data DATA/train --out TMP/r --epochs 3 --steps 3": "epochs=3 and steps=3: set exactly one above 0",
     "pretrain tiny-digits --data DATA/train --out TMP/r --steps 60 --schedule.cooldown-steps 11": "--schedule.cooldown-steps 10 works",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --model.patch-dropout 1": "model.patch_dropout=1 must lie in [0, 1)",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --model.patch-dropout 0.5 --model.position relative": (
+        "model.patch_dropout=0.5 leaves each image patches of its own"
+    ),
+    "pretrain tiny-digits --data DATA/train --out TMP/r --engine.checkpoint-keeps products": (
+        "checkpoint_keeps=products does nothing with checkpoint_every_n_blocks=0; 1 checkpoints every block"
+    ),
     "pretrain tiny-digits --data DATA/train --out TMP/r --objective.label-smoothing 1": "objective.label_smoothing=1 must lie in [0, 1)",
     "pretrain tiny-digits --data DATA/train --out TMP/r --optimizer.average-decay 1": "optimizer.average_decay=1 must lie in [0, 1)",
     'pretrain tiny-digits --data DATA/train --out TMP/r --engine.deepspeed {"zero_optimization":true}': "use --engine.zero-stage",

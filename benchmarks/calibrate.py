@@ -1,0 +1,204 @@
+"""What this device reaches at a model's shapes, for `vitscale plan --calibration`: a file of rates, each kept as soon as it is measured.
+
+    python -m benchmarks.calibrate                            ViT-H/14 on a GPU, a tiny model on a CPU
+    python -m benchmarks.calibrate --model l16 --batch 64 --out rates.json
+    torchrun --nproc-per-node 8 -m benchmarks.calibrate       all-reduce inside a node as well; over several nodes, between them
+
+    products    FLOP/s of a block's four matrix products, forward and both gradients, weighed as a step weighs them
+    attention   FLOP/s of fused attention, forward and backward (3.5 x forward), as torch chooses its kernel
+    memory      bytes a second of LayerNorm, forward and backward, and an addition
+    launch      seconds of the host for a kernel on a tensor of one element
+    inside      bytes a second and latency of an all-reduce of 256 MB (a CPU: 4 MB) among the ranks of a node; `between`, among nodes
+
+Random numbers, never zeros: a GPU is faster on zeros. Median of the repeats. `--compare` also times a real step of the model in this loop's
+precision and tells what the plan foretells of it from these rates: a rehearsal of the planner, not a test of it.
+"""
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+
+from vitscale.config import EngineConfig, ObjectiveConfig, OptimizerConfig
+from vitscale.gpus import GPUS
+from vitscale.memory import Layout
+from vitscale.model import ViT, initialize
+from vitscale.objective import compute_loss
+from vitscale.optim import build_optimizer
+from vitscale.recipes import vit
+from vitscale.roofline import assumed, calibrated, step_time
+
+CUDA = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """What is measured."""
+
+    model: str = "h14" if CUDA else "ti16"
+    batch: int = 128 if CUDA else 8
+    """Images."""
+    precision: Literal["bf16", "fp32"] = "bf16" if CUDA else "fp32"
+    repeats: int = 20 if CUDA else 5
+    compare: bool = False
+    """Time a real step and hold the plan's against it."""
+    out: Path = Path("calibration.json")
+
+
+def main() -> None:
+    config = tyro.cli(CalibrateConfig, description=__doc__)
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        if CUDA:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if CUDA else "gloo")
+    result: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"device": torch.cuda.get_device_name() if CUDA else platform.processor() or "cpu", "threads": torch.get_num_threads()},
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version()},
+        "settings": {"model": config.model, "batch": config.batch, "precision": config.precision, "repeats": config.repeats},
+        "rates": {},
+    }
+    for name, measure in (("products", products), ("attention", attention), ("memory", memory), ("launch", launch)):
+        keep(result, config, name, measure(config))
+    if dist.is_initialized():
+        for name, link in links(config).items():
+            keep(result, config, name, link)
+    if config.compare:
+        compare(result, config)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def keep(result: dict[str, Any], config: CalibrateConfig, name: str, rate: Any) -> None:
+    """Adds a rate and writes the file, so that what ends early leaves what it has."""
+    result["rates"][name] = rate
+    if int(os.environ.get("RANK", 0)) == 0:
+        config.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{name:10} {rate if isinstance(rate, list) else f'{rate:.4g}'}", flush=True)
+
+
+def seconds_of(work: Callable[[], object], config: CalibrateConfig) -> float:
+    """Of one call, the median of the repeats after two that warm up."""
+    taken = []
+    for repeat in range(config.repeats + 2):
+        if CUDA:
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        work()
+        if CUDA:
+            torch.cuda.synchronize()
+        if repeat > 1:
+            taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
+
+
+def random(config: CalibrateConfig, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda" if CUDA else "cpu", dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
+
+
+def products(config: CalibrateConfig) -> float:
+    model = vit(config.model)
+    D, M, tokens = model.width, model.mlp_dim, config.batch * model.num_tokens
+    spent, flops = 0.0, 0
+    for inputs, outputs in ((D, 3 * D), (D, D), (D, M), (M, D)):
+        x, weight, grad, bias = (
+            random(config, tokens, inputs),
+            random(config, outputs, inputs),
+            random(config, tokens, outputs),
+            random(config, outputs),
+        )
+        for product in (lambda: F.linear(x, weight, bias), lambda: grad @ weight, lambda: grad.T @ x):  # noqa: B023
+            spent += seconds_of(product, config)
+            flops += 2 * tokens * inputs * outputs
+    return flops / spent
+
+
+def attention(config: CalibrateConfig) -> float:
+    model = vit(config.model)
+    B, N, H, d = config.batch, model.num_tokens, model.num_heads, model.width // model.num_heads
+    q, k, v = random(config, B, N, 3, H, d).permute(2, 0, 3, 1, 4).requires_grad_().unbind()
+    grad = random(config, B, H, N, d)
+
+    def both() -> None:
+        torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), grad)
+
+    return 3.5 * 4 * B * N * N * model.width / seconds_of(both, config)
+
+
+def memory(config: CalibrateConfig) -> float:
+    model = vit(config.model)
+    tokens, D = config.batch * model.num_tokens, model.width
+    x, y, grad = random(config, tokens, D).requires_grad_(), random(config, tokens, D), random(config, tokens, D)
+    weight, bias = random(config, D), random(config, D)
+
+    def work() -> None:
+        torch.autograd.grad(F.layer_norm(x, (D,), weight, bias), x, grad)
+        torch.add(y, grad)
+
+    return 8 * x.numel() * x.element_size() / seconds_of(work, config)  # LayerNorm 2 and 3, the addition 3
+
+
+def launch(config: CalibrateConfig) -> float:
+    one, many = random(config, 1), 1000
+
+    def work() -> None:
+        for _ in range(many):
+            one.add_(1)
+
+    return seconds_of(work, config) / many
+
+
+def links(config: CalibrateConfig) -> dict[str, list[float]]:
+    """Of an all-reduce: bytes a second that a rank passes on, and seconds a hop, inside a node and between nodes."""
+    rank, world, local = dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"])
+    inside = [dist.new_group(list(range(start, start + local))) for start in range(0, world, local)]
+    across = [dist.new_group(list(range(start, world, local))) for start in range(local)]
+    groups = {"inside": (inside[rank // local], local), "between": (across[rank % local], world // local)}
+    found = {}
+    for name, (group, size) in groups.items():
+        if size > 1:
+            small, large = random(config, 1), random(config, (128 if CUDA else 1) * 2**20)
+            latency = seconds_of(lambda: dist.all_reduce(small, group=group), config) / (2 * (size - 1))  # noqa: B023
+            spent = seconds_of(lambda: dist.all_reduce(large, group=group), config)  # noqa: B023
+            found[name] = [2 * (size - 1) / size * large.numel() * large.element_size() / spent, latency]
+    return found
+
+
+def compare(result: dict[str, Any], config: CalibrateConfig) -> None:
+    """A bare step (forward, loss, backward, update), timed, beside what the plan makes of these rates."""
+    model, device = vit(config.model, num_classes=1000), "cuda" if CUDA else "cpu"
+    net = ViT(model)
+    initialize(net, 0)
+    net.to(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    optimizer = OptimizerConfig()
+    update = build_optimizer(net, optimizer)
+    images = random(config, config.batch, 3, *model.image_size)
+    labels, scores = torch.zeros(config.batch, 1, dtype=torch.int64, device=device), torch.ones(config.batch, 1, device=device)
+
+    def step() -> None:
+        compute_loss(net(images), labels, scores, ObjectiveConfig()).backward()
+        update.step()
+        update.zero_grad()
+
+    measured = seconds_of(step, config)
+    layout = Layout(EngineConfig(zero_stage=0, precision="fp32"), 1, config.batch)
+    rates = calibrated(assumed(GPUS[0], "fp32"), config.out)
+    foretold = step_time(model, optimizer, layout, rates, 1, 1).total
+    result["compared"] = {"measured_seconds": measured, "predicted_seconds": foretold, "ratio": foretold / measured}
+    config.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"a step: {1e3 * measured:.1f} ms measured, {1e3 * foretold:.1f} ms predicted, ratio {foretold / measured:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The bytes that a rank sends in a step, by collective, and the time they take. Pure functions; imports no torch.
+
+What DeepSpeed 0.19.8 calls under each stage was counted on real ranks (benchmarks/communication.py counts the bytes on the wire). P
+parameters of w bytes (2 in bf16: fp32 gradients travel as bf16), k micro-batches, and of N ranks each sends (N-1)/N of:
+    stage 0   all-reduce of gradients 2wP
+    stage 1   all-reduce 2wP once a step, all-gather of weights wP
+    stage 2   all-reduce 2wP in every micro-batch (`use_multi_rank_bucket_allreduce`), all-gather wP
+    stage 3   all-gather wP in the forward pass of every micro-batch and, but for what `stage3_max_reuse_distance` keeps, in its backward
+              pass; reduce-scatter wP in every micro-batch; all-gather of the small weights that are not partitioned
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vitscale.config import ViTConfig
+from vitscale.flops import parameters
+from vitscale.memory import ALLREDUCE_ELEMENTS, Layout, persistent_sizes
+
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
+PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}  # over the data, of a ring: an all-reduce is one of each of the others
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of collective of a step."""
+
+    what: str
+    kind: Kind
+    bytes: int
+    """Of the whole tensor, each time."""
+    calls: int
+    """That carry it, each time."""
+    times: int
+    """A step."""
+    hides: Literal["forward", "backward", "nothing"]
+    """What it can run behind."""
+
+    def sent(self, world_size: int) -> int:
+        """Bytes that a rank sends in a step; it receives as many."""
+        return self.times * PASSES[self.kind] * self.bytes * (world_size - 1) // world_size
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins ranks: bytes a second that one can send each way, and seconds until the first arrives."""
+
+    bandwidth: float
+    latency: float
+
+
+def collectives(model: ViTConfig, layout: Layout) -> tuple[Collective, ...]:
+    """Those of an optimizer step; scalars (norms, the loss) are left out."""
+    if layout.world_size == 1:
+        return ()
+    stage, w, P, k = layout.engine.zero_stage, layout.width, parameters(model), layout.grad_accum_steps
+    buckets = -(-P // layout.bucket)
+    groups = 2  # kernels, and what does not decay
+    gather = Collective("gather weights", "all-gather", w * P, groups, 1, "nothing")
+    # Without `overlap_comm` the reduction waits for the backward pass or stops it: nothing hides it
+    behind: Literal["backward", "nothing"] = "backward" if layout.zero["overlap_comm"] else "nothing"
+    if stage == 0:
+        return (Collective("reduce gradients", "all-reduce", w * P, -(-P // ALLREDUCE_ELEMENTS), 1, "nothing"),)
+    if stage == 1:
+        bf16 = layout.engine.precision == "bf16"
+        calls = groups if bf16 and P > ALLREDUCE_ELEMENTS else 1 if bf16 else buckets
+        return Collective("reduce gradients", "all-reduce", w * P, calls, 1, "nothing" if bf16 else behind), gather
+    if stage == 2:
+        return Collective("reduce gradients", "all-reduce", w * P, buckets, k, behind), gather
+    sizes = persistent_sizes(model, layout)
+    small = sum(sizes)
+    again = max(0, P - small - int(layout.zero["max_reuse_distance"]) // 2)
+    fetches = max(1, -(-(P - small) // max(1, int(layout.zero["prefetch_bucket_size"]))))
+    found = (
+        Collective("gather weights, forward", "all-gather", w * (P - small), fetches, k, "forward"),
+        Collective("gather weights, backward", "all-gather", w * again, fetches, k, "backward"),
+        Collective("reduce gradients", "reduce-scatter", w * P, buckets, k, behind),
+        Collective("gather small weights", "all-gather", w * small, len(sizes), 1, "nothing"),
+    )
+    return tuple(collective for collective in found if collective.bytes)
+
+
+def seconds(collective: Collective, nodes: int, gpus_per_node: int, inside: Link, between: Link) -> float:
+    """Of a collective in a step, in two levels as NCCL lays them: a ring inside each node, then rings between nodes, one a GPU.
+
+    Inside, a rank passes on (G-1)/G of the data, between (M-1)/M of a G-th of it; each hop waits a latency, and trees (log2) shorten the
+    longest way between nodes.
+    """
+    G, M = gpus_per_node, nodes
+    per_pass = (G - 1) / G * collective.bytes / inside.bandwidth + (M - 1) / M * collective.bytes / G / between.bandwidth
+    hops = (G - 1) * inside.latency + max(0, (M - 1).bit_length()) * between.latency
+    return collective.times * PASSES[collective.kind] * (per_pass + collective.calls * hops)
