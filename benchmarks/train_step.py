@@ -1,4 +1,4 @@
-"""A training step against peers: images a second, model FLOPs, MFU and peak memory, on synthetic data, on one GPU or the CPU.
+"""A training step against peers: images a second, model FLOPs, MFU and peak memory, on one GPU or the CPU.
 
     python benchmarks/train_step.py                          on a GPU ViT-H/14 at 224 px; on a CPU a small case of two minutes
     python benchmarks/train_step.py --model l16 --batch 256 --engine.zero-stage 1 --save
@@ -6,20 +6,23 @@
 Contestants, each a whole step (normalise, forward, loss, backward, clip, update) with the same weights, images, labels and optimizer:
 
     vitscale        `vitscale.engine.Engine`, called as `vitscale.train` calls it
+    fed             the same on `--data`, read, decoded and moved by `vitscale.stream`; the others have batches that are ready
     torch           a bare loop around the same model: what the engine costs
     transformers    ViTForImageClassification in that bare loop, where it is installed
     timm            VisionTransformer in that bare loop, where it is installed
 
-The bare loop updates with AdamW, fused on a GPU. In bf16 it holds weights and activations in bf16 and fp32 masters, which beats autocast;
-in fp32 there are the weights alone. A peer runs as it comes and, with `--best`, at its best too: blocks compiled, cuDNN's attention first;
-ratios are against the faster of the two.
+The bare loop updates with torch's fused AdamW. In bf16 it holds weights and activations in bf16 and fp32 masters, which beats autocast;
+in fp32 there are the weights alone. A peer runs as it comes or, with `--peers best` or `both`, at its best: blocks compiled, cuDNN's
+attention first; ratios are against the faster of the two. Before it is timed a peer must give vitscale's logits in fp32.
 
-Protocol: building, compilation and warm-up steps are left out; steps are timed with CUDA events (on a CPU with the clock); contestants
-take turns, A B C A B C, over the repeats, each alone in memory; median and spread (largest minus smallest, over the median) of the repeats.
-MFU counts model FLOPs only, never recomputation, against the datasheet's peak and against what a large matrix product reaches. Images are
-random pixels and no kernel is zero, because a GPU is faster on zeros. Before it is timed a peer must give vitscale's logits in fp32.
+On a GPU building, compilation and warm-up steps are left out; steps are timed with CUDA events; contestants take turns, A B C A B C, over
+the repeats, each alone in memory; median and spread (largest minus smallest, over the median) of the repeats; a ratio is the median of
+those of each repeat. MFU counts model FLOPs only, never recomputation, against the datasheet's peak and against what a large matrix product
+reaches, in bf16 also where `engine.float8` multiplies in less. Images are random pixels and no kernel is zero, because a GPU is faster on
+zeros.
 
-On a CPU only ratios mean anything; it takes one thread there unless OMP_NUM_THREADS says otherwise.
+On a CPU only ratios mean anything, and other work on the machine lasts longer than a step: all contestants are in memory at once and take
+turns step by step, each going first in turn; a ratio is the median of those of each round of steps, told with its middle half.
 """
 
 import contextlib
@@ -30,13 +33,12 @@ import itertools
 import json
 import os
 import platform
-import resource
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -50,21 +52,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vitscale.check import check_model
 from vitscale.config import EngineConfig, ObjectiveConfig, OptimizerConfig, PreprocessConfig, ViTConfig
 from vitscale.engine import Engine, device, init_distributed
-from vitscale.flops import peak_flops, train_flops
+from vitscale.flops import measured_flops, peak_flops, train_flops
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import split_by_decay
 from vitscale.recipes import vit
+from vitscale.transfer import on_device
 
-# TFLOP/s that an 8192-cubed product of random numbers reached, by a piece of the device's name: the ceiling that can be had.
-MEASURED_TFLOPS = {"H200": {"bf16": 790.0}}
 OPTIMIZER = OptimizerConfig(peak_lr=1e-4, weight_decay=0.1)
 OBJECTIVE = ObjectiveConfig("softmax")
 PREPROCESS = PreprocessConfig()
 BATCHES = 4  # different ones, so that no step repeats the one before
 CUDA = torch.cuda.is_available()
 
-Contestant = Literal["vitscale", "torch", "transformers", "timm"]
+Batch = tuple[Tensor, Tensor, Tensor]  # pixels (B, H, W, C), labels (B, L), sample keys (B,)
+Taken = dict[str, list[dict[str, Any]]]  # of each contestant what was measured in each repeat
+Contestant = Literal["vitscale", "fed", "torch", "transformers", "timm"]
 
 
 @dataclass(frozen=True)
@@ -82,26 +85,35 @@ class BenchConfig:
     batch: int = 8
     """Images a step."""
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(precision="fp32"))
-    """As in training: ZeRO stage, precision, activation checkpointing."""
+    """As in training: ZeRO stage, precision, activation checkpointing, compilation."""
     contestants: tuple[Contestant, ...] = ("vitscale", "torch", "transformers", "timm")
-    best: bool = False
-    """Run peers at their best as well: compiled blocks, cuDNN's attention first."""
+    peers: Literal["plain", "best", "both"] = "plain"
+    """Peers as they come, at their best (compiled blocks, cuDNN's attention first), or both."""
+    data: Path | None = None
+    """Dataset directory that `fed` reads."""
     warmup: int = 2
     """Steps before the timed ones."""
     steps: int = 5
     """Timed steps a repeat."""
     repeats: int = 3
+    turns: Literal["repeats", "steps"] = "repeats" if CUDA else "steps"
+    """Whether contestants take turns repeat by repeat, each alone in memory, or step by step, all of them in memory."""
+    threads: int = 2
+    """Of a CPU."""
+    lines: Path | None = None
+    """File that each repeat is appended to as soon as it is measured, as a line of JSON."""
     save: bool = False
     """Write a dated JSON file."""
     results: Path = Path(__file__).parent / "results"
     """Where to."""
 
 
-ON_GPU = BenchConfig(model="h14", image_size=(224, 224), batch=128, engine=EngineConfig(), best=True, warmup=20, steps=50)
+ON_GPU = BenchConfig(model="h14", image_size=(224, 224), batch=128, engine=EngineConfig(), peers="both", warmup=20, steps=50)
 
 
 def main() -> None:
     config = tyro.cli(BenchConfig, default=ON_GPU if CUDA else BenchConfig(), description=__doc__)
+    torch.set_num_threads(config.threads)
     join_world_of_one()
     result = run(config)
     print_table(result)
@@ -113,31 +125,20 @@ def main() -> None:
 
 
 def run(config: BenchConfig) -> dict[str, Any]:
-    """All contestants in turn, `repeats` times over; what is known of the machine, of each contestant, and the ratios."""
+    """All contestants; what is known of the machine, of each contestant, and the ratios."""
     model = model_config(config)
     start = initial_weights(model)
-    expected = reference_logits(model, start)
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in variants(config)}
-    errors: dict[str, str] = {}
-    for repeat in range(config.repeats):
-        for name in [name for name in rounds if name not in errors]:
-            print(f"repeat {repeat + 1}/{config.repeats}: {name}", file=sys.stderr, flush=True)
-            try:
-                rounds[name].append(measure(name, config, model, start, expected, profile=repeat == 0))
-            except Exception as error:  # an unattended run goes on with the others, and the report says why
-                errors[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-                print(f"{name} is left out: {errors[name]}", file=sys.stderr, flush=True)
-            free_memory()
-    contestants = {name: {"error": errors[name]} if name in errors else summary(taken, config) for name, taken in rounds.items()}
+    rounds, errors = (in_turns if config.turns == "repeats" else step_by_step)(config, model, start, reference_logits(model, start))
+    contestants = {name: {"error": errors[name]} if name in errors else summary(rounds[name], config) for name in {**rounds, **errors}}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "model": asdict(model),
-        "settings": {name: value for name, value in to_plain(config).items() if name not in ("save", "results")},
+        "settings": {name: value for name, value in to_plain(config).items() if name not in ("save", "results", "lines", "data")},
         "parameters": sum(w.numel() for w in start.values()),
         "train_flops_per_image": train_flops(model),
         "contestants": contestants,
-        "ratios": ratios(contestants),
+        "ratios": ratios({name: taken for name, taken in rounds.items() if name not in errors}, config),
     }
 
 
@@ -161,17 +162,27 @@ def initial_weights(model: ViTConfig) -> dict[str, Tensor]:
     return {name: w.detach() for name, w in vit_model.state_dict().items()}
 
 
-def synthetic_batches(config: BenchConfig) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Random pixels (B, H, W, C), labels (B, 1) and sample keys (B,) on the device."""
+def synthetic_batches(config: BenchConfig) -> list[Batch]:
+    """Random pixels and labels on the device; keys on the CPU, as the stream gives them."""
     generator = torch.Generator().manual_seed(0)
     return [
         (
             torch.randint(0, 256, (config.batch, *config.image_size, 3), dtype=torch.uint8, generator=generator).to(device()),
             torch.randint(0, config.num_classes, (config.batch, 1), generator=generator).to(device()),
-            torch.randint(0, 2**62, (config.batch,), generator=generator).to(device()),
+            torch.randint(0, 2**62, (config.batch,), generator=generator),
         )
         for _ in range(BATCHES)
     ]
+
+
+def fed_batches(config: BenchConfig) -> Iterator[Batch]:
+    """Batches of `--data` as training gets them."""
+    assert config.data is not None
+    from loader_systems import open_stream
+
+    stream = open_stream(config.data, config.batch, config.image_size[0])
+    for batch in on_device(stream.micro_batches(0), device()):
+        yield batch.images_BHWC, batch.labels_BL, batch.keys_B
 
 
 def probe_images(model: ViTConfig) -> Tensor:
@@ -204,7 +215,7 @@ class EngineLoop:
     """vitscale, as `vitscale.train` runs it."""
 
     def __init__(self, config: BenchConfig, model: ViTConfig, start: dict[str, Tensor]) -> None:
-        vit_model = ViT(model, config.engine.checkpoint_every_n_blocks)
+        vit_model = ViT(model, config.engine.checkpoint_every_n_blocks, config.engine.checkpoint_keeps)
         vit_model.load_state_dict(start)
         self.engine = Engine(vit_model, config.engine, OPTIMIZER, micro_batch_size=config.batch, grad_accum_steps=1)
 
@@ -240,7 +251,7 @@ class BareLoop:
             model.to(self.dtype)
         kernels, others = split_by_decay(dict(zip(named, self.masters, strict=True)))
         groups = [{"params": kernels, "weight_decay": OPTIMIZER.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.peak_lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, fused=CUDA)
+        self.optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.peak_lr, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps, fused=True)
 
     def step(self, images_BHWC: Tensor, labels_BL: Tensor, keys_B: Tensor) -> None:
         """One optimizer step."""
@@ -263,20 +274,24 @@ class BareLoop:
 
 
 def variants(config: BenchConfig) -> list[str]:
-    """The contestants that can run here, peers as they come and at their best."""
+    """The contestants that can run here, peers as they come, at their best, or both."""
     found = []
     for name in config.contestants:
         if name in ("transformers", "timm") and not installed(name):
             print(f"{name} is left out: it is not installed", file=sys.stderr)
         elif name in ("transformers", "timm") and config.engine.checkpoint_every_n_blocks > 1:
             print(f"{name} is left out: it checkpoints every block or none", file=sys.stderr)
+        elif name == "fed" and config.data is None:
+            print("fed is left out: --data says from where", file=sys.stderr)
+        elif name in ("vitscale", "fed"):
+            found.append(name)
         else:
-            found += [name, f"{name} best"] if config.best and name != "vitscale" else [name]
+            found += {"plain": [name], "best": [f"{name} best"], "both": [name, f"{name} best"]}[config.peers]
     return found
 
 
 def build(name: str, config: BenchConfig, model: ViTConfig, start: dict[str, Tensor], expected: Tensor) -> Loop:
-    if name == "vitscale":
+    if name in ("vitscale", "fed"):
         return EngineLoop(config, model, start)
     peer = name.removesuffix(" best")
     net, blocks, forward = {"torch": build_ours, "transformers": build_transformers, "timm": build_timm}[peer](config, model, start)
@@ -294,7 +309,7 @@ Built = tuple[nn.Module, nn.ModuleList | nn.Sequential, Callable[[Tensor], Tenso
 
 
 def build_ours(config: BenchConfig, model: ViTConfig, start: dict[str, Tensor]) -> Built:
-    net = ViT(model, config.engine.checkpoint_every_n_blocks)
+    net = ViT(model, config.engine.checkpoint_every_n_blocks, config.engine.checkpoint_keeps)
     net.load_state_dict(start)
     net.to(device())
     return net, net.blocks, net
@@ -353,42 +368,102 @@ def names_in_transformers(name: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
+def in_turns(config: BenchConfig, model: ViTConfig, start: dict[str, Tensor], expected: Tensor) -> tuple[Taken, dict[str, str]]:
+    """Each contestant alone, built anew in every repeat; and why others are left out."""
+    rounds: Taken = {name: [] for name in variants(config)}
+    errors: dict[str, str] = {}
+    for repeat in range(config.repeats):
+        for name in [name for name in rounds if name not in errors]:
+            print(f"repeat {repeat + 1}/{config.repeats}: {name}", file=sys.stderr, flush=True)
+            try:
+                rounds[name].append(measure(name, config, model, start, expected, profile=repeat == 0))
+                note(config, {"contestant": name, "repeat": repeat} | rounds[name][-1])
+            except Exception as error:  # an unattended run goes on with the others, and the report says why
+                leave_out(name, error, errors)
+            free_memory()
+    return rounds, errors
+
+
 def measure(
     name: str, config: BenchConfig, model: ViTConfig, start: dict[str, Tensor], expected: Tensor, *, profile: bool
 ) -> dict[str, Any]:  # fmt: skip
     """One contestant, one repeat: built, warmed up, timed and let go; `profile` looks at one more step for its attention."""
-    reset_peak_memory()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
     loop = build(name, config, model, start, expected)
-    batches = synthetic_batches(config)
+    batches = fed_batches(config) if name == "fed" else itertools.cycle(synthetic_batches(config))
     order: list[Any] = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    best = name.endswith(" best") and CUDA
+    best = CUDA and name.endswith(" best")
     with sdpa_kernel(order, set_priority=True) if best else contextlib.nullcontext():
-        attention = attention_kernels(lambda: loop.step(*batches[0])) if profile else []
-        for i in range(config.warmup):
-            loop.step(*batches[i % BATCHES])
-        if CUDA:
-            torch.cuda.synchronize()
-        milliseconds = time_steps(loop, batches, config.steps)
-    taken = {"step_ms": milliseconds, "peak_bytes": peak_memory(), "attention": attention, "gpu": gpu_state()}
+        attention = attention_kernels(lambda: loop.step(*next(batches))) if profile else []
+        for _ in range(config.warmup):
+            loop.step(*next(batches))
+        milliseconds = time_steps(lambda: loop.step(*next(batches)), config.steps)
+    peak = torch.cuda.max_memory_allocated() if CUDA else None
     loop.close()
-    return taken
+    return {"step_ms": milliseconds, "peak_bytes": peak, "attention": attention, "gpu": gpu_state()}
 
 
-def time_steps(loop: Loop, batches: list[tuple[Tensor, Tensor, Tensor]], steps: int) -> list[float]:
-    """Milliseconds of each step."""
+def time_steps(step: Callable[[], Any], steps: int) -> list[float]:
+    """Milliseconds of each step, one after the other without waiting."""
     if not CUDA:
         marks = [time.perf_counter()]
-        for i in range(steps):
-            loop.step(*batches[i % BATCHES])
+        for _ in range(steps):
+            step()
             marks.append(time.perf_counter())
         return [1000 * (b - a) for a, b in itertools.pairwise(marks)]
+    torch.cuda.synchronize()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     events[0].record()
-    for i in range(steps):
-        loop.step(*batches[i % BATCHES])
-        events[i + 1].record()
+    for event in events[1:]:
+        step()
+        event.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+
+
+def step_by_step(config: BenchConfig, model: ViTConfig, start: dict[str, Tensor], expected: Tensor) -> tuple[Taken, dict[str, str]]:
+    """All contestants at once, taking turns at each step; and why others are left out."""
+    loops: dict[str, Loop] = {}
+    attention, errors = {}, {}
+    synthetic = synthetic_batches(config)
+    batches = {name: fed_batches(config) if name == "fed" else itertools.cycle(synthetic) for name in variants(config)}
+    for name, ready in batches.items():
+        try:
+            loops[name] = build(name, config, model, start, expected)
+            attention[name] = attention_kernels(lambda loop=loops[name], ready=ready: loop.step(*next(ready)))  # type: ignore[misc]
+            for _ in range(config.warmup):
+                loops[name].step(*next(ready))
+        except Exception as error:
+            leave_out(name, error, errors)
+            loops.pop(name, None)
+    rounds: Taken = {name: [] for name in loops}
+    for repeat in range(config.repeats):
+        step_ms: dict[str, list[float]] = {name: [] for name in loops}
+        for turn in range(config.steps):
+            first = turn % max(1, len(loops))
+            for name in [*loops, *loops][first : first + len(loops)]:
+                began = time.perf_counter()
+                loops[name].step(*next(batches[name]))
+                step_ms[name].append(1000 * (time.perf_counter() - began))
+        for name, milliseconds in step_ms.items():
+            rounds[name].append({"step_ms": milliseconds, "peak_bytes": None, "attention": attention[name], "gpu": None})
+            note(config, {"contestant": name, "repeat": repeat} | rounds[name][-1])
+    for loop in loops.values():
+        loop.close()
+    return rounds, errors
+
+
+def leave_out(name: str, error: Exception, errors: dict[str, str]) -> None:
+    errors[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    print(f"{name} is left out: {errors[name]}", file=sys.stderr, flush=True)
+
+
+def note(config: BenchConfig, measured: dict[str, Any]) -> None:
+    """Keeps a repeat at once: what comes after it may not end."""
+    if config.lines:
+        with open(config.lines, "a") as lines:
+            lines.write(json.dumps({"model": config.model, "image_size": config.image_size, "batch": config.batch} | measured) + "\n")
 
 
 def attention_kernels(step: Callable[[], None]) -> list[str]:
@@ -397,25 +472,6 @@ def attention_kernels(step: Callable[[], None]) -> list[str]:
         step()
     found = {event.key for event in profile.key_averages()}
     return sorted(key.removeprefix("aten::_") for key in found if key.startswith("aten::_scaled_dot_product_") and "backward" not in key)
-
-
-def reset_peak_memory() -> None:
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # Linux: the peak of the resident set starts anew
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Bytes: what torch allocated on the GPU at most, or the process's resident set on a CPU (code and libraries included)."""
-    if CUDA:
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def free_memory() -> None:
@@ -437,8 +493,7 @@ def summary(taken: list[dict[str, Any]], config: BenchConfig) -> dict[str, Any]:
     median = statistics.median(rates)
     flop_rate = median * train_flops(model_config(config))
     name, precision = device_name(), config.engine.precision
-    datasheet = peak_flops(name, precision)
-    measured = next((peaks.get(precision) for piece, peaks in MEASURED_TFLOPS.items() if piece in name), None)
+    datasheet, measured = peak_flops(name, precision), measured_flops(name, precision)
     return {
         "images_per_second": median,
         "spread": (max(rates) - min(rates)) / median,
@@ -446,27 +501,39 @@ def summary(taken: list[dict[str, Any]], config: BenchConfig) -> dict[str, Any]:
         "step_ms_median": statistics.median(ms for t in taken for ms in t["step_ms"]),
         "tflops_per_second": flop_rate / 1e12,
         "mfu_of_datasheet": flop_rate / datasheet if datasheet else None,
-        "mfu_of_measured": flop_rate / (measured * 1e12) if measured else None,
-        "peak_bytes": max(t["peak_bytes"] for t in taken),
+        "mfu_of_measured": flop_rate / measured if measured else None,
+        "peak_bytes": max(t["peak_bytes"] for t in taken) if CUDA else None,
         "attention": taken[0]["attention"],
         "gpu_after_each_repeat": [t["gpu"] for t in taken],
     }
 
 
-def ratios(contestants: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """vitscale's speed over each peer's, at the peer's best of what was run."""
-    rates = {name: c["images_per_second"] for name, c in contestants.items() if "error" not in c}
-    if "vitscale" not in rates:
+def ratios(rounds: Taken, config: BenchConfig) -> dict[str, dict[str, float]]:
+    """vitscale's speed over each peer's, at the peer's best of what was run: the median of those taken together, and their middle half.
+
+    Together are the steps of a round or, where contestants take turns by repeats, the means of those.
+    """
+    times = {
+        name: [statistics.fmean(t["step_ms"]) for t in taken] if config.turns == "repeats" else [ms for t in taken for ms in t["step_ms"]]
+        for name, taken in rounds.items()
+    }
+    if not times.get("vitscale"):
         return {}
-    peers = {name.removesuffix(" best") for name in rates} - {"vitscale"}
-    return {peer: rates["vitscale"] / max(rates.get(peer, 0.0), rates.get(f"{peer} best", 0.0)) for peer in sorted(peers)}
+    found = {}
+    for peer in sorted({name.removesuffix(" best") for name in times} - {"vitscale"}):
+        best = min((times[name] for name in (peer, f"{peer} best") if name in times), key=statistics.median)
+        of_each = sorted(theirs / ours for theirs, ours in zip(best, times["vitscale"], strict=True))
+        quarter = len(of_each) // 4
+        found[peer] = {"ratio": statistics.median(of_each), "low": of_each[quarter], "high": of_each[-1 - quarter]}
+    return found
 
 
 def print_table(result: dict[str, Any]) -> None:
     model, settings, machine_ = result["model"], result["settings"], result["machine"]
+    precision = settings["engine"]["precision"] + (" and float8" if settings["engine"].get("float8") else "")
     print(
         f"\n{settings['model']} at {model['image_size'][0]}x{model['image_size'][1]} px, {result['parameters']:,} parameters, "
-        f"batch {settings['batch']}, {settings['engine']['precision']}, ZeRO {settings['engine']['zero_stage']}, "
+        f"batch {settings['batch']}, {precision}, ZeRO {settings['engine']['zero_stage']}, "
         f"{result['train_flops_per_image'] / 1e9:,.4g} GFLOP an image, on {machine_['device']}; torch {machine_['versions']['torch']}"
     )
     print(f"{'':18}{'images/s':>10}{'spread':>9}{'step ms':>10}{'TFLOP/s':>9}{'MFU':>7}{'of meas.':>10}{'peak GB':>9}  attention")
@@ -474,13 +541,14 @@ def print_table(result: dict[str, Any]) -> None:
         if "error" in c:
             print(f"{name:18}{c['error']}")
             continue
+        peak = f"{c['peak_bytes'] / 1e9:.2f}" if c["peak_bytes"] else "-"
         mfu, measured = (f"{c[key]:.1%}" if c[key] else "-" for key in ("mfu_of_datasheet", "mfu_of_measured"))
         print(
             f"{name:18}{c['images_per_second']:10.1f}{c['spread']:9.1%}{c['step_ms_median']:10.1f}{c['tflops_per_second']:9.3f}{mfu:>7}"
-            f"{measured:>10}{c['peak_bytes'] / 1e9:9.2f}  {', '.join(c['attention']) or 'in a compiled graph'}"
+            f"{measured:>10}{peak:>9}  {', '.join(c['attention']) or 'in a compiled graph'}"
         )
-    for peer, ratio in result["ratios"].items():
-        print(f"vitscale is {ratio:.3f} x {peer}")
+    for peer, of in result["ratios"].items():
+        print(f"vitscale is {of['ratio']:.3f} x {peer} (half of the turns {of['low']:.3f} to {of['high']:.3f})")
 
 
 def save(result: dict[str, Any], folder: Path) -> Path:
@@ -496,7 +564,7 @@ def save(result: dict[str, Any], folder: Path) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    packages = ("torch", "deepspeed", "transformers", "timm")
+    packages = ("torch", "deepspeed", "transformers", "timm", "torchao", "triton")
     return {
         "device": device_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -547,8 +615,6 @@ def join_world_of_one() -> None:
         port = probe.getsockname()[1]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if not CUDA and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # threads that wait for each other on busy cores are up to ten times slower, and say nothing of the loop
     init_distributed()
 
 
