@@ -133,7 +133,7 @@ def test_a_fork_goes_on_with_another_length_and_schedule(done: Path, tmp_path: P
     ("words", "said"),
     [
         ("@3 OUT --model.width 32", "model.width: 16 -> 32, and the checkpoint's tensors have these shapes"),
-        ("@3 OUT --global-batch-size 16", "global_batch_size: 8 -> 16, and the clock counts samples in whole steps"),
+        ("@3 OUT --global-batch-size 16", "the checkpoint's 3 steps would have other batches than they had"),
         ("@3 OUT --seed 5", "seed: 0 -> 5, and it gives the order of samples"),
         ("@3 OUT --data OTHER", "was begun with --data"),
         ("@3 OUT --steps 3", "the run would have 3 steps, and the checkpoint is of step 3"),
