@@ -166,9 +166,10 @@ def _host_events(found: Iterable[dict[str, Any]], main: Any) -> tuple[list[_Even
             while stack and stack[-1].end <= start:
                 stack.pop()
             parent = stack[-1] if stack else None
-            event = _Event(name, start, start + raw["dur"], args.get("Input Dims", ()), parent)
+            end = min(start + raw["dur"], parent.end if parent else math.inf)  # rounded, it may end after what it lies in
+            event = _Event(name, start, end, args.get("Input Dims", ()), parent)
             if parent:
-                parent.inner += raw["dur"]
+                parent.inner += end - start
                 event.phase, event.module = parent.phase, parent.module
             elif thread != main:
                 around = phases[: bisect_right(phases, start, key=lambda phase: phase.start)]

@@ -15,6 +15,7 @@ DEEPSPEED_OURS = {
     "zero_optimization.stage": "use --engine.zero-stage",
     "zero_optimization.offload_optimizer": "the optimizer's state stays on the devices",
     "zero_optimization.offload_param": "the weights stay on the devices",
+    "zero_optimization.compute_grad_norm": "the norm tells whether a step is left out",
     "train_batch_size": "use --global-batch-size",
     "train_micro_batch_size_per_gpu": "use --micro-batch-size",
     "gradient_accumulation_steps": "it follows from --global-batch-size and --micro-batch-size",
@@ -38,13 +39,7 @@ def check_config(config: TrainConfig, world_size: int) -> None:
         raise ConfigError(f"epochs={config.epochs:g} and steps={config.steps}: set exactly one above 0")
     _check_batch(config.global_batch_size, config.micro_batch_size, world_size, config.mix.is_on)
     _check_phases(config, world_size)
-    if config.engine.precision == "bf16" and config.engine.zero_stage == 0:
-        raise ConfigError("precision=bf16 with zero_stage=0 has no fp32 gradient accumulation in DeepSpeed; --engine.zero-stage 1 has")
-    if config.engine.checkpoint_keeps != "nothing" and not config.engine.checkpoint_every_n_blocks:
-        raise ConfigError(
-            f"checkpoint_keeps={config.engine.checkpoint_keeps} does nothing with checkpoint_every_n_blocks=0; 1 checkpoints every block"
-        )
-    _check_computation(config.engine)
+    check_engine(config.engine)
     if not isinstance(config.engine.deepspeed.get("zero_optimization", {}), dict):
         raise ConfigError("engine.deepspeed sets zero_optimization to something else than a mapping; use --engine.zero-stage")
     for name in flatten(config.engine.deepspeed):
@@ -55,8 +50,14 @@ def check_config(config: TrainConfig, world_size: int) -> None:
         raise ConfigError(f"head_bias={config.model.head_bias:g} does nothing under softmax; set it to 0 or use --objective.kind sigmoid")
 
 
-def _check_computation(engine: EngineConfig) -> None:
-    """What `compute.prepare` cannot do anywhere; what a device cannot it says itself."""
+def check_engine(engine: EngineConfig) -> None:
+    """What cannot be computed anywhere; what a device cannot `compute.prepare` says itself. Raises ConfigError."""
+    if engine.precision == "bf16" and engine.zero_stage == 0:
+        raise ConfigError("precision=bf16 with zero_stage=0 has no fp32 gradient accumulation in DeepSpeed; --engine.zero-stage 1 has")
+    if engine.checkpoint_keeps != "nothing" and not engine.checkpoint_every_n_blocks:
+        raise ConfigError(
+            f"checkpoint_keeps={engine.checkpoint_keeps} does nothing with checkpoint_every_n_blocks=0; 1 checkpoints every block"
+        )
     if engine.compile == "graphs" and engine.zero_stage == 3:
         raise ConfigError(
             "compile=graphs with zero_stage=3: a graph holds the addresses of weights, which stage 3 moves; zero_stage=1 works"

@@ -11,13 +11,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitscale.config import ConfigError, EngineConfig, ViTConfig
+from vitscale.config import Compilation, ConfigError, EngineConfig, ViTConfig
 from vitscale.model import ViT
 
 BACKENDS = {
@@ -59,7 +59,8 @@ def prepare(model: ViT, config: EngineConfig, device: torch.device, *, micro_bat
 def attention_order(asked: str, capability: Capability | None, head_dim: int, dtype: torch.dtype, biased: bool) -> list[str]:
     """The backends to try, the best first: the one asked for, and those for shapes that it has no kernel for.
 
-    cuDNN is 1.7 to 2.3 times Flash at training shapes on Hopper (docs/performance.md), and Flash the faster on Ampere. Neither computes in
+    cuDNN is 1.7 to 2.3 times Flash at training shapes on Hopper, and no faster on Ampere, Ada and workstation Blackwell (transformers pull
+    request 48163; docs/performance.md). On B200 it is taken for having kernels of that architecture. Neither computes in
     fp32, or the gradient of a bias, which relative positions need; torch's own Flash takes heads up to 256, cuDNN's up to 128, in eights.
 
     Args:
@@ -68,7 +69,7 @@ def attention_order(asked: str, capability: Capability | None, head_dim: int, dt
     if capability is None:
         order = ["flash", "math"]
     else:
-        order = ["cudnn", "flash", "efficient", "math"] if capability >= (9, 0) else ["flash", "cudnn", "efficient", "math"]
+        order = ["cudnn", "flash", "efficient", "math"] if capability[0] in (9, 10) else ["flash", "cudnn", "efficient", "math"]
         refused = set()
         if dtype == torch.float32 or biased or capability < (8, 0):
             refused = {"cudnn", "flash"}
@@ -118,17 +119,11 @@ def _is_biased(model: ViTConfig) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def compilation(config: EngineConfig, capability: Capability | None) -> Literal["none", "blocks", "graphs"]:
-    """What `config.compile` means on a device. Raises ConfigError.
-
-    A CPU gains little, and needs a C++ compiler for it. Under ZeRO-3 compiled blocks give the same losses, but have their weights gathered
-    a block at a time, which nobody has timed: there they must be asked for.
-    """
-    if config.compile == "auto":
-        return "blocks" if capability is not None and config.zero_stage < 3 else "none"
+def compilation(config: EngineConfig, capability: Capability | None) -> Compilation:
+    """What `config.compile` means on a device that is there (`EngineConfig.compilation`). Raises ConfigError."""
     if config.compile == "graphs" and capability is None:
         raise ConfigError("compile=graphs records CUDA graphs, and there is no GPU here; compile=blocks works on a CPU")
-    return config.compile
+    return config.compilation(capability is not None)
 
 
 def compile_blocks(model: ViT, *, graphs: bool = False, backend: str = "inductor") -> None:

@@ -22,6 +22,8 @@ from data_tools.config import BYTES, MAYBE_BYTES
 from data_tools.errors import UserError
 
 Decode = Literal["exact", "fast"]
+Keeps = Literal["everything", "products", "nothing"]  # of what a block computes, until the backward pass
+Compilation = Literal["none", "blocks", "graphs"]
 # By whose code position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned.
 PositionInterpolation = Literal["timm", "deit", "timm_npz", "paper"]
 # Whose evaluation preprocessing: what timm does, big_vision, or the paper's code.
@@ -324,7 +326,7 @@ class EngineConfig:
     """What such a block keeps for the backward pass: nothing but its input, or the outputs of its matrix products and attention too, so
     that LayerNorm, GELU and dropout alone are computed again."""
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = "auto"
-    """The kernel that attends; auto takes cuDNN's before Flash on Hopper and later, and tells which it is."""
+    """The kernel that attends; auto takes cuDNN's before Flash on Hopper and B200, and tells which it is."""
     compile: Literal["auto", "none", "blocks", "graphs"] = "auto"
     """blocks: torch.compile of each block. graphs: recorded into CUDA graphs too, for micro-batches so small that launches count. auto:
     blocks on a GPU under ZeRO 0 to 2. What was compiled is kept in TORCHINDUCTOR_CACHE_DIR."""
@@ -332,6 +334,21 @@ class EngineConfig:
     """Multiply in float8 in the linear layers of the inner blocks; bf16 on compiled blocks, Ada, Hopper or later, and torchao needed."""
     deepspeed: Annotated[dict[str, Any], _JSON] = field(default_factory=dict)
     """Anything else that DeepSpeed's config takes, as JSON; merged over ours."""
+
+    def keeps(self, block: int) -> Keeps:
+        """What a block keeps for its backward pass, the first being 0: everything where it is not checkpointed."""
+        every = self.checkpoint_every_n_blocks
+        return self.checkpoint_keeps if every and block % every == 0 else "everything"
+
+    def compilation(self, on_gpu: bool) -> Compilation:
+        """What `compile` means on a device.
+
+        A CPU gains little, and needs a C++ compiler for it. Under ZeRO-3 compiled blocks give the same losses, but have their weights
+        gathered a block at a time, which nobody has timed: there they must be asked for.
+        """
+        if self.compile == "auto":
+            return "blocks" if on_gpu and self.zero_stage < 3 else "none"
+        return self.compile
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,16 @@ optimizer's moments, and our average, are tensors of the same shape. `_fragment`
 tensor of this rank; everything that reads or writes state goes through it, so that no stage is a special case further up. Loading and
 saving are local to a rank; reading a whole tensor is a collective.
 
-Gradients are averaged over ranks and micro-batches and clipped by DeepSpeed. In bf16 they accumulate in fp32.
+Gradients are averaged over ranks and micro-batches and clipped by DeepSpeed. Micro-batches add up in fp32; gradients are sent in the
+precision that they are computed in.
 
-Which of DeepSpeed's two stages 1 that is. With fp32 accumulation it takes `BF16_Optimizer`: it adds micro-batches in whole fp32 gradients
-on every rank (4 bytes a parameter), and after the last backward all-reduces them in bf16, as `communication_data_type` is. With bf16
-accumulation it takes `stage_1_and_2`: the same bytes sent, no fp32 gradients, but each addition of a micro-batch rounds to 8 bits. Over
-200 steps of a small ViT on one rank both came as near to fp32 with 1 and 4 micro-batches, and neither was faster on a CPU. The first is
-taken for what it adds up; what it costs in memory, stage 2 gives back: that reduces in bf16 too, but while backward goes on, adds what it
-has reduced in fp32 partitions, and sends no more where a step has one micro-batch. Stage 3 reduces in bf16 and adds in fp32 partitions.
-Each waits for the device once a step, for the norm, to know whether to leave it out.
+Stage 1 is `stage_1_and_2` in bf16 too, which is told that gradients accumulate in bf16. Told fp32 DeepSpeed would take `BF16_Optimizer`,
+which keeps whole fp32 gradients even where a step has one micro-batch, and passes over all of them some ten times a step. `Gradients` does
+what is then missing, sums in fp32, and lays gradients so that flattening them copies nothing. Stages 2 and 3 reduce in each micro-batch,
+while backward goes on, and add what they have reduced in fp32 partitions.
+
+Each waits for the device once a step, for the norm, to know whether to leave it out. What is not finite shows in it: nothing else is
+searched.
 """
 
 import itertools
@@ -36,16 +37,23 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for a dozen kinds of device, and warns of each
 
 import deepspeed
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.utils import logger as deepspeed_logger
 
 from vitscale import compute
 from vitscale.checkpoint import AVERAGE, WEIGHT
 from vitscale.config import EngineConfig, OptimizerConfig
-from vitscale.model import Block, ViT
+from vitscale.gradients import Gradients, flatten
+from vitscale.model import ViT
 from vitscale.muon import Exchange, Muon, Updates, cut, is_muons, num_parts
 from vitscale.optim import build_optimizer
 from vitscale.rendezvous import ARRIVAL, join
 from vitscale.timing import Clock, Waited, ring_bytes
+from vitscale.zero import bucket_elements, deepspeed_config
+
+# DeepSpeed takes norms of copies of gradients in float64; torch's `clip_grad_norm_` takes them in fp32, which errs by 1e-7
+for _stage in (stage_1_and_2, stage3):
+    _stage.get_norm_dtype = lambda: torch.float32
 
 # DeepSpeed's collectives, and which of their arguments is all that they carry
 _COLLECTIVES = {
@@ -91,39 +99,6 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def deepspeed_config(
-    config: EngineConfig, grad_clip: float, micro_batch_size: int, grad_accum_steps: int, *, on_gpu: bool = False
-) -> dict[str, Any]:
-    """DeepSpeed's config from ours; `config.deepspeed` is merged over it, mapping by mapping."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
-    # DeepSpeed's 5e8 elements hold most of a ViT-H: a reduction would begin when backward is all but over, and take 1 or 2 GB. Megatron-LM
-    # takes 4e7 (core/distributed, bucket_size)
-    zero["reduce_bucket_size"] = 50_000_000
-    if config.zero_stage == 1:  # in fp32: reduces where backward left the gradients, without copying them together first and apart again
-        zero["contiguous_gradients"] = False
-    if config.zero_stage == 2:
-        # All-reduces the bucket in place. With it, DeepSpeed flattens the bucket once more and all-reduces that: no byte less is sent
-        zero["reduce_scatter"] = False
-        zero["overlap_comm"] = on_gpu  # reduces on a stream of its own while backward goes on; a CPU has no streams
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": grad_accum_steps,
-        "gradient_clipping": grad_clip if config.zero_stage else 0.0,  # without ZeRO the engine clips, to know the norm
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list; tests hold it to plain torch
-        "steps_per_print": 2**31,
-    }
-    if config.zero_stage == 3 and config.compile == "blocks":
-        ours["zero_optimization"]["leaf_module"] = BLOCKS_ARE_LEAVES
-    if config.precision == "bf16":
-        ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return _merge(ours, config.deepspeed)
-
-
-# Has stage 3 gather a block's weights at once, around what is compiled: its hooks at each layer would break the graph there
-BLOCKS_ARE_LEAVES = {"classes": [f"{Block.__module__}.{Block.__name__}"], "names": [], "name_suffixes": []}
-
-
 class Engine:
     """A model in training.
 
@@ -150,11 +125,19 @@ class Engine:
         self.computes = compute.prepare(model, config, device(), micro_batch_size=micro_batch_size, attention=self._attention)
         on_gpu = torch.cuda.is_available()
         settings = deepspeed_config(config, optimizer.grad_clip, micro_batch_size, grad_accum_steps, on_gpu=on_gpu)
+        zero = settings["zero_optimization"]
+        zero["reduce_bucket_size"] = bucket_elements(zero, sum(p.numel() for p in self.parameters.values()))
         torchs = build_optimizer(model.to(device()), optimizer)
         name_of = {parameter: name for name, parameter in self.parameters.items()}
         groups = [[name_of[parameter] for parameter in group["params"]] for group in torchs.param_groups]
+        if self.stage == 1:
+            Gradients([self.parameters[name] for names in groups for name in names], self.dtype, self._micro_batch)
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=torchs, config=settings)
         self._zero = self.deepspeed.optimizer  # ZeRO's wrapper; under stage 0 torch's optimizer itself
+        if self.stage == 1:
+            self._zero.flatten = flatten
+        if self.stage in (1, 2):
+            self._zero.check_overflow = lambda **_: None  # the norm tells, which it looks at as well
         self._optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
         # DeepSpeed made its fp32 weights from the model's bf16 copies; they should be what the model was given
         self._fill(WEIGHT, lambda name, _, start, length: exact[name][start : start + length])
@@ -206,6 +189,13 @@ class Engine:
             if self._averages:
                 torch._foreach_lerp_(self._averages, self._flat_weights(), 1 - self.average_decay)
         return bool(applied)
+
+    def _micro_batch(self) -> tuple[bool, bool]:
+        """Whether the one that is computed is the first of its step, and the last."""
+        return (
+            self.deepspeed.micro_steps % self.deepspeed.gradient_accumulation_steps() == 0,
+            self.deepspeed.is_gradient_accumulation_boundary(),
+        )
 
     def set_batch(self, micro_batch_size: int, grad_accum_steps: int) -> None:
         """Steps have other micro-batches from now on. Call between steps."""
@@ -352,8 +342,8 @@ class Engine:
         """The tensors that hold this rank's fp32 weights, which are also the keys of the optimizer's state."""
         if self.stage == 0:
             return list(self.parameters.values())
-        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-            if hasattr(self._zero, attribute):  # of stage 3, of stages 1 and 2, of stage 1 in bf16
+        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
+            if hasattr(self._zero, attribute):  # of stage 3, of stages 1 and 2
                 return list(getattr(self._zero, attribute))
         raise RuntimeError(
             f"deepspeed {deepspeed.__version__} keeps fp32 weights where this version of vitscale does not look; 0.19.8 is known"
@@ -427,11 +417,3 @@ def _time_collectives(clock: Clock) -> Callable[[], None]:
 
     put(ours)
     return lambda: put(theirs)
-
-
-def _merge(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(ours)
-    for name, value in theirs.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merge(merged[name], value) if both else value
-    return merged

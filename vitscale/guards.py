@@ -39,15 +39,16 @@ class Guard:
         recent_losses: of the steps before, from a checkpoint, oldest first.
         spikes: in a row up to the last of them.
         nonfinite_steps: the same.
+        seen: the last step before.
         rollbacks: how many the run has had.
         anew: steps, counted from 1, whose images have another size than those before: what their losses are judged by begins with them.
     """
 
     def __init__(
         self, config: GuardConfig, recent_losses: Sequence[float] = (), spikes: Sequence[float] = (), nonfinite_steps: int = 0, *,
-        rollbacks: int = 0, anew: Collection[int] = (),
+        seen: int = 0, rollbacks: int = 0, anew: Collection[int] = (),
     ) -> None:  # fmt: skip
-        self._config, self._rollbacks, self._anew = config, rollbacks, anew
+        self._config, self._seen, self._rollbacks, self._anew = config, seen, rollbacks, anew
         self._losses = deque(recent_losses, maxlen=config.spike_window)
         self._spikes = list(spikes)
         self._not_finite = nonfinite_steps
@@ -84,8 +85,9 @@ class Guard:
             loss: mean over all ranks; means nothing where the step was not applied.
             applied: whether the optimizer took the step; it leaves out one whose gradient is not finite.
         """
-        if step in self._anew:
+        if any(self._seen < begins <= step for begins in self._anew):  # which may itself be one of those that are skipped
             self._losses.clear()
+        self._seen = step
         if not applied:
             self._not_finite += 1
             if self._not_finite <= self._config.max_nonfinite:

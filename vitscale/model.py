@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from vitscale.config import PreprocessConfig, ViTConfig, drop_path_rows
+from vitscale.config import Keeps, PreprocessConfig, ViTConfig, drop_path_rows
 
 aten = torch.ops.aten
 # What activation checkpointing keeps under `products`: the outputs of matrix products and of every fused attention; the backend that spells
@@ -37,7 +37,6 @@ PRODUCTS = [
     aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_fused_attention_overrideable.default,
 ]  # fmt: skip
-Keeps = Literal["everything", "nothing", "products"]
 
 
 class ViT(nn.Module):
@@ -125,7 +124,7 @@ class ViT(nn.Module):
         if position == "learned_2d":
             x_BND = x_BND + grid_2d(resampled(self.pos_embed_rows, 0, grid[0]), resampled(self.pos_embed_columns, 0, grid[1]))
         elif position == "sincos":
-            x_BND = x_BND + on_grid(self.pos_embed_fixed, self.config.grid, grid)
+            x_BND = x_BND + on_grid(self.pos_embed_fixed, self.config.grid, grid).to(x_BND.dtype)  # DeepSpeed leaves buffers in fp32
         if self.config.pool == "cls":
             x_BND = torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
         if position == "learned_1d":  # the paper's: the class token has a position too

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vitscale.flops import NEWTON_SCHULZ_STEPS, ORTHOGONALIZED
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that pushes singular values towards 1 fastest
-_STEPS = 5
-_BATCH = 1 << 26  # elements that are orthogonalised at once
 
 # Of a group's tensors, the updates that their directions give
 Updates = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
@@ -64,7 +64,7 @@ def orthogonalize(x_KRC: Tensor) -> Tensor:
     tall = x_KRC.shape[-2] > x_KRC.shape[-1]
     x_KRC = x_KRC.mT if tall else x_KRC
     x_KRC = x_KRC / (x_KRC.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(_STEPS):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram_KRR = x_KRC @ x_KRC.mT
         x_KRC = a * x_KRC + (b * gram_KRR + c * gram_KRR @ gram_KRR) @ x_KRC
     return x_KRC.mT if tall else x_KRC
@@ -77,7 +77,7 @@ def updates_of(matrices: Sequence[Tensor]) -> list[Tensor]:
     for k, matrix in enumerate(matrices):
         of_shape.setdefault(matrix.shape, []).append(k)
     for shape, which in of_shape.items():
-        at_once = max(1, _BATCH // shape.numel())
+        at_once = max(1, ORTHOGONALIZED // shape.numel())
         for first in range(0, len(which), at_once):
             batch = which[first : first + at_once]
             x_KRC = orthogonalize(torch.stack([matrices[k] for k in batch])) * (0.2 * math.sqrt(max(shape)))

@@ -152,4 +152,4 @@ def _mark(module: nn.Module, name: str) -> Iterable[RemovableHandle]:
     def after(*_: Any) -> None:
         opened.pop().__exit__(None, None, None)
 
-    return module.register_forward_pre_hook(before, prepend=True), module.register_forward_hook(after)
+    return module.register_forward_pre_hook(before, prepend=True), module.register_forward_hook(after, always_call=True)

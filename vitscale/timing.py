@@ -28,6 +28,7 @@ from torch.profiler import record_function
 
 from vitscale.breakdown import RANGE
 from vitscale.metrics import SHARES
+from vitscale.traffic import PASSES
 
 DATA, FORWARD, BACKWARD, UPDATE, LOGGING = "data", "forward", "backward", "update", "logging"
 CHECKPOINT, COMMUNICATION, OUTSIDE = "checkpoint", "communication", "outside"
@@ -76,7 +77,7 @@ def ring_bytes(collective: str, size: int, ranks: int) -> float:
         collective: by torch.distributed's name.
         size: bytes of the whole: of the reduced tensor, of what is gathered from all, of what is scattered to all.
     """
-    return (2 if collective.startswith("all_reduce") else 1) * size * (ranks - 1) / ranks
+    return PASSES["all-reduce" if collective.startswith("all_reduce") else "all-gather"] * size * (ranks - 1) / ranks
 
 
 class Clock:

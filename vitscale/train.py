@@ -12,30 +12,29 @@ import gc
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from data_tools.cache import cache_advice
 from data_tools.dataset import Dataset
 from vitscale import checkpoint, keyed, stopping
 from vitscale.agreement import Agreement
+from vitscale.announce import cost_line, eval_line, headline, image_flops, origin_line, say_of_data, size_and_work
 from vitscale.checkpoint import CheckpointError
 from vitscale.compute import Compiling
-from vitscale.config import TrainConfig, ViTConfig, grad_accum_steps
+from vitscale.config import TrainConfig, grad_accum_steps
 from vitscale.ending import Cause, Ended
 from vitscale.engine import Engine, device
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
-from vitscale.flops import measured_flops, peak_flops, train_flops
+from vitscale.flops import measured_flops, peak_flops
 from vitscale.foreign import ForeignStream, Usable
 from vitscale.guards import Guard, is_skipped
 from vitscale.heartbeat import COMPILING, EVALUATING, SAVING, TRAINING
-from vitscale.metrics import SHARES, Metrics, Moment, Pace, counted, progress_line
-from vitscale.mixture import Mixture
+from vitscale.metrics import SHARES, Metrics, Moment, Pace, progress_line
 from vitscale.model import ViT, initialize, normalize
 from vitscale.objective import compute_loss
 from vitscale.optim import learning_rate
@@ -47,7 +46,7 @@ from vitscale.run import unusable_line
 from vitscale.saving import PATIENCE, Saver
 from vitscale.stopping import Asked
 from vitscale.stream import Share, TrainStream
-from vitscale.timeline import Span, Timeline, timeline_of
+from vitscale.timeline import Timeline, timeline_of
 from vitscale.timing import BACKWARD, CHECKPOINT, DATA, FORWARD, LOGGING, OUTSIDE, UPDATE, Clock
 from vitscale.transfer import on_device
 from vitscale.unindexed import Tars
@@ -97,7 +96,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         model.load_state_dict(checkpoint.read_weights(resumed, checkpoint.WEIGHT, shapes))
     elif init := config.init:
         source = checkpoint.describe(Path(init.folder))  # rank 0 has checked that it is whole
-        origin = f"\n{_origin(source, config.model)}"
+        origin = f"\n{origin_line(source, config.model)}"
         model.load_state_dict(fine_tuned_weights(source, init.weights, config.model, init.position_interpolation, config.seed))
     else:
         initialize(model, config.seed)
@@ -133,15 +132,15 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         for fault in faults:
             metrics.say(f"warning: {fault}; {f'{folder.name} is used' if folder else 'the run starts anew'}")
         parameters = sum(math.prod(shape) for shape in shapes.values())
-        metrics.say(_headline(config, step, timeline, world_size, parameters) + origin)
-        metrics.say(_cost_line(config, span, _device_name()))
+        metrics.say(headline(config, step, timeline, world_size, parameters, _device_name()) + origin)
+        metrics.say(cost_line(config, span, _device_name()))
         metrics.say(engine.computes)
         metrics.say(stream.describe())
-        _say_of_data(metrics, dataset, config, step, samples_seen)
+        say_of_data(metrics, dataset, config, step, samples_seen)
 
     # -- What watches over the run, and what it does with each step once all ranks' losses are known --------------------------------------
     past = (resumed.recent_losses, resumed.spikes, resumed.nonfinite_steps) if resumed else ()
-    guard = Guard(config.guard, *past, rollbacks=len(skipped), anew=timeline.other_sizes())
+    guard = Guard(config.guard, *past, seen=step, rollbacks=len(skipped), anew=timeline.other_sizes())
     asked, agreement = Asked(run, rank), Agreement[_Step](device())
     pace, profile = Pace(step), Profile(config.profile, run, step, rank, clock, engine.module)
     if metrics and (late := profile.too_late()):
@@ -205,8 +204,13 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         if isinstance(found, str):
             return found
         if metrics:
-            metrics.log(_clock(step, samples_seen) | _eval_fields(found), _eval_line(step, found, timeline))
+            metrics.log(_clock(step, samples_seen) | _eval_fields(found), eval_line(step, found, timeline))
         return ""
+
+    def resume() -> None:
+        """What follows counts as steps again."""
+        clock.enter(LOGGING)
+        pace.restart(step)
 
     def about() -> checkpoint.Description:
         """The checkpoint of this step. A collective."""
@@ -222,8 +226,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
     if held_out and step > 0 and _due(step, last_step, config.eval_every) and not evaluated:  # the last start ended before it was
         reason = reason or evaluate_on(held_out)
     gc.disable()  # to look through what a start has made takes half a second, a different one on each rank, and all wait for it
-    clock.enter(LOGGING)
-    pace.restart(step)
+    resume()
     while step < last_step and step != stop_at and not reason:
         if is_skipped(samples_seen, skipped):
             reason = hear(all_=True)  # what was made before is measured before the pace begins anew
@@ -234,12 +237,11 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         if profile.between(step):
             reason = hear(all_=True)
             beat(step, samples_seen, SAVING)
-            told = profile.write(_image_flops(config.model, span) * span.global_batch_size / world_size)
+            told = profile.write(image_flops(config.model, span) * span.global_batch_size / world_size)
             dist.barrier()  # for those that write, where the waiting counts into no share
             if metrics and told:
                 metrics.say(told)
-            clock.enter(LOGGING)
-            pace.restart(step)
+            resume()
             continue
         beat(step, samples_seen, TRAINING)
         if timeline.at_step(step) != span:
@@ -247,7 +249,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
             accumulate = grad_accum_steps(*span.batch, world_size)
             engine.set_batch(span.micro_batch_size, accumulate)
             if metrics:
-                metrics.say(f"from step {step + 1} on: {', '.join(_size_and_work(span, config.model, world_size))}")
+                metrics.say(f"from step {step + 1} on: {', '.join(size_and_work(span, config.model, world_size))}")
         lr = learning_rate(step, last_step, config.optimizer.peak_lr, config.schedule, timeline.samples_at)
         loss = torch.zeros((), device=device())
         seen = []  # the samples of each micro-batch, and its loss
@@ -293,12 +295,10 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
             before = time.perf_counter()
             saver.snapshot(about(), patience=math.inf if step in (last_step, stop_at) else PATIENCE)
             pace.stalled += time.perf_counter() - before
-            clock.enter(LOGGING)
-            pace.restart(step)
+            resume()
         if evaluates and held_out and not reason:
             reason = evaluate_on(held_out)
-            clock.enter(LOGGING)
-            pace.restart(step)
+            resume()
     clock.enter(OUTSIDE)
     profile.close()
 
@@ -351,27 +351,13 @@ def _used_up_by_all(stream: TrainStream | ForeignStream) -> int:
     return int(lowest)
 
 
-def _say_of_data(metrics: Metrics, dataset: Mixture | Tars, config: TrainConfig, step: int, samples_seen: int) -> None:
-    """Warnings, what the cache holds, and the overlays in use, which may be others at the next start."""
-    for component in dataset.components:
-        if component.path_hides_overlays:
-            metrics.say(f"warning: {component.path} is on the web, where overlays are not seen: what one removes is trained on")
-    if config.cache_bytes and isinstance(dataset, Mixture):
-        for said in cache_advice(config.cache_bytes, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1):
-            metrics.say(said)
-    if names := [name for component in dataset.components for name in component.overlay.names]:
-        relabelled = sum(len(component.overlay.samples) for component in dataset.components)
-        line = {"step": step, "samples_seen": samples_seen, "overlays": names}
-        metrics.log(line, f"overlays: {relabelled:,} samples relabelled, {dataset.num_removed:,} removed")
-
-
 def _outlook(images_per_second: float, step: int, timeline: Timeline, config: TrainConfig, world_size: int) -> dict[str, float]:
     """What a rate says of the run's end, and of its share of the devices' peak where that is known."""
     found = {"seconds_left": timeline.images_left(step, config.model) / images_per_second}
     of = (_device_name(), config.engine.precision)
     for name, ceiling in (("mfu", peak_flops(*of)), ("mfu_of_measured", measured_flops(*of))):
         if ceiling:
-            found[name] = _image_flops(config.model, timeline.at_step(step - 1)) * images_per_second / world_size / ceiling
+            found[name] = image_flops(config.model, timeline.at_step(step - 1)) * images_per_second / world_size / ceiling
     return found
 
 
@@ -410,67 +396,12 @@ class _BrokenOff(Exception):  # noqa: N818 - asked for
     """Ends an evaluation, on all ranks after the same batch; the next start makes it anew."""
 
 
-def _headline(config: TrainConfig, step: int, timeline: Timeline, world_size: int, parameters: int) -> str:
-    begins = f"resumes at step {step}" if step else "starts"
-    span, *others = (of for of, end in zip(timeline.spans, timeline.ends, strict=True) if end > step or end == timeline.total_steps)
-    size, work = _size_and_work(span, config.model, world_size)
-    later = "".join(f"; from step {of.first_step + 1} on {' and '.join(_size_and_work(of, config.model, world_size))}" for of in others)
-    return (
-        f"{config.recipe} {begins} on {_device_name()}: {parameters:,} parameters, {size}, {timeline.total_steps} steps of {work}{later}, "
-        f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, run directory {config.out}"
-    )
-
-
-def _image_flops(model: ViTConfig, span: Span) -> int:
-    """Of an image of a span, forward and backward."""
-    return train_flops(replace(model, image_size=span.image_size))
-
-
-def _cost_line(config: TrainConfig, span: Span, device_name: str) -> str:
-    """What a step computes, and what MFU is held against."""
-    image, of = _image_flops(config.model, span), (device_name, config.engine.precision)
-    ceilings = {"by datasheet": peak_flops(*of), "measured": measured_flops(*of)}
-    known = " and ".join(f"{ceiling / 1e12:,.0f} TFLOP/s {kind}" for kind, ceiling in ceilings.items() if ceiling)
-    label = f"{config.engine.precision}{', float8 products too' if config.engine.float8 else ''}"
-    basis = f"MFU is of {known}, {label}" if known else f"no peak of {device_name} is known, so no MFU is told"
-    step = f"{image / 1e9:,.4g} GFLOP an image, {image * span.global_batch_size / 1e12:,.4g} TFLOP a step"
-    return f"{step}, recomputation not counted; {basis}"
-
-
-def _size_and_work(span: Span, model: ViTConfig, world_size: int) -> tuple[str, str]:
-    """The images of a step, and how they are shared out, for people."""
-    at_size, accumulate = replace(model, image_size=span.image_size), grad_accum_steps(*span.batch, world_size)
-    work = f"{span.global_batch_size} images = {counted(world_size, 'rank')} x {span.micro_batch_size} x {accumulate}"
-    return f"{_pixels(at_size)} in {at_size.num_tokens} tokens", work
-
-
-def _origin(source: checkpoint.Description, model: ViTConfig) -> str:
-    """What fine-tuning makes of a checkpoint, in a line."""
-    grids = " -> ".join("x".join(map(str, m.grid)) for m in (source.model, model))
-    head = f"a new head of {model.num_classes} classes in place of {source.model.num_classes or 'none'}"
-    return f"from {source.path}: {_pixels(source.model)} -> {_pixels(model)}, {grids} patches, {head}"
-
-
-def _pixels(model: ViTConfig) -> str:
-    return f"{model.image_size[0]}x{model.image_size[1]} pixels"
-
-
 def _clock(step: int, samples_seen: int) -> dict[str, float]:
     return {"step": step, "samples_seen": samples_seen, "time": time.time()}
 
 
 def _eval_fields(result: Evaluation) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in asdict(result).items()}
-
-
-def _eval_line(step: int, result: Evaluation, timeline: Timeline) -> str:
-    """Evaluated at the size that the weights are for, whichever they are trained at."""
-    final = timeline.spans[-1].image_size
-    size = f" at {final[0]}x{final[1]} pixels" if timeline.at_step(step - 1).image_size != final else ""
-    skipped = f", {result.skipped} unreadable" if result.skipped else ""
-    skipped += f", {result.removed} removed" if result.removed else ""
-    scores = f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  loss {result.loss:.4f}"
-    return f"step {step} held out{size}: {scores}  ({result.samples} samples{skipped})"
 
 
 def _device_name() -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from launch.flags import UsageError, parse
 from tests.distributed import run_on_ranks
 from tests.runs import TOLERANCE, begin, case, check_alike, log, losses_of, variant
+from tests.vitscale.plain import plain_torch
 from tests.vitscale.streams import IMAGE_SIZE, rows_of, stream
 from vitscale.check import check_config
 from vitscale.config import (
@@ -36,15 +37,13 @@ from vitscale.fork import fork, origin_of
 from vitscale.guards import Guard
 from vitscale.locality import choose_order
 from vitscale.mixture import Mixture
-from vitscale.model import ViT, initialize, normalize, sincos_2d
-from vitscale.objective import compute_loss
-from vitscale.optim import build_optimizer, learning_rate
+from vitscale.model import ViT, initialize, sincos_2d
+from vitscale.optim import learning_rate
 from vitscale.order import RunOrder
 from vitscale.recipes import PRETRAIN, recipe
 from vitscale.resolve import resolve
 from vitscale.run import RunError, read_config, read_metrics, read_record, write_json
 from vitscale.status import status
-from vitscale.stream import Share, TrainStream
 from vitscale.timeline import Span, Timeline, timeline_of
 
 SMALL, MIDDLE = (8, 16), (16, 16)
@@ -307,69 +306,36 @@ def by_step(batches: Iterator[Any], world_size: int, step: int = 0) -> Iterator[
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def plain_torch(config: TrainConfig) -> list[float]:
-    """The losses of the same training without DeepSpeed, ranks or accumulation."""
-    dataset = Mixture.open(config.datasets)
-    timeline = timeline_of(config, dataset.num_samples)
-    whole = Timeline(tuple(replace(span, micro_batch_size=span.global_batch_size) for span in timeline.spans), timeline.total_steps)
-    batches = TrainStream(
-        dataset, config.preprocess, config.stream, Share(whole), seed=config.seed, quarantine=Path(config.out) / "quarantine.jsonl"
-    ).micro_batches(0, timeline.total_samples)
-    model = ViT(config.model, image_sizes=[span.image_size for span in timeline.spans])
-    initialize(model, config.seed)
-    optimizer = build_optimizer(model, config.optimizer)
-    losses = []
-    for step, batch in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, timeline.total_steps, config.optimizer.peak_lr, config.schedule, timeline.samples_at)
-        images, labels, scores, keys = map(torch.from_numpy, (batch.images_BHWC, batch.labels_BL, batch.scores_BL, batch.keys_B))
-        optimizer.zero_grad()
-        loss = compute_loss(model(normalize(images, config.preprocess), keys), labels, scores, config.objective)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def test_a_run_in_phases_is_plain_torch_under_every_stage(config: TrainConfig, tmp_path: Path) -> None:
-    """And stopped within each phase and where one ends, and gone on with by a new engine each time, it is itself, to the bit."""
+def test_a_run_in_phases_goes_on_as_itself(config: TrainConfig, tmp_path: Path) -> None:
+    """Stopped within phases and where one ends, and gone on with by a new engine each time, it is itself, to the bit; and plain torch."""
     config = with_phases(config)
     evaluated = replace(config, eval_data=str(Path(config.data).parent / "val"), eval_every=4)
-    stages = {f"stage{stage}": {"zero_stage": stage} for stage in (0, 1, 2, 3)} | {"bf16": {"zero_stage": 1, "precision": "bf16"}}
     parts = timeline_of(config, 0)
     assert [span.first_step for span in parts.spans] == [0, 9, 14, 21], "or the stops below would be elsewhere"
-    stops = [5, parts.spans[1].first_step, 12, parts.spans[2].first_step, 17, parts.spans[3].first_step, 24, None]
-    cases, wholes = {}, {}
-    for name, engine in stages.items():
-        wholes[name] = variant_of(evaluated if name == "bf16" else config, tmp_path, name, **engine)
-        cases[name] = case(wholes[name])
-        before = None
-        for number, stop in enumerate(stops if name in ("stage0", "stage1", "stage3", "bf16") else []):
-            part = replace(wholes[name], out=str(tmp_path / f"{name}-{number}"))
-            cases[f"{name}-{number}"] = case(part, stop_at=stop, copy_of=before)
-            before = part.out
-    one = run_on_ranks("tests.vitscale.test_zero:walk", 1, {"cases": cases}, tmp_path)
+    stops = [5, parts.spans[1].first_step, 17, None]
+    wholes = {
+        "fp32": variant_of(config, tmp_path, "fp32", zero_stage=3),
+        "bf16": variant_of(evaluated, tmp_path, "bf16", zero_stage=1, precision="bf16"),
+    }
+    cases = {}
+    for name, whole in wholes.items():
+        cases[name], before = case(whole), None
+        for number, stop in enumerate(stops):
+            part = replace(whole, out=str(tmp_path / f"{name}-{number}"))
+            cases[f"{name}-{number}"], before = case(part, stop_at=stop, copy_of=before), part.out
+    results = run_on_ranks("tests.vitscale.test_zero:walk", 1, {"cases": cases}, tmp_path)
     said = (tmp_path / "rank-0.log").read_text()
-    expected = plain_torch(wholes["stage0"])
-    assert len(expected) == config.steps
+    expected = plain_torch(wholes["fp32"]).losses
     assert min(expected[-3:]) < 0.9 * expected[0], "it must learn, or equal losses would say little"
-    for name in ("stage0", "stage1", "stage2", "stage3"):
-        np.testing.assert_allclose(losses_of(one[name], 0, config.steps), expected, rtol=TOLERANCE, err_msg=name)
-    np.testing.assert_allclose(losses_of(one["bf16"], 0, config.steps), expected, rtol=0.05)
-    for name in ("stage0", "stage1", "stage3", "bf16"):
+    np.testing.assert_allclose(losses_of(results["fp32"], 0, config.steps), expected, rtol=TOLERANCE)
+    np.testing.assert_allclose(losses_of(results["bf16"], 0, config.steps), expected, rtol=0.05)
+    for name in wholes:
         check_alike(tmp_path / f"{name}-{len(stops) - 1}", tmp_path / name)
-    cases = {name: case(variant_of(config, tmp_path, f"two-{name}", 2, **stages[name])) for name in ("stage0", "stage2", "stage3")}
-    two = run_on_ranks("tests.vitscale.test_zero:walk", 2, {"cases": cases}, tmp_path)
-    for name, result in two.items():
-        np.testing.assert_allclose(losses_of(result, 0, config.steps), expected, rtol=TOLERANCE, err_msg=f"{name} at world size 2")
-        sums = [(of["images"][0] % 2**62, of["images"][1]) for of in (result, one["stage0"])]  # a rank's sum is taken by 2**62
-        assert sums[0] == sums[1], "the same images, of the same sizes"
     assert "16x24 pixels in 7 tokens, 24 images = 1 rank x 4 x 6" in said
     assert "from step 10 on: 16x16 pixels in 5 tokens, 24 images = 1 rank x 4 x 6" in said
     assert "step 8 held out at 16x24 pixels: top-1" in said
     assert "step 24 held out: top-1" in said
-    lines = [line for line in read_metrics(tmp_path / "stage0") if "loss" in line]
+    lines = [line for line in read_metrics(tmp_path / "fp32") if "loss" in line]
     assert [line["samples_seen"] for line in lines] == [parts.samples_at(step) for step in range(1, config.steps + 1)]
 
 
@@ -383,11 +349,18 @@ def variant_of(config: TrainConfig, folder: Path, name: str, world_size: int = 1
 
 
 def test_another_size_s_losses_are_judged_by_their_own(config: TrainConfig) -> None:
-    """Losses that are twice as high from a step on roll the run back, unless images have another size from there on."""
-    losses = [2 + 0.01 * (step % 7) for step in range(100)] + [4 + 0.01 * (step % 7) for step in range(20)]
-    for anew, found in (((), True), ((101,), False)):
-        guard = Guard(config.guard, anew=anew)
-        assert any(guard.see(step, loss, applied=True) for step, loss in enumerate(losses, start=1)) is found
+    """Losses that are twice as high from a step on roll the run back, unless images have another size from there on.
+
+    That step may be skipped, and it may lie behind the checkpoint that a start goes on from or before it.
+    """
+    losses = dict(enumerate([2 + 0.01 * (step % 7) for step in range(100)] + [4 + 0.01 * (step % 7) for step in range(20)], start=1))
+    for anew, skipped, found in (((), (), True), ((101,), (), False), ((101,), (99, 100, 101, 102), False)):
+        for start in (0, 90, 100):
+            before = Guard(config.guard, anew=anew)
+            assert not any(before.see(step, losses[step], applied=True) for step in range(1, start + 1) if step not in skipped)
+            guard = Guard(config.guard, before.recent_losses, seen=start, anew=anew)
+            rolls_back = [guard.see(step, losses[step], applied=True) for step in range(start + 1, 121) if step not in skipped]
+            assert any(rolls_back) is found, (anew, skipped, start)
 
 
 def test_seconds_left_are_of_the_images_to_come(config: TrainConfig) -> None:

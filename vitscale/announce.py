@@ -1,0 +1,83 @@
+"""What a run says of itself to people: at its start, where its steps change, and of an evaluation. Strings alone; `train.py` says them."""
+
+from dataclasses import replace
+
+from data_tools.cache import cache_advice
+from vitscale import checkpoint
+from vitscale.config import TrainConfig, ViTConfig, grad_accum_steps
+from vitscale.evaluate import Evaluation
+from vitscale.flops import measured_flops, peak_flops, train_flops
+from vitscale.metrics import Metrics, counted
+from vitscale.mixture import Mixture
+from vitscale.timeline import Span, Timeline
+from vitscale.unindexed import Tars
+
+
+def headline(config: TrainConfig, step: int, timeline: Timeline, world_size: int, parameters: int, device_name: str) -> str:
+    """Where a start begins, and what is trained on what."""
+    begins = f"resumes at step {step}" if step else "starts"
+    span, *others = (of for of, end in zip(timeline.spans, timeline.ends, strict=True) if end > step or end == timeline.total_steps)
+    size, work = size_and_work(span, config.model, world_size)
+    later = "".join(f"; from step {of.first_step + 1} on {' and '.join(size_and_work(of, config.model, world_size))}" for of in others)
+    return (
+        f"{config.recipe} {begins} on {device_name}: {parameters:,} parameters, {size}, {timeline.total_steps} steps of {work}{later}, "
+        f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, run directory {config.out}"
+    )
+
+
+def cost_line(config: TrainConfig, span: Span, device_name: str) -> str:
+    """What a step computes, and what MFU is held against."""
+    image, of = image_flops(config.model, span), (device_name, config.engine.precision)
+    ceilings = {"by datasheet": peak_flops(*of), "measured": measured_flops(*of)}
+    known = " and ".join(f"{ceiling / 1e12:,.0f} TFLOP/s {kind}" for kind, ceiling in ceilings.items() if ceiling)
+    label = f"{config.engine.precision}{', float8 products too' if config.engine.float8 else ''}"
+    basis = f"MFU is of {known}, {label}" if known else f"no peak of {device_name} is known, so no MFU is told"
+    step = f"{image / 1e9:,.4g} GFLOP an image, {image * span.global_batch_size / 1e12:,.4g} TFLOP a step"
+    return f"{step}, recomputation not counted; {basis}"
+
+
+def size_and_work(span: Span, model: ViTConfig, world_size: int) -> tuple[str, str]:
+    """The images of a step, and how they are shared out, for people."""
+    at_size, accumulate = replace(model, image_size=span.image_size), grad_accum_steps(*span.batch, world_size)
+    work = f"{span.global_batch_size} images = {counted(world_size, 'rank')} x {span.micro_batch_size} x {accumulate}"
+    return f"{_pixels(at_size)} in {at_size.num_tokens} tokens", work
+
+
+def origin_line(source: checkpoint.Description, model: ViTConfig) -> str:
+    """What fine-tuning makes of a checkpoint, in a line."""
+    grids = " -> ".join("x".join(map(str, m.grid)) for m in (source.model, model))
+    head = f"a new head of {model.num_classes} classes in place of {source.model.num_classes or 'none'}"
+    return f"from {source.path}: {_pixels(source.model)} -> {_pixels(model)}, {grids} patches, {head}"
+
+
+def eval_line(step: int, result: Evaluation, timeline: Timeline) -> str:
+    """Evaluated at the size that the weights are for, whichever they are trained at."""
+    final = timeline.spans[-1].image_size
+    size = f" at {final[0]}x{final[1]} pixels" if timeline.at_step(step - 1).image_size != final else ""
+    skipped = f", {result.skipped} unreadable" if result.skipped else ""
+    skipped += f", {result.removed} removed" if result.removed else ""
+    scores = f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  loss {result.loss:.4f}"
+    return f"step {step} held out{size}: {scores}  ({result.samples} samples{skipped})"
+
+
+def say_of_data(metrics: Metrics, dataset: Mixture | Tars, config: TrainConfig, step: int, samples_seen: int) -> None:
+    """Warnings, what the cache holds, and the overlays in use, which may be others at the next start."""
+    for component in dataset.components:
+        if component.path_hides_overlays:
+            metrics.say(f"warning: {component.path} is on the web, where overlays are not seen: what one removes is trained on")
+    if config.cache_bytes and isinstance(dataset, Mixture):
+        for said in cache_advice(config.cache_bytes, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1):
+            metrics.say(said)
+    if names := [name for component in dataset.components for name in component.overlay.names]:
+        relabelled = sum(len(component.overlay.samples) for component in dataset.components)
+        line = {"step": step, "samples_seen": samples_seen, "overlays": names}
+        metrics.log(line, f"overlays: {relabelled:,} samples relabelled, {dataset.num_removed:,} removed")
+
+
+def image_flops(model: ViTConfig, span: Span) -> int:
+    """Of an image of a span, forward and backward."""
+    return train_flops(replace(model, image_size=span.image_size))
+
+
+def _pixels(model: ViTConfig) -> str:
+    return f"{model.image_size[0]}x{model.image_size[1]} pixels"
