@@ -108,6 +108,7 @@ def random(config: CalibrateConfig, *shape: int) -> torch.Tensor:
 
 
 def products(config: CalibrateConfig) -> float:
+    """FLOP/s of the four linear layers of a block, each with its bias and both gradients."""
     model = vit(config.model)
     D, M, tokens = model.width, model.mlp_dim, config.batch * model.num_tokens
     spent, flops = 0.0, 0
@@ -125,6 +126,7 @@ def products(config: CalibrateConfig) -> float:
 
 
 def attention(config: CalibrateConfig) -> float:
+    """FLOP/s of fused attention, its backward pass counted as 2.5 forward ones."""
     model = vit(config.model)
     B, N, H, d = config.batch, model.num_tokens, model.num_heads, model.width // model.num_heads
     q, k, v = random(config, B, N, 3, H, d).permute(2, 0, 3, 1, 4).requires_grad_().unbind()
@@ -137,6 +139,7 @@ def attention(config: CalibrateConfig) -> float:
 
 
 def memory(config: CalibrateConfig) -> float:
+    """Bytes a second, read and written, of LayerNorm forward and backward and an addition."""
     model = vit(config.model)
     tokens, D = config.batch * model.num_tokens, model.width
     x, y, grad = random(config, tokens, D).requires_grad_(), random(config, tokens, D), random(config, tokens, D)
@@ -150,6 +153,7 @@ def memory(config: CalibrateConfig) -> float:
 
 
 def launch(config: CalibrateConfig) -> float:
+    """Seconds of the host for a kernel."""
     one, many = random(config, 1), 1000
 
     def work() -> None:
@@ -192,8 +196,8 @@ def compare(result: dict[str, Any], config: CalibrateConfig) -> None:
         update.zero_grad()
 
     measured = seconds_of(step, config)
-    layout = Layout(EngineConfig(zero_stage=0, precision="fp32"), 1, config.batch)
-    rates = calibrated(assumed(GPUS[0], "fp32"), config.out)
+    layout = Layout(EngineConfig(zero_stage=0, precision=config.precision, compile="none"), 1, config.batch)
+    rates = calibrated(assumed(GPUS[0], config.precision), config.out, config.precision)
     foretold = step_time(model, optimizer, layout, rates, 1, 1).total
     result["compared"] = {"measured_seconds": measured, "predicted_seconds": foretold, "ratio": foretold / measured}
     config.out.write_text(json.dumps(result, indent=1) + "\n")

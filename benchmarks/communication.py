@@ -113,7 +113,7 @@ def planned(case: dict[str, Any]) -> dict[str, float]:
     """Bytes that each kind of collective works on in a step, as a plan has them."""
     layout = Layout(engine_of(case), case["world_size"], micro_batch_size=MICRO_BATCH, grad_accum_steps=case["accumulate"])
     found: Counter[str] = Counter()
-    for of in collectives(MODEL, layout):
+    for of in collectives(MODEL, OptimizerConfig(), layout):
         found[KINDS[of.kind]] += of.times * of.bytes
     return dict(found)
 

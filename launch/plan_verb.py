@@ -1,6 +1,7 @@
 """The verb that foretells a run: `plan`. It works where torch is not installed."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,26 +9,26 @@ from typing import Annotated
 import tyro
 
 from launch.flags import UsageError, given, parse, take_recipe
+from launch.plan_tables import svg, text
 from launch.terminal import Json, print_json
-from vitscale.config import TrainConfig, settle_length
-from vitscale.plan import IMAGE_BYTES, NODE_MTBF_HOURS, Cluster, Data, make, samples_of, svg, text
-from vitscale.recipes import PRETRAIN, recipe
+from vitscale.config import FinetuneConfig, PreprocessConfig, TrainConfig, ViTConfig, fine_tuning_run, settle_length
+from vitscale.gpus import GPUS, NODE_MTBF_HOURS, Cluster, gpu
+from vitscale.plan import IMAGE_BYTES, Data, dataset_of, make_plan
+from vitscale.recipes import FINETUNE, PRETRAIN, Recipe, recipe
 from vitscale.roofline import assumed, calibrated
 
 
-@dataclass(frozen=True)
-class PlanFlags:
-    """Flags of `vitscale plan`."""
+@dataclass(frozen=True, kw_only=True)
+class ClusterFlags:
+    """What `vitscale plan` wants to know beside a run's own settings."""
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     nodes: int = 1
     gpus_per_node: int = 8
-    gpu: str = "h100"
-    """h100, h100-pcie, h200, a100, a100-40, b200, gb200, l40s or mi300x."""
+    gpu: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(sorted(one.name for one in GPUS))}.")] = "h100"
     samples: int = 0
-    """Images in the training set; 0 takes what the recipe's name tells."""
-    image_bytes: float = IMAGE_BYTES
-    """Bytes of an image, as stored."""
+    """Images in the training set; 0 takes those of --data, or what the recipe's name tells."""
+    image_bytes: float = 0.0
+    """Bytes of an image, as stored; 0 takes those of --data, or of photographs of 500x375 pixels."""
     images_a_core: float = 0.0
     """Images a second that a core decodes and augments; 0 takes what was measured here."""
     network_gbits: float = 0.0
@@ -38,8 +39,6 @@ class PlanFlags:
     """Mean hours between failures of a node; what is there by default is Llama 3's (arXiv 2407.21783)."""
     price_per_gpu_hour: float = 0.0
     """In any currency; 0 tells no cost."""
-    compiled: bool = False
-    """Blocks run through torch.compile."""
     calibration: Path | None = None
     """What benchmarks/calibrate.py measured on such a machine."""
     plot: Path | None = None
@@ -47,31 +46,56 @@ class PlanFlags:
     json: Json = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainPlan(ClusterFlags):
+    """Flags of `vitscale plan` of a pre-training recipe."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetunePlan(ClusterFlags):
+    """Flags of `vitscale plan` of a fine-tuning recipe."""
+
+    config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    init_recipe: str = ""
+    """The recipe whose model is fine-tuned, where there is no checkpoint for --init yet, as vit-h14-jft300m."""
+    num_classes: int = 0
+    """Classes of the new head; 0 takes those of --data, or what the recipe's name tells."""
+
+
 def plan(words: list[str]) -> None:
     """What a run will take on a cluster: memory, time, traffic, days, and how many nodes to book."""
-    name, rest = take_recipe(words, "plan", PRETRAIN)
-    default = recipe(name, PRETRAIN)
-    flags = parse(PlanFlags, rest, f"plan {name}", PlanFlags(default), f"What recipe {name} will take on a cluster.")
-    config = dataclasses.replace(settle_length(flags.config, given(rest, "epochs", "steps")), recipe=name)
+    recipes: tuple[Recipe[TrainConfig | FinetuneConfig], ...] = (*PRETRAIN, *FINETUNE)
+    name, rest = take_recipe(words, "plan", recipes)
+    default = recipe(name, recipes)
+    told = f"What recipe {name} will take on a cluster."
+    flags: PretrainPlan | FinetunePlan
+    if isinstance(default, FinetuneConfig):
+        flags = parse(FinetunePlan, rest, f"plan {name}", FinetunePlan(config=default), told)
+    else:
+        flags = parse(PretrainPlan, rest, f"plan {name}", PretrainPlan(config=default), told)
     for figure in ("samples", "image_bytes", "images_a_core", "network_gbits", "price_per_gpu_hour"):
-        if getattr(flags, figure) < 0:
+        if not 0 <= getattr(flags, figure) < math.inf:
             raise UsageError(f"{figure}={getattr(flags, figure):g} must be at least 0")
     for figure in ("storage_gbytes", "node_mtbf_hours"):
-        if getattr(flags, figure) <= 0:
+        if not 0 < getattr(flags, figure) < math.inf:
             raise UsageError(f"{figure}={getattr(flags, figure):g} must be above 0")
-    from vitscale.check import check_model
-    from vitscale.gpus import gpu
-
-    check_model(config.model)
+    if flags.plot and not flags.plot.parent.is_dir():
+        raise UsageError(f"plot={flags.plot}: there is no folder {flags.plot.parent}")
+    if flags.calibration and not flags.calibration.is_file():
+        raise UsageError(f"calibration={flags.calibration} does not exist; benchmarks/calibrate.py writes such a file")
+    data, classes = data_of(flags, name)
+    config = run_of(flags, classes)
+    config = dataclasses.replace(settle_length(config, given(rest, "epochs", "steps")), recipe=name)
     device = gpu(flags.gpu)
     rates = assumed(device, config.engine.precision, flags.network_gbits / 8 * 1e9)
     if flags.calibration:
-        rates = calibrated(rates, flags.calibration)
+        rates = calibrated(rates, flags.calibration, config.engine.precision)
     cluster = Cluster(
         device, flags.nodes, flags.gpus_per_node, flags.price_per_gpu_hour, flags.storage_gbytes * 1e9, flags.node_mtbf_hours
     )  # fmt: skip
-    data = Data(flags.samples or samples_of(name), flags.image_bytes, flags.images_a_core)
-    made = make(config, cluster, data, rates, flags.compiled)
+    made = make_plan(config, cluster, data, rates)
     if flags.plot:
         flags.plot.write_text(svg(made))
     if flags.json:
@@ -79,3 +103,38 @@ def plan(words: list[str]) -> None:
         return
     print(f"{name} on {flags.nodes} x {flags.gpus_per_node} {device.name}: {device.source}; rates {rates.source}\n")
     print(text(made))
+
+
+def data_of(flags: PretrainPlan | FinetunePlan, name: str) -> tuple[Data, int]:
+    """What is read, and its classes: as flags say, else as the dataset does, else what the recipe's name tells."""
+    samples, classes = dataset_of(name)
+    size, source = float(IMAGE_BYTES), ""
+    if any(flags.config.datasets):
+        from data_tools.dataset import Dataset  # a third of a second to import
+        from vitscale.mixture import Mixture
+
+        parts = [Dataset.open(path, check_shards=False) for path in flags.config.datasets]
+        mixture = Mixture(parts)
+        samples, classes = mixture.num_samples, mixture.num_classes
+        weights = flags.config.data_weights or [part.num_samples for part in parts]
+        sizes = [int(part.shard_bytes.sum()) / max(1, part.num_samples) for part in parts]
+        size = sum(weight * of for weight, of in zip(weights, sizes, strict=True)) / sum(weights)
+        source = f"the mean of {' and '.join(flags.config.datasets)}, in its tars"
+    return Data(flags.samples or samples, flags.image_bytes or size, flags.images_a_core, source), classes
+
+
+def run_of(flags: PretrainPlan | FinetunePlan, classes: int) -> TrainConfig:
+    """The run that is planned. Raises UsageError where fine-tuning has no model."""
+    if isinstance(flags, PretrainPlan):
+        model = flags.config.model
+        return dataclasses.replace(flags.config, model=dataclasses.replace(model, num_classes=model.num_classes or classes))
+    base: ViTConfig
+    if flags.config.init:
+        from vitscale.checkpoint import describe, find_checkpoint
+
+        base = describe(find_checkpoint(flags.config.init)).model
+    elif flags.init_recipe:
+        base = recipe(flags.init_recipe, PRETRAIN).model
+    else:
+        raise UsageError("a fine-tuning run has its checkpoint's model; --init CHECKPOINT, or --init-recipe vit-h14-jft300m")
+    return fine_tuning_run(flags.config, base, PreprocessConfig(), "", flags.num_classes or classes)

@@ -4,28 +4,71 @@ MFU counts model FLOPs only, never recomputation (PaLM, arXiv 2204.02311, append
 patches that dropout hides and branches that stochastic depth drops are not counted, whether the hardware left them out or not.
 """
 
+import functools
 import math
+from collections.abc import Mapping
 
-from vitscale.config import EngineConfig, OptimizerConfig, ViTConfig, drop_path_rows
+from vitscale.config import OptimizerConfig, ViTConfig, drop_path_rows
 from vitscale.gpus import gpu_of
+
+# Of `muon.py`, which imports torch
+NEWTON_SCHULZ_STEPS = 5
+ORTHOGONALIZED = 1 << 26  # elements at once, at most, but for one matrix that has more
+
+
+@functools.lru_cache(maxsize=256)
+def tensor_sizes(model: ViTConfig) -> Mapping[str, int]:
+    """The elements of each parameter by its name, in the order of the model (`model.parameter_shapes`, which imports torch)."""
+    D, M, R, K = model.width, model.mlp_dim, model.representation_size, model.num_classes
+    rows, columns = model.grid
+
+    def linear(name: str, inputs: int, outputs: int) -> dict[str, int]:
+        return {f"{name}.weight": inputs * outputs, f"{name}.bias": outputs}
+
+    def norm(name: str, features: int = D) -> dict[str, int]:
+        return {f"{name}.weight": features, f"{name}.bias": features}
+
+    def mlp(name: str) -> dict[str, int]:
+        return linear(f"{name}.fc1", D, M) | linear(f"{name}.fc2", M, D)
+
+    sizes = {"cls_token": D} if model.pool == "cls" else {}
+    if model.position == "learned_1d":
+        sizes["pos_embed"] = model.num_tokens * D
+    elif model.position == "learned_2d":
+        sizes |= {"pos_embed_rows": rows * (D // 2), "pos_embed_columns": columns * (D // 2)}
+    sizes |= linear("patch_embed.proj", 3 * model.patch_size**2, D)
+    for at in (f"blocks.{index}" for index in range(model.depth)):
+        sizes |= norm(f"{at}.norm1")
+        if model.position == "relative":
+            sizes[f"{at}.attn.rel_pos_bias"] = ((2 * rows - 1) * (2 * columns - 1) + 3 * (model.pool == "cls")) * model.num_heads
+        sizes |= linear(f"{at}.attn.qkv", D, 3 * D)
+        if model.qk_norm:
+            sizes |= norm(f"{at}.attn.q_norm", D // model.num_heads) | norm(f"{at}.attn.k_norm", D // model.num_heads)
+        sizes |= linear(f"{at}.attn.proj", D, D) | norm(f"{at}.norm2") | mlp(f"{at}.mlp")
+    sizes |= norm("norm")
+    if model.pool == "map":
+        sizes |= {"attn_pool.latent": D} | linear("attn_pool.q", D, D) | linear("attn_pool.kv", D, 2 * D)
+        sizes |= linear("attn_pool.proj", D, D) | norm("attn_pool.norm") | mlp("attn_pool.mlp")
+    if R:
+        sizes |= linear("pre_logits.fc", D, R)
+    if K:
+        sizes |= linear("head", R or D, K)
+    return sizes
+
+
+def is_kernel(name: str) -> bool:
+    """Whether a parameter is a linear layer's matrix or the patch convolution (`optim.split_by_decay`)."""
+    return name.endswith(".weight") and "norm" not in name
+
+
+def elements(model: ViTConfig, *begins: str) -> int:
+    """Of the parameters whose names begin so."""
+    return sum(size for name, size in tensor_sizes(model).items() if name.startswith(begins))
 
 
 def parameters(model: ViTConfig) -> int:
     """How many numbers a model learns."""
-    D, M = model.width, model.mlp_dim
-    rows, columns = model.grid
-    mlp = D * M + M + M * D + D
-    position = {
-        "learned_1d": model.num_tokens * D,
-        "learned_2d": (rows + columns) * (D // 2),
-        "relative": model.depth * ((2 * rows - 1) * (2 * columns - 1) + 3 * (model.pool == "cls")) * model.num_heads,
-    }.get(model.position, 0)
-    embed = 3 * model.patch_size**2 * D + D + D * (model.pool == "cls")
-    block = 4 * D * D + 4 * D + mlp + 4 * D + 4 * (D // model.num_heads) * model.qk_norm
-    pooling = (D + 4 * D * D + 4 * D + 2 * D + mlp) * (model.pool == "map")
-    R = model.representation_size
-    head = (R * D + R) + ((R or D) + 1) * model.num_classes
-    return embed + position + model.depth * block + 2 * D + pooling + head
+    return sum(tensor_sizes(model).values())
 
 
 def checkpoint_bytes(model: ViTConfig, optimizer: OptimizerConfig) -> int:
@@ -41,7 +84,7 @@ def moment_elements(model: ViTConfig, optimizer: OptimizerConfig) -> int:
 
 def matrices(model: ViTConfig) -> int:
     """How many of the parameters lie in the matrices of blocks, which Muon updates."""
-    return model.depth * (4 * model.width**2 + 2 * model.width * model.mlp_dim)
+    return sum(size for name, size in tensor_sizes(model).items() if name.startswith("blocks.") and is_kernel(name))
 
 
 def forward_flops(model: ViTConfig) -> int:
@@ -49,7 +92,7 @@ def forward_flops(model: ViTConfig) -> int:
 
     The attention pool's query counts for each image, though a batch shares it.
     """
-    return _ends_flops(model, model.num_tokens) + model.depth * sum(branch_flops(model, model.num_tokens))
+    return ends_flops(model, model.num_tokens) + model.depth * sum(branch_flops(model, model.num_tokens))
 
 
 def train_flops(model: ViTConfig) -> int:
@@ -59,25 +102,7 @@ def train_flops(model: ViTConfig) -> int:
     The images want no gradient, so what is run is less by `embed_flops`.
     """
     kept = sum(1 - rate for rate in model.drop_path_rates)
-    return round(3 * (_ends_flops(model, model.num_train_tokens) + kept * sum(branch_flops(model, model.num_train_tokens))))
-
-
-def executed_flops(model: ViTConfig, engine: EngineConfig, micro_batch_size: int) -> float:
-    """FLOPs an image that the device runs in training, in expectation: recomputation and branches computed in vain are counted.
-
-    Under checkpoint_keeps=nothing a block's forward pass runs again, up to the last thing that its backward pass needs: fc2 itself
-    only where dropout or stochastic depth stand behind it (a compiled block leaves it out then, too). Under products none of them does.
-    """
-    N = model.num_train_tokens
-    attention, mlp = branch_flops(model, N)
-    total: float = 3 * _ends_flops(model, N) - embed_flops(model)
-    every = engine.checkpoint_every_n_blocks
-    for index, rate in enumerate(model.drop_path_rates):
-        block = 3 * (attention + mlp)
-        if every and index % every == 0 and engine.checkpoint_keeps == "nothing":
-            block += attention + (mlp if model.dropout or rate else mlp // 2)
-        total += block * computed_share(rate, micro_batch_size)
-    return total
+    return round(3 * (ends_flops(model, model.num_train_tokens) + kept * sum(branch_flops(model, model.num_train_tokens))))
 
 
 def computed_share(rate: float, micro_batch_size: int) -> float:
@@ -105,7 +130,7 @@ def branch_flops(model: ViTConfig, num_tokens: int) -> tuple[int, int]:
     return 2 * (N * 4 * D * D + 2 * N * N * D), 2 * N * 2 * D * M
 
 
-def _ends_flops(model: ViTConfig, num_tokens: int) -> int:
+def ends_flops(model: ViTConfig, num_tokens: int) -> int:
     """FLOPs of one image's forward pass outside the blocks."""
     D, M, N = model.width, model.mlp_dim, num_tokens
     pooling = 0

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from vitscale.config import ConfigError
 
+# Llama 3 (arXiv 2407.21783, section 3.3.4): 419 unexpected ends in 54 days on 2,048 nodes of 8 H100
+NODE_MTBF_HOURS = 54 * 24 * 2048 / 419
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -40,6 +43,26 @@ class GPU:
         if peak is None:
             raise ConfigError(f"{self.name} computes nothing in {precision}; its peaks are for bf16 and fp32")
         return peak
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What is to be booked, and what is known of it."""
+
+    gpu: GPU
+    nodes: int
+    gpus_per_node: int
+    price_per_gpu_hour: float = 0.0
+    storage_bandwidth: float = 5e9
+    """Bytes a second that checkpoints of all nodes together are written at."""
+    node_mtbf_hours: float = NODE_MTBF_HOURS
+    restart_seconds: float = 180.0
+    """From a failure to the first step after it."""
+
+    @property
+    def world_size(self) -> int:
+        """GPUs."""
+        return self.nodes * self.gpus_per_node
 
 
 def _gpu(

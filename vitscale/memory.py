@@ -1,25 +1,36 @@
 """The bytes that a rank holds in a training step, by kind, from a config alone. Pure functions; imports no torch.
 
 Where they come from: what autograd keeps of each operator of `model.py` (tests hold it to torch's own count), and what DeepSpeed 0.19.8
-keeps and passes through under each ZeRO stage, read in runtime/bf16_optimizer.py, runtime/zero/stage_1_and_2.py and stage3.py and held to
-its allocations. A step has moments (the end of the forward pass, the backward pass of each block, the reduction, the update); memory is
-that of the highest one. AdamW and SGD are torch's fused ones, which need no room of their own.
+keeps and passes through under each ZeRO stage, read in runtime/zero/stage_1_and_2.py and stage3.py and held to its allocations. A step has
+moments (the end of the forward pass, the backward pass of each block, the reduction, the update); memory is that of the highest one. AdamW
+and SGD are torch's fused ones, which need no room of their own.
 
 Bytes a parameter, N ranks, m moments (2 of AdamW), average included where one is kept (a):
     stage 0, fp32   weights 4, gradients 4, optimizer 4m, average 4a
-    stage 1, bf16   weights 2, gradients 4 (fp32, whole) + 2 (of the micro-batches), optimizer (4 + 4m)/N, average 4a/N
+    stage 1, bf16   weights 2, gradients 2, and 4 where micro-batches add up (`engine.Gradients`), optimizer (4 + 4m)/N, average 4a/N
     stage 2, bf16   weights 2, gradients 4/N, optimizer (4 + 4m)/N, average 4a/N
     stage 3, bf16   weights 2/N, gradients 4/N, optimizer (4 + 4m)/N, average 4a/N, and the weights gathered at the time
+
+What stage 3 gathers (partitioned_param_coordinator.py). Each module that begins asks for `prefetch_bucket_size` elements more than were
+asked for before, so that within a few modules of the first all weights are under way, up to `max_live_parameters`. The prefetcher passes
+over weights that are there, and they are kept until backward has used them. A fetch lands in one buffer, and its weights are copied out of
+it one by one; it stays until the last of them is used. So at the end of forward there are all weights, and those of the last fetch twice.
+On one rank nothing is gathered. Weights no larger than `param_persistence_threshold` are gathered after each update and stay.
+
+What a reduction holds. Stage 3 copies a bucket together, and adds it to the standing fp32 partition from a copy in fp32. Stage 2 allocates
+all of a bucket in each backward pass, two where it reduces while backward goes on. In bf16 it adds to an fp32 partition, allocated at
+the first reduction of a step, tensor by tensor, each from a copy in fp32; in fp32 it copies its partition out of the bucket.
 """
 
+import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from vitscale.config import EngineConfig, OptimizerConfig, ViTConfig
-from vitscale.flops import moment_elements, parameters
+from vitscale.config import Compilation, EngineConfig, Keeps, OptimizerConfig, ViTConfig
+from vitscale.flops import ORTHOGONALIZED, computed_share, elements, is_kernel, matrices, moment_elements, parameters, tensor_sizes
+from vitscale.zero import bucket_elements, deepspeed_config
 
-Keeps = Literal["everything", "products", "nothing"]
 Device = Literal["cuda", "cpu"]
 
 ALLREDUCE_ELEMENTS = 500_000_000  # runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE: of the gradients of stages 0 and 1 (bf16) at once
@@ -33,11 +44,28 @@ class Layout:
     world_size: int
     micro_batch_size: int
     grad_accum_steps: int = 1
-    keeps: Keeps = "everything"
-    """What a checkpointed block keeps; every block is one where `engine.checkpoint_every_n_blocks` does not say otherwise."""
-    compiled: bool = False
-    """Blocks through torch.compile."""
     device: Device = "cuda"
+    image_size: tuple[int, int] | None = None
+    """Of the images that the model is shown, where they are not of its own size."""
+
+    @property
+    def keeps(self) -> Keeps:
+        """What a checkpointed block keeps; everything where none is."""
+        return self.engine.keeps(0)
+
+    @property
+    def compilation(self) -> Compilation:
+        """What `engine.compile` means there."""
+        return self.engine.compilation(self.device == "cuda")
+
+    @property
+    def compiled(self) -> bool:
+        """Blocks through torch.compile."""
+        return self.compilation != "none"
+
+    def shown(self, model: ViTConfig) -> ViTConfig:
+        """The model at the size of the images; its parameters are those of its own size."""
+        return replace(model, image_size=self.image_size or model.image_size)
 
     @property
     def width(self) -> int:
@@ -46,20 +74,14 @@ class Layout:
 
     @property
     def zero(self) -> dict[str, Any]:
-        """Of DeepSpeed's settings those that matter: its defaults, ours over them (`engine.deepspeed_config`), the user's on top."""
-        stage = self.engine.zero_stage
-        found: dict[str, Any] = {
-            "reduce_bucket_size": 50_000_000, "prefetch_bucket_size": 50_000_000, "max_reuse_distance": 10**9,
-            "param_persistence_threshold": 100_000, "contiguous_gradients": stage != 1, "reduce_scatter": stage != 2,
-            "overlap_comm": stage == 3 or (stage == 2 and self.device == "cuda"),
+        """Of DeepSpeed's settings of ZeRO those that matter, without `stage3_`: its defaults (runtime/zero/config.py) under `zero.py`'s."""
+        defaults = {
+            "prefetch_bucket_size": 50_000_000, "max_live_parameters": 10**9, "max_reuse_distance": 10**9,
+            "param_persistence_threshold": 100_000, "contiguous_gradients": True, "reduce_scatter": True,
+            "overlap_comm": self.engine.zero_stage == 3,
         }  # fmt: skip
-        given = self.engine.deepspeed.get("zero_optimization", {})
-        return found | {name.removeprefix("stage3_"): value for name, value in given.items()}
-
-    @property
-    def bucket(self) -> int:
-        """Elements of gradients that stages 1 (fp32), 2 and 3 reduce at once."""
-        return int(self.zero["reduce_bucket_size"])
+        settings = deepspeed_config(self.engine, 0.0, self.micro_batch_size, self.grad_accum_steps, on_gpu=self.device == "cuda")
+        return defaults | {name.removeprefix("stage3_"): value for name, value in settings["zero_optimization"].items()}
 
 
 @dataclass(frozen=True)
@@ -115,65 +137,89 @@ def peak(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -> Memory
 
 
 def moments(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -> Iterator[Memory]:
-    """The moments of the last micro-batch of a step, in their order."""
-    stage, N, w, b, zero = layout.engine.zero_stage, layout.world_size, layout.width, layout.bucket, layout.zero
-    kernels, _ = tensor_sizes(model)
+    """The moments of the last micro-batch of a step, in their order; first of all what is held between steps."""
+    stage, N, w, zero = layout.engine.zero_stage, layout.world_size, layout.width, layout.zero
+    kernels = [size for name, size in tensor_sizes(model).items() if is_kernel(name)]
     P, largest = parameters(model), max(kernels)
-    bf16 = layout.engine.precision == "bf16"
+    b = bucket_elements(zero, P)
+    bf16, contiguous = layout.engine.precision == "bf16", zero["contiguous_gradients"]
     share = 1 if stage == 0 else N
-    masters = 0 if stage == 0 else 4 * P // N
-    state = masters + 4 * moment_elements(model, optimizer) // share
-    average = 4 * P // share if optimizer.average_decay else 0
-    weights, gathered = w * P, 0
+    own = 4 * P // share  # an fp32 partition
+    state = own * (stage > 0) + 4 * moment_elements(model, optimizer) // share
+    average = own if optimizer.average_decay else 0
+    weights, gathered, again = w * P, 0, 0  # `again`: weights of the last fetch, in the buffer that they came in
     if stage == 3:
-        persistent = sum(persistent_sizes(model, layout))
-        weights = w * (P - persistent) // N + w * persistent
-        gathered = w * (P - persistent) * (N > 1)
+        weights = w * P // N
+        if N > 1:
+            fetched = partitioned_sizes(model, layout)
+            weights += w * (P - sum(fetched))
+            gathered = w * min(sum(fetched), int(zero["max_live_parameters"]))
+            again = w * last_fetch(fetched, int(zero["prefetch_bucket_size"]))
     accumulated = layout.grad_accum_steps > 1
     acts = activations(model, layout)
     inputs = input_bytes(model, layout)
+    standing = {1: (w + 4 * (bf16 and accumulated)) * P, 3: own}.get(stage, 0)
+    bucket = w * b * (stage == 3 and contiguous)
 
     def at(moment: str, *, gradients: int = 0, activations: int = 0, buckets: int = 0, gathers: int = 0) -> Memory:
-        standing = {1: 4 * P * bf16, 3: 4 * P // N}.get(stage, 0)
-        bucket = b * w if stage == 3 else 0
         return Memory(moment, weights + gathers, standing + gradients, state, average, activations, bucket + buckets, inputs)
 
-    def reduced(produced: int) -> tuple[int, int]:
-        """(gradients, buckets) beside the standing ones when so many elements have their gradient."""
-        if stage == 0 or (stage == 1 and bf16):
+    def reduced(produced: int, *, all_of_it: bool = False) -> tuple[int, int]:
+        """(gradients, buckets) beside the standing ones when so many elements have their gradient; at the end, all of them."""
+        flushes = produced > b or all_of_it
+        if stage == 0:
             return w * (P if accumulated else produced), 0
         if stage == 1:
-            return 4 * (P if accumulated else produced), 4 * b * zero["contiguous_gradients"]
+            return 0, w * b * contiguous
         if stage == 2:
-            own, passing = 4 * P // N, w * min(b, P) * zero["reduce_scatter"] + 4 * largest * bf16
-            before = own if accumulated else 0
-            return (max(own, before + own * (not bf16)) if produced > b else before, w * b + (passing if produced > b else 0))
-        return 0, w * min(b, produced)
+            buffers = w * b * (1 + zero["overlap_comm"])
+            copies = w * b * zero["reduce_scatter"] + 4 * min(largest, P // N) * bf16
+            return own * (accumulated + (flushes and not (bf16 and accumulated))), buffers + copies * flushes
+        # Joined, unless the one gradient is too large for a bucket; gloo reduces a copy, and what came of it goes into fp32 after that
+        joined = w * b + max(w * b * (layout.device == "cpu"), 4 * b // N * bf16)
+        return w * min(b, produced) * (not contiguous), joined * flushes
 
-    # Stage 3 keeps what its next use is less than the reuse distance away: the second half of the pass, which the backward pass begins with
-    kept = min(gathered, w * int(zero["max_reuse_distance"]) // 2)
-    prefetch = min(gathered, w * int(zero["prefetch_bucket_size"]))
+    yield replace(at("between steps"), inputs=0)
     earlier = reduced(0)[0] if accumulated else 0
-    yield at("forward", gradients=earlier, activations=acts.total, gathers=kept + prefetch)
-    block = block_elements(model)
+    yield at("forward", gradients=earlier, activations=acts.total, gathers=gathered + again)
+    head = (model.representation_size or model.width) * model.num_classes
+    flowing = (4 + w) * layout.micro_batch_size * model.num_classes + w * head  # gradients of the logits, in fp32 before the model's type
+    yield at("backward of the head", gradients=earlier, activations=acts.total + flowing, buckets=reduced(0)[1], gathers=gathered)
+    block, before = elements(model, "blocks.0."), elements(model, "cls_token", "pos_embed", "patch_embed")
     for index in reversed(range(model.depth)):
-        produced = P - embed_elements(model) - (index + 1) * block
+        produced = P - before - (index + 1) * block
         gradients, buckets = reduced(produced)
-        checkpointed = layout.keeps != "everything" and index % max(1, layout.engine.checkpoint_every_n_blocks) == 0
+        checkpointed = layout.engine.keeps(index) != "everything"
         live = acts.embed + sum(acts.blocks[: index + 1]) + acts.recomputed * checkpointed + acts.flowing
-        yield at(f"backward of block {index}", gradients=gradients, activations=live, buckets=buckets, gathers=kept)
-    gradients, buckets = reduced(P)
+        yield at(
+            f"backward of block {index}", gradients=gradients, activations=live, buckets=buckets, gathers=min(gathered, w * (P - produced))
+        )
+    gradients, buckets = reduced(P, all_of_it=True)
     if stage == 0:
         buckets += 4 * min(P, ALLREDUCE_ELEMENTS + largest)
-    elif stage == 1 and bf16:  # both groups flattened into one copy, or a group that is large enough as it is; then a copy in bf16
-        buckets += 2 * sum(kernels) if sum(kernels) > ALLREDUCE_ELEMENTS else 6 * P
-    elif stage == 1:
-        buckets += max(0, 4 * P // N - 4 * min(b, P)) if zero["contiguous_gradients"] else 4 * min(b, P)
-    elif stage == 2 and b >= P:
-        buckets += max(w * P * zero["reduce_scatter"], 4 * P // N)
-    yield at("reduction", gradients=gradients, buckets=buckets, gathers=min(kept, prefetch))
-    update = {0: 4 * P, 1: 2 * P if bf16 else 8 * P // N, 2: 4 * P // N if bf16 else 8 * P // N, 3: 4 * P // N}[stage]
-    yield at("update", gradients=update)
+    yield at("reduction", gradients=gradients, buckets=buckets)
+    if stage and bf16:  # DeepSpeed takes the norm of each tensor's stretch from a copy in fp32
+        stretch = largest // N if stage == 3 else min(largest, P // N)
+        yield at("norm", gradients=own * (stage == 2), buckets=4 * stretch)
+    # Stage 1 makes fp32 of a group at a time, in bf16; in fp32 stage 2 copies its partition together
+    update = {0: 4 * P, 1: 4 * sum(kernels) // N * bf16, 2: own if bf16 else 2 * own, 3: own}[stage]
+    yield at("update", gradients=update, buckets=exchange_bytes(model, optimizer, layout))
+    if stage in (1, 2) and N > 1 and layout.device == "cpu":  # gloo gathers a group's weights into a copy
+        yield at("gather", buckets=w * sum(kernels))
+
+
+def exchange_bytes(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -> int:
+    """What Muon's update holds for a moment (`muon.Exchange`), of a rank's part of the matrices, taken to be an N-th where ZeRO cuts them.
+
+    Directions and updates in fp32; in bf16 on a GPU what is sent, what arrives, the whole matrices and their updates; and of those that are
+    orthogonalised at once (`ORTHOGONALIZED` elements) their stack, itself scaled, the product that is added to it, and the sum.
+    """
+    if optimizer.name != "muon":
+        return 0
+    w, held = 2 if layout.device == "cuda" else 4, matrices(model)
+    part = held // (layout.world_size if layout.engine.zero_stage else 1)
+    owned = -(-held // layout.world_size)
+    return 8 * part + w * (2 * part + 3 * owned + 4 * min(owned, ORTHOGONALIZED))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -181,40 +227,25 @@ def moments(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -> Ite
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def tensor_sizes(model: ViTConfig) -> tuple[list[int], list[int]]:
-    """The elements of each parameter: of kernels, and of all else, which are the optimizer's two groups (`optim.split_by_decay`)."""
-    D, M, R, K = model.width, model.mlp_dim, model.representation_size, model.num_classes
-    rows, columns = model.grid
-    position = {"learned_1d": [model.num_tokens * D], "learned_2d": [rows * (D // 2), columns * (D // 2)]}.get(model.position, [])
-    table = [((2 * rows - 1) * (2 * columns - 1) + 3 * (model.pool == "cls")) * model.num_heads] * (model.position == "relative")
-    kernels = [3 * model.patch_size**2 * D, *[3 * D * D, D * D, D * M, M * D] * model.depth]
-    others = [D] * (model.pool == "cls") + [*position, D, *[*[D] * 4, *table, 3 * D, D, M, D] * model.depth, D, D]
-    if model.pool == "map":
-        kernels += [D * D, 2 * D * D, D * D, D * M, M * D]
-        others += [D, D, 2 * D, D, D, D, M, D]
-    kernels += [D * R] * (R > 0) + [(R or D) * K] * (K > 0)
-    others += [R] * (R > 0) + [K] * (K > 0)
-    return kernels, others
-
-
-def block_elements(model: ViTConfig) -> int:
-    """Of one block's parameters."""
-    D, M = model.width, model.mlp_dim
-    rows, columns = model.grid
-    bias = ((2 * rows - 1) * (2 * columns - 1) + 3 * (model.pool == "cls")) * model.num_heads * (model.position == "relative")
-    return 4 * D * D + 2 * D * M + 9 * D + M + bias
-
-
-def embed_elements(model: ViTConfig) -> int:
-    """Of the parameters before the first block, whose gradients come last."""
-    position = {"learned_1d": model.num_tokens * model.width, "learned_2d": sum(model.grid) * (model.width // 2)}.get(model.position, 0)
-    return 3 * model.patch_size**2 * model.width + model.width * (1 + (model.pool == "cls")) + position
-
-
 def persistent_sizes(model: ViTConfig, layout: Layout) -> list[int]:
     """The elements of the parameters that stage 3 does not partition, being too small."""
     threshold = int(layout.zero["param_persistence_threshold"])
-    return [size for sizes in tensor_sizes(model) for size in sizes if size <= threshold]
+    return [size for size in tensor_sizes(model).values() if size <= threshold]
+
+
+def partitioned_sizes(model: ViTConfig, layout: Layout) -> list[int]:
+    """The elements of the parameters that stage 3 gathers for each use, about in the order of their use."""
+    threshold = int(layout.zero["param_persistence_threshold"])
+    sizes = tensor_sizes(model)
+    return [sizes[name] for name in sorted(sizes, key=is_kernel) if sizes[name] > threshold]
+
+
+def last_fetch(sizes: list[int], prefetch: int) -> int:
+    """The elements of the last of the fetches that parameters are gathered in, each ending with the one that makes it large enough."""
+    elements = 0
+    for size in sizes:
+        elements = size if elements >= prefetch else elements + size
+    return elements
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -224,46 +255,76 @@ def persistent_sizes(model: ViTConfig, layout: Layout) -> list[int]:
 
 def input_bytes(model: ViTConfig, layout: Layout) -> int:
     """Of the images of a micro-batch in fp32, where the model sees a copy of them, and on a GPU of two in uint8, one of them the next."""
-    pixels = layout.micro_batch_size * 3 * model.image_size[0] * model.image_size[1]
-    return pixels * (4 * (layout.width == 2) + 2 * (layout.device == "cuda"))
+    height, width = layout.shown(model).image_size
+    return layout.micro_batch_size * 3 * height * width * (4 * (layout.width == 2) + 2 * (layout.device == "cuda"))
 
 
 def activations(model: ViTConfig, layout: Layout) -> Activations:
-    """What autograd keeps of a micro-batch, operator by operator (docs/planning.md). Stochastic depth is taken to leave nothing out.
+    """What autograd keeps of a micro-batch, operator by operator (docs/planning.md), in expectation over what stochastic depth leaves out.
 
     Eager: LayerNorm keeps its input and two numbers a token; a linear layer its input; fused attention q, k, v, its output and a number a
     token and head; GELU its input; dropout a mask. Compiled (predicted): LayerNorm's and GELU's outputs are computed again.
     """
-    B, N, D, M, w = layout.micro_batch_size, model.num_tokens, model.width, model.mlp_dim, layout.width
+    model = layout.shown(model)
+    B, N, D, M, w = layout.micro_batch_size, model.num_train_tokens, model.width, model.mlp_dim, layout.width
     T = B * N
+    statistic, mask = _small_bytes(model, layout)
+    norm, x = 2 * T * statistic, w * T * D
+    blocks, again = [], 0
+    for index, share in enumerate(computed_shares(model, B)):
+        kept, recomputed = _block_bytes(model, layout, share * B, layout.engine.keeps(index))
+        blocks.append(kept)
+        again = max(again, recomputed)
+    embed = w * B * 3 * model.image_size[0] * model.image_size[1] + B * model.num_tokens * D * mask + 4 * T * (model.patch_dropout > 0)
+    return Activations(embed, tuple(blocks), x + norm + _head_bytes(model, layout), again, w * T * (D + M) + w * D * M)
+
+
+def _small_bytes(model: ViTConfig, layout: Layout) -> tuple[int, int]:
+    """Of a LayerNorm's mean, which torch's CPU kernel keeps in the inputs' type, and of an element of a dropout mask."""
     cuda = layout.device == "cuda"
-    statistic = 4 if cuda else w  # bytes of a LayerNorm's mean; torch's CPU kernel keeps it in the inputs' type
-    mask = (1 if cuda else w) if model.dropout else 0  # bytes of an element of a dropout mask
-    norm, logsumexp = 2 * T * statistic, 4 * T * model.num_heads
-    x, qkv, attended = w * T * D, 3 * w * T * D, w * T * D
-    hidden = w * T * M
-    masks = T * (2 * D + M) * mask
+    return 4 if cuda else layout.width, (1 if cuda else layout.width) * (model.dropout > 0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _share(rate: float, micro_batch_size: int) -> float:
+    return computed_share(rate, micro_batch_size)
+
+
+def computed_shares(model: ViTConfig, micro_batch_size: int) -> list[float]:
+    """The share of a micro-batch's samples that each block computes, in expectation."""
+    return [_share(rate, micro_batch_size) for rate in model.drop_path_rates]
+
+
+def _block_bytes(model: ViTConfig, layout: Layout, rows: float, keeps: Keeps) -> tuple[int, int]:
+    """Of a block that computes so many of the samples: (what it keeps, what its backward pass adds to that for a while)."""
+    B, N, D, M, H, w = layout.micro_batch_size, model.num_train_tokens, model.width, model.mlp_dim, model.num_heads, layout.width
+    T: float = rows * N
+    statistic, mask = _small_bytes(model, layout)
+    x, attended, hidden = w * T * D, w * T * D, w * T * M
+    norm = 2 * T * statistic
     normed, activated = x, hidden  # outputs of each of two LayerNorms, and of GELU
-    attention = qkv + attended + logsumexp
+    attention = 4 * x + 4 * T * H  # q, k, v and the output, and a number a token and head
     if model.position == "relative":  # a bias that learns: torch spells attention out, in fp32; and the index into the bias table
-        attention = attended + 3 * 4 * T * D + 4 * B * model.num_heads * N * N + 8 * N * N
-    eager = 2 * (x + norm + normed) + attention + hidden + activated + masks
-    compiled = 2 * (x + norm) + attention + hidden + T * (2 * D + M) * (model.dropout > 0)
-    whole = compiled if layout.compiled else eager
-    products = x + attention + x + hidden + x  # the block's input, and what attention, the projection, fc1 and fc2 give
-    kept = {"everything": whole, "products": products, "nothing": x}[layout.keeps]
-    every = max(1, layout.engine.checkpoint_every_n_blocks)
-    blocks = tuple(kept if index % every == 0 else whole for index in range(model.depth))
-    again = {"everything": 0, "products": 2 * normed + x + activated, "nothing": whole - x}[layout.keeps]
-    embed = w * B * 3 * model.image_size[0] * model.image_size[1] + T * D * mask
-    return Activations(embed, blocks, x + norm + _head_bytes(model, layout), again, w * T * (D + M) + w * D * M)
+        attention = attended + 3 * 4 * T * D + 4 * rows * H * N * N + 8 * N * N
+    # LayerNorm over q and k: two outputs and statistics; and since these lie head by head, so does attention's output, which is copied
+    heads = (3 * x + 4 * T * H * statistic) * model.qk_norm
+    masks = T * (2 * D + M) * mask
+    eager = 2 * (x + norm + normed) + attention + heads + hidden + activated + masks
+    compiled = 2 * (x + norm) + attention + heads + hidden + T * (2 * D + M) * (model.dropout > 0)
+    whole = (compiled if layout.compiled else eager) + 2 * x * (rows < B)  # `index_add` keeps what it adds
+    if keeps == "everything":
+        return round(whole), 0
+    given = w * B * N * D  # the block's input, of all samples
+    if keeps == "nothing":
+        return given, round(whole - x * (rows == B))
+    # What qkv, attention, the projection, fc1 and fc2 give; then the outputs of LayerNorms, the sum between the branches, and GELU's
+    return round(given + attention + x + hidden + x), round(2 * normed + 3 * x * model.qk_norm + x + activated)
 
 
 def _head_bytes(model: ViTConfig, layout: Layout) -> int:
     """Pooling, head and loss of a micro-batch."""
-    B, N, D, M, w = layout.micro_batch_size, model.num_tokens, model.width, model.mlp_dim, layout.width
-    statistic = 4 if layout.device == "cuda" else w
-    mask = (1 if layout.device == "cuda" else w) if model.dropout else 0
+    B, N, D, M, w = layout.micro_batch_size, model.num_train_tokens, model.width, model.mlp_dim, layout.width
+    statistic, mask = _small_bytes(model, layout)
     if model.pool == "cls":
         pooled = w * B * N * D  # the class token is a view of all tokens
     elif model.pool == "mean":

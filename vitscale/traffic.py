@@ -5,6 +5,8 @@ parameters of w bytes (2 in bf16: fp32 gradients travel as bf16), k micro-batche
     stage 0   all-reduce of gradients 2wP
     stage 1   all-reduce 2wP once a step, all-gather of weights wP
     stage 2   all-reduce 2wP in every micro-batch (`use_multi_rank_bucket_allreduce`), all-gather wP
+    Muon      what ranks hold of cut matrices to those who orthogonalise them, and back (`muon.Exchange`): at most 2 w of the matrices
+              over N; at stage 0, where each holds everything, their updates to all
     stage 3   all-gather wP in the forward pass of every micro-batch and, but for what `stage3_max_reuse_distance` keeps, in its backward
               pass; reduce-scatter wP in every micro-batch; all-gather of the small weights that are not partitioned
 """
@@ -12,12 +14,18 @@ parameters of w bytes (2 in bf16: fp32 gradients travel as bf16), k micro-batche
 from dataclasses import dataclass
 from typing import Literal
 
-from vitscale.config import ViTConfig
-from vitscale.flops import parameters
+from vitscale.config import OptimizerConfig, ViTConfig
+from vitscale.flops import matrices, parameters
 from vitscale.memory import ALLREDUCE_ELEMENTS, Layout, persistent_sizes
+from vitscale.zero import bucket_elements
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
-PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}  # over the data, of a ring: an all-reduce is one of each of the others
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
+PASSES = {
+    "all-reduce": 2,
+    "all-gather": 1,
+    "reduce-scatter": 1,
+    "all-to-all": 1,
+}  # over the data, of a ring: an all-reduce is one of each of the others
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Collective:
     what: str
     kind: Kind
     bytes: int
-    """Of the whole tensor, each time."""
+    """Of the whole tensor, each time; of an all-to-all what a rank holds."""
     calls: int
     """That carry it, each time."""
     times: int
@@ -48,22 +56,41 @@ class Link:
     latency: float
 
 
-def collectives(model: ViTConfig, layout: Layout) -> tuple[Collective, ...]:
+def collectives(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -> tuple[Collective, ...]:
     """Those of an optimizer step; scalars (norms, the loss) are left out."""
     if layout.world_size == 1:
         return ()
+    return (*_of_zero(model, optimizer, layout), *_of_muon(model, optimizer, layout))
+
+
+def parameter_groups(model: ViTConfig, optimizer: OptimizerConfig) -> int:
+    """How many the optimizer has (`optim.param_groups`): what decays, what does not, and Muon's matrices; or each of these by layers."""
+    return 2 * (model.depth + 2) if optimizer.layer_decay < 1 else 3 if optimizer.name == "muon" else 2
+
+
+def _of_muon(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -> tuple[Collective, ...]:
+    if optimizer.name != "muon":
+        return ()
+    w = 2 if layout.device == "cuda" else 4  # muon.work_dtype
+    whole = w * matrices(model)
+    part = whole // layout.world_size
+    groups = model.depth if optimizer.layer_decay < 1 else 1
+    if layout.engine.zero_stage == 0:
+        return (Collective("exchange updates", "all-gather", whole, groups, 1, "nothing"),)
+    return (Collective("exchange matrices", "all-to-all", part, groups, 2, "nothing"),)
+
+
+def _of_zero(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -> tuple[Collective, ...]:
     stage, w, P, k = layout.engine.zero_stage, layout.width, parameters(model), layout.grad_accum_steps
-    buckets = -(-P // layout.bucket)
-    groups = 2  # kernels, and what does not decay
+    buckets = -(-P // bucket_elements(layout.zero, P))
+    groups = parameter_groups(model, optimizer)
     gather = Collective("gather weights", "all-gather", w * P, groups, 1, "nothing")
     # Without `overlap_comm` the reduction waits for the backward pass or stops it: nothing hides it
     behind: Literal["backward", "nothing"] = "backward" if layout.zero["overlap_comm"] else "nothing"
     if stage == 0:
         return (Collective("reduce gradients", "all-reduce", w * P, -(-P // ALLREDUCE_ELEMENTS), 1, "nothing"),)
     if stage == 1:
-        bf16 = layout.engine.precision == "bf16"
-        calls = groups if bf16 and P > ALLREDUCE_ELEMENTS else 1 if bf16 else buckets
-        return Collective("reduce gradients", "all-reduce", w * P, calls, 1, "nothing" if bf16 else behind), gather
+        return Collective("reduce gradients", "all-reduce", w * P, buckets, 1, behind), gather
     if stage == 2:
         return Collective("reduce gradients", "all-reduce", w * P, buckets, k, behind), gather
     sizes = persistent_sizes(model, layout)

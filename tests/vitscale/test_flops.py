@@ -3,7 +3,6 @@
 Attention runs as plain products here, because torch's counter leaves the fused CPU kernel out.
 """
 
-import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,19 +16,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.vitscale.models import random_images, random_vit
-from vitscale.config import EngineConfig, OptimizerConfig, ViTConfig
+from vitscale.config import OptimizerConfig, ViTConfig
 from vitscale.flops import (
     branch_flops,
     checkpoint_bytes,
     computed_share,
     embed_flops,
-    executed_flops,
     forward_flops,
     parameters,
     peak_flops,
     train_flops,
 )
-from vitscale.model import draw_omissions, draw_path, keyed_uniform, parameter_shapes
+from vitscale.model import draw_path, keyed_uniform, parameter_shapes
 from vitscale.recipes import vit
 
 SMALL = ViTConfig(depth=2, width=64, mlp_dim=160, num_heads=4, patch_size=8, image_size=(24, 40), num_classes=7)
@@ -140,36 +138,6 @@ def test_dropped_branches_are_not_counted_in_expectation() -> None:
     dropped = 0.3 * 5 * 3 * sum(branch_flops(config, config.num_tokens))  # of rates from 0 to 0.6 the mean is 0.3
     assert train_flops(config) == pytest.approx(train_flops(without) - dropped, rel=1e-9)
     assert forward_flops(config) == forward_flops(without)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# FLOPs as run
-# ---------------------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("case", ["cls", "map", "patch-dropout", "qk-norm"])
-def test_executed_flops_are_those_that_torch_counts(case: str, dropout: float) -> None:
-    config = replace(COSTED[case], dropout=dropout, depth=4)
-    for every, keeps in itertools.product((0, 1, 3), ("nothing", "products")):
-        engine = EngineConfig(checkpoint_every_n_blocks=every, checkpoint_keeps=keeps)
-        assert counted_training(config, every=every, keeps=keeps) == executed_flops(config, engine, 1), (every, keeps)
-
-
-@pytest.mark.parametrize(("every", "keeps"), [(0, "nothing"), (1, "nothing"), (2, "nothing"), (1, "products")])
-def test_executed_flops_count_the_samples_that_are_computed(every: int, keeps: str) -> None:
-    """Exactly, with the shares that these samples drew in place of the expected ones, which the next test holds to draws."""
-    config = replace(SMALL, depth=4, drop_path_rate=0.7)
-    _, paths = draw_omissions(config, KEYS, torch.device("cpu"))
-    rows = [len(KEYS) if path.rows_2R is None else path.rows_2R.shape[1] for path in paths]
-    assert len(set(rows)) > 2
-    engine = EngineConfig(checkpoint_every_n_blocks=every, checkpoint_keeps=keeps)
-    expected = executed_flops(config, engine, len(KEYS)) * len(KEYS)
-    for index, (rate, computed) in enumerate(zip(config.drop_path_rates, rows, strict=True)):
-        passes = 3 + (every > 0 and index % every == 0 and keeps == "nothing")
-        difference = computed - computed_share(rate, len(KEYS)) * len(KEYS)
-        expected += difference * passes * sum(branch_flops(config, config.num_tokens))
-    assert counted_training(config, len(KEYS), every=every, keeps=keeps) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("rate", "batch"), [(0.05, 32), (0.3, 1), (0.3, 7), (0.6, 64), (0.45, 256), (0.9, 12)])
