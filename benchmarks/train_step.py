@@ -38,7 +38,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -439,19 +439,29 @@ def step_by_step(config: BenchConfig, model: ViTConfig, start: dict[str, Tensor]
             loops.pop(name, None)
     rounds: Taken = {name: [] for name in loops}
     for repeat in range(config.repeats):
-        step_ms: dict[str, list[float]] = {name: [] for name in loops}
-        for turn in range(config.steps):
-            first = turn % max(1, len(loops))
-            for name in [*loops, *loops][first : first + len(loops)]:
-                began = time.perf_counter()
-                loops[name].step(*next(batches[name]))
-                step_ms[name].append(1000 * (time.perf_counter() - began))
+        step_ms = take_turns(loops, batches, range(config.steps))
         for name, milliseconds in step_ms.items():
             rounds[name].append({"step_ms": milliseconds, "peak_bytes": None, "attention": attention[name], "gpu": None})
             note(config, {"contestant": name, "repeat": repeat} | rounds[name][-1])
     for loop in loops.values():
         loop.close()
     return rounds, errors
+
+
+def take_turns(
+    loops: Mapping[str, Loop], batches: Mapping[str, Iterator[Batch]], turns: Iterable[int], clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Milliseconds, by a clock, of each step of loops that take turns at every step, each going first in turn."""
+    step_ms: dict[str, list[float]] = {name: [] for name in loops}
+    for turn in turns:
+        first = turn % max(1, len(loops))
+        for name in [*loops, *loops][first : first + len(loops)]:
+            began = clock()
+            loops[name].step(*next(batches[name]))
+            if CUDA:
+                torch.cuda.synchronize()
+            step_ms[name].append(1000 * (clock() - began))
+    return step_ms
 
 
 def leave_out(name: str, error: Exception, errors: dict[str, str]) -> None:
@@ -522,10 +532,15 @@ def ratios(rounds: Taken, config: BenchConfig) -> dict[str, dict[str, float]]:
     found = {}
     for peer in sorted({name.removesuffix(" best") for name in times} - {"vitscale"}):
         best = min((times[name] for name in (peer, f"{peer} best") if name in times), key=statistics.median)
-        of_each = sorted(theirs / ours for theirs, ours in zip(best, times["vitscale"], strict=True))
-        quarter = len(of_each) // 4
-        found[peer] = {"ratio": statistics.median(of_each), "low": of_each[quarter], "high": of_each[-1 - quarter]}
+        found[peer] = ratio_of_turns(best, times["vitscale"])
     return found
+
+
+def ratio_of_turns(times: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """The median of the ratios of what was taken together, and their middle half."""
+    of_each = sorted(time / other for time, other in zip(times, others, strict=True))
+    quarter = len(of_each) // 4
+    return {"ratio": statistics.median(of_each), "low": of_each[quarter], "high": of_each[-1 - quarter]}
 
 
 def print_table(result: dict[str, Any]) -> None:
@@ -551,11 +566,11 @@ def print_table(result: dict[str, Any]) -> None:
         print(f"vitscale is {of['ratio']:.3f} x {peer} (half of the turns {of['low']:.3f} to {of['high']:.3f})")
 
 
-def save(result: dict[str, Any], folder: Path) -> Path:
-    """Writes DATE-train-step-DEVICE-MODEL.json, with a number where there is one already."""
+def save(result: dict[str, Any], folder: Path, name: str = "train-step") -> Path:
+    """Writes DATE-NAME-DEVICE-MODEL.json, with a number where there is one already."""
     folder.mkdir(parents=True, exist_ok=True)
     what = "-".join(f"{result['machine']['device']} {result['settings']['model']}".lower().split())
-    stem = f"{result['date'][:10]}-train-step-{what}"
+    stem = f"{result['date'][:10]}-{name}-{what}"
     number = 1
     while (path := folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")).exists():
         number += 1
