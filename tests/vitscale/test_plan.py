@@ -219,3 +219,41 @@ def test_the_plot_is_an_image_of_the_rows() -> None:
     lines = [line for line in root.iter() if line.tag.endswith("polyline")]
     rows = [row for row in plan.scaling if row.scaling == "strong"]
     assert [len(line.attrib["points"].split()) for line in lines] == [len(rows)] * 2
+
+
+def test_figures_follow_from_one_another() -> None:
+    """Each is reckoned again from those that it says it comes from, in units written out."""
+    cluster = Cluster(gpu("h100"), 16, 8, price_per_gpu_hour=2.5)
+    plan = make_plan(H14, cluster, Data(303_000_000, image_bytes=50_000, images_a_core=500), assumed(cluster.gpu, "bf16"))
+    of = {f.name: f.value for section in plan.sections.values() for f in section}
+    took = plan.chosen.last.took
+    assert of["images_per_second"] == pytest.approx(4096 / took.total)
+    assert of["images_per_second_a_node"] == pytest.approx(4096 / took.total / 16)
+    assert of["cores_a_node"] == pytest.approx(of["images_per_second_a_node"] / 500)
+    assert of["bytes_a_node"] == pytest.approx(of["images_per_second_a_node"] * 50_000)
+    assert of["stall"] == pytest.approx(of["checkpoint"] / 128 / 9e9)
+    assert of["write"] == pytest.approx(of["checkpoint"] / 5e9)
+    assert of["failure"] == pytest.approx(54 * 24 * 2048 / 419 / 16)
+    failure = of["failure"] * 3600
+    assert of["interval"] == pytest.approx(max((2 * of["stall"] * failure) ** 0.5, of["write"], 60))
+    lost = of["stall"] / of["interval"] + (of["interval"] / 2 + of["write"] + 180) / failure
+    assert of["goodput"] == pytest.approx(1 - lost, rel=1e-9)
+    assert of["days"] == pytest.approx(of["steps"] * took.total / 86_400 / of["goodput"], rel=1e-5)
+    assert of["gpu_days"] == pytest.approx(128 * of["days"])
+    assert of["energy"] == pytest.approx(of["days"] * 24 * 128 * 0.7)
+    assert of["cost"] == pytest.approx(of["days"] * 24 * 128 * 2.5)
+    assert of["core_days_a_gpu_day"] == pytest.approx(2500 / of["gpu_days"])
+    assert of["flops"] == pytest.approx(of["images"] * of["train_flops"])
+    row = next(row for row in plan.scaling if row.nodes == 16 and row.scaling == "strong")
+    assert (row.days, row.gpu_days) == pytest.approx((of["days"], of["gpu_days"]))
+    assert row.exposed == pytest.approx((took.communication - took.hidden) / took.total)
+    assert row.mfu == pytest.approx(of["mfu"])
+    assert of["mfu"] == pytest.approx(of["images_per_second"] * of["train_flops"] / 128 / 989e12)
+
+
+@pytest.mark.parametrize(
+    "word", ["--price-per-gpu-hour nan", "--image-bytes inf", "--storage-gbytes nan", "--node-mtbf-hours inf", "--network-gbits nan"]
+)
+def test_figures_that_are_none_are_refused(word: str) -> None:
+    with pytest.raises(UsageError, match="must be"):
+        dispatch(["plan", "vit-h14-jft300m", *word.split()])

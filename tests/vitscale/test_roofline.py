@@ -46,6 +46,25 @@ def test_step_time_is_the_sum_that_a_hand_makes() -> None:
     assert again.recomputation == pytest.approx(images * 16 * forward)
 
 
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_updates_launches_and_gathers_of_other_stages_by_hand(stage: Any) -> None:
+    """Three micro-batches on two nodes of 8 GPUs; a host so slow that the device waits for every launch and hook."""
+    rates = Rates(5e14, 0.0, 2e14, 3e12, 1e-3, Link(1e11, 1e-5), Link(1e10, 1e-4))
+    precision: Any = "fp32" if stage == 0 else "bf16"
+    engine = EngineConfig(stage, precision, compile="none")
+    took = step_time(H14.model, H14.optimizer, Layout(engine, 16, 16, 3), rates, 2, 8)
+    P, w, k, N = 654_195_571, 4 if stage == 0 else 2, 3, 16
+    # Masters and AdamW's moments are read and written, weights written; gradients are copied to a bucket and taken out, measured, clipped
+    part = (12 + 16 + w) * P + 24 * P
+    of_gradients = 4 * w * P * (1 if stage == 0 else k) - (12 if stage == 0 else 0) * P
+    assert took.update == pytest.approx((part / (1 if stage == 0 else N) + of_gradients) / 3e12, rel=1e-6)
+    tensors = 32 * 12 + 2 + 2 + 2 + 2  # embedding, class token and positions, last norm, head
+    launched = 60 + 32 * 50 + 3 * tensors
+    hooked = 4 * 11 * 32 * 30e-6 if stage == 3 else 0
+    computing = took.products + took.attention + took.elementwise
+    assert took.waiting_for_launches == pytest.approx(3 * (launched * 1e-3 + hooked) - computing, rel=1e-6)
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_more_work_is_never_faster_and_better_devices_never_slower(data: st.DataObject) -> None:

@@ -48,3 +48,7 @@ def test_time_of_a_collective() -> None:
     assert seconds(one, 1, 8, inside, between) == pytest.approx(2 * 7 / 8 * 8 / 400)
     assert seconds(one, 2, 8, inside, between) == pytest.approx(2 * (7 / 8 * 8 / 400 + 1 / 2 * 1 / 50))
     assert seconds(one, 2, 8, inside, Link(25e9, 0.0)) > seconds(one, 2, 8, inside, between)
+    # Three times in a step, in four calls each: seven hops inside a node and two of a tree of three nodes, in each of two passes
+    often = Collective("x", "all-reduce", 8 * 10**9, 4, 3, "nothing")
+    late = seconds(often, 3, 8, Link(400e9, 1e-6), Link(50e9, 1e-5))
+    assert late == pytest.approx(3 * 2 * (7 / 8 * 8 / 400 + 2 / 3 * 1 / 50 + 4 * (7e-6 + 2e-5)))
