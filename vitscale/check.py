@@ -5,9 +5,10 @@ Where it stands: `resolve.py` asks before a run starts, when nothing has been wr
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from vitscale.config import ConfigError, EngineConfig, TrainConfig, ViTConfig, flatten, grad_accum_steps
+from vitscale.config import ConfigError, EngineConfig, Phase, TrainConfig, ViTConfig, flatten, grad_accum_steps
 from vitscale.timeline import parts_of
 
 # What DeepSpeed's config may not be given through `engine.deepspeed`, and what to do instead.
@@ -114,13 +115,22 @@ def _check_batch(global_batch_size: int, micro_batch_size: int, world_size: int,
         raise ConfigError(f"micro_batch_size={micro_batch_size} must be even for mixup and CutMix, which mix pairs in it; {works} works")
 
 
+def check_phase_ends(phases: Sequence[Phase]) -> None:
+    """Each ends after the one before it, and before the run does. Raises ConfigError."""
+    before = 0.0
+    for number, phase in enumerate(phases, start=1):
+        if not before < phase.until < 1:
+            named = f"schedule.phases: the {number}. of {len(phases)}, up to {phase.until:g} of the samples"
+            raise ConfigError(f"{named}, must end between {before:g}, where it begins, and 1; {(before + 1) / 2:g} works")
+        before = phase.until
+
+
 def _check_phases(config: TrainConfig, world_size: int) -> None:
     """Each phase is a part of the run that could be one by itself. Raises ConfigError."""
-    parts, before = parts_of(config), 0.0
+    check_phase_ends(config.schedule.phases)
+    parts = parts_of(config)
     for number, (phase, part) in enumerate(zip(config.schedule.phases, parts, strict=False), start=1):
         named = f"schedule.phases: the {number}. of {len(config.schedule.phases)}, up to {phase.until:g} of the samples"
-        if not before < phase.until < 1:
-            raise ConfigError(f"{named}, must end between {before:g}, where it begins, and 1; {(before + 1) / 2:g} works")
         if min(part.global_batch_size, part.micro_batch_size) < 1:
             raise ConfigError(
                 f"{named}: global_batch_size={part.global_batch_size} and micro_batch_size={part.micro_batch_size} must be at least 1"
@@ -134,7 +144,6 @@ def _check_phases(config: TrainConfig, world_size: int) -> None:
             _check_batch(part.global_batch_size, part.micro_batch_size, world_size, config.mix.is_on)
         except ConfigError as error:
             raise ConfigError(f"{named}: {error}") from None
-        before = phase.until
 
 
 def _check_ranges(config: TrainConfig) -> None:

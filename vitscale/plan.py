@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from data_tools.page import byte_size
-from vitscale.check import check_config
+from vitscale.check import check_config, check_phase_ends
 from vitscale.config import ConfigError, Keeps, TrainConfig, ViTConfig
 from vitscale.failures import checkpoint_interval, expected_goodput, stall_seconds, write_seconds
 from vitscale.flops import checkpoint_bytes, forward_flops, parameters, train_flops
@@ -109,6 +109,7 @@ def make_plan(config: TrainConfig, cluster: Cluster, data: Data, rates: Rates) -
         raise ConfigError(f"epochs={config.epochs:g} of a dataset of unknown size; give --data or --samples, or --steps")
     whole = replace(config, micro_batch_size=config.global_batch_size, schedule=replace(config.schedule, phases=()))
     check_config(whole, 1)  # all but phases, and how batches are shared out
+    check_phase_ends(config.schedule.phases)
     if config.engine.float8:
         cluster.gpu.peak("fp8")
     spans = spans_of(config, data.samples)

@@ -18,7 +18,7 @@ from launch.main import dispatch
 from launch.plan_tables import svg, text
 from tests.vitscale.plans import H14, PHASES, RESULTS, figure, h14, plan_of
 from vitscale.check import check_config
-from vitscale.config import ConfigError, EngineConfig, OptimizerConfig, TrainConfig
+from vitscale.config import ConfigError, EngineConfig, OptimizerConfig, Phase, TrainConfig
 from vitscale.failures import SNAPSHOT_BANDWIDTH
 from vitscale.flops import train_flops
 from vitscale.gpus import Cluster, gpu
@@ -257,3 +257,9 @@ def test_figures_follow_from_one_another() -> None:
 def test_figures_that_are_none_are_refused(word: str) -> None:
     with pytest.raises(UsageError, match="must be"):
         dispatch(["plan", "vit-h14-jft300m", *word.split()])
+
+
+@pytest.mark.parametrize("until", [0.0, 1.0, 1.5])
+def test_phases_end_within_the_run(until: float) -> None:
+    with pytest.raises(ConfigError, match="must end between 0, where it begins, and 1"):
+        h14(schedule=replace(H14.schedule, phases=(Phase(until, (126, 126)),)))
