@@ -33,7 +33,7 @@ from vitscale.zero import bucket_elements, deepspeed_config
 
 Device = Literal["cuda", "cpu"]
 
-ALLREDUCE_ELEMENTS = 500_000_000  # runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE: of the gradients of stages 0 and 1 (bf16) at once
+ALLREDUCE_ELEMENTS = 500_000_000  # runtime/engine.py, MEMORY_OPT_ALLREDUCE_SIZE: of the gradients of stage 0 at once
 
 
 @dataclass(frozen=True)

@@ -405,7 +405,6 @@ def losses_in_bf16(*, float8: bool, steps: int = 200) -> list[float]:
 
 def test_float8_learns_as_well_as_bf16() -> None:
     """Rounded as float8 is, multiplied as a CPU can: the losses of steps differ, what is reached does not."""
-    pytest.importorskip("torchao")
     bf16, float8 = losses_in_bf16(float8=False), losses_in_bf16(float8=True)
     largest, reached = max(abs(a - b) for a, b in zip(bf16, float8, strict=True)), (np.mean(float8[-50:]), np.mean(bf16[-50:]))
     print(f"float8 reaches {reached[0]:.4f}, bf16 {reached[1]:.4f}; at most {largest:.4f} apart in a step")
@@ -440,7 +439,6 @@ def in_float8(payload: dict[str, Any]) -> list[Any]:
 
 
 def test_float8_under_every_stage_keeps_names_and_masters(tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
     cases = [(1, False, False), *((stage, True, compiled) for stage in (1, 2, 3) for compiled in (False, True))]
     plain, *others = run_on_ranks("tests.vitscale.test_compute:in_float8", 1, {"cases": cases}, tmp_path)
     inner = {f"blocks.{i}.{layer}" for i in (1, 2) for layer in FLOAT8_LAYERS}

@@ -6,7 +6,6 @@ test_engine.py; CUDA graphs and the other kernels of attention need a GPU (test_
 """
 
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -92,9 +91,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "everything": ALL,
     "everything in phases with muon and dropout": ALL | PHASES | {"optimizer.name": "muon", "model.dropout": 0.2, "engine.compile": "none"},
     "everything in bf16": ALL | {"engine.precision": "bf16", "engine.compile": "none"},  # compiled: test_compute.py
+    "float8": IN_FLOAT8,
+    "everything in float8": ALL | IN_FLOAT8,
 }
-if importlib.util.find_spec("torchao"):
-    OPTIONS |= {"float8": IN_FLOAT8, "everything in float8": ALL | IN_FLOAT8}
 
 
 def of_recipe(function: Callable[[], Config], base: TrainConfig, start: Path) -> Config:
