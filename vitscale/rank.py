@@ -55,12 +55,14 @@ def run_rank(run: Path, log: Path | None = None) -> int:
         return EXIT_FINISHED
     except BaseException as error:
         print(words_of(error), file=sys.stderr, flush=True)
-        if place.rank == 0 or not isinstance(error, Ended) or error.bad_nodes:  # of what all ranks have to say one record is enough
+        of_all = isinstance(error, Ended) and not error.bad_nodes  # of what all ranks have to say rank 0's record is enough
+        if place.rank == 0 or not of_all:
             with contextlib.suppress(UserError, OSError):  # nothing may be there yet to write it in
                 step, stood_still = (heartbeat.step, heartbeat.stood_still()) if heartbeat else (0, 0.0)
                 write_end(run, end_of_this_rank(error, start=newest_start(run), step=step, stood_still=stood_still))
         saved = isinstance(error, Ended) and error.cause in (Cause.SIGNAL, Cause.REQUEST)
-        return EXIT_STOPPED if saved else EXIT_FAILED
+        # at the first rank that fails the others are killed: rank 0 alone may fail for all, once its record is written
+        return EXIT_STOPPED if saved or (of_all and place.rank > 0) else EXIT_FAILED
     finally:
         if heartbeat:
             heartbeat.close()

@@ -108,6 +108,15 @@ def test_rollbacks_are_counted_over_all_starts(dataset: Path, tmp_path: Path) ->
     assert decided(tmp_path / "run") == [("nonfinite", "again"), ("diverged", "stop")]
 
 
+def test_the_record_of_rank_0_is_waited_for(dataset: Path, tmp_path: Path) -> None:
+    """However late it comes: what ended all ranks is known from it alone."""
+    at_once = ["--optimizer.peak-lr", "1e30", "--optimizer.grad-clip", "0", "--guard.max-rollbacks", "0"]
+    done = train(dataset, tmp_path / "run", planted(tmp_path, "late record"), *at_once)
+    assert done.returncode == 1
+    assert "guard.max_rollbacks=0 allows no rollback" in done.stderr
+    assert decided(tmp_path / "run") == [("diverged", "stop")]
+
+
 def test_a_last_step_that_is_left_out_is_the_last_step_all_the_same(dataset: Path, tmp_path: Path) -> None:
     done = train(dataset, tmp_path / "run", planted(tmp_path, "nan", 30), "--guard.max-nonfinite", "0")
     assert done.returncode == 0, done.stderr
