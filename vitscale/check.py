@@ -21,6 +21,7 @@ DEEPSPEED_OURS = {
     "train_micro_batch_size_per_gpu": "use --micro-batch-size",
     "gradient_accumulation_steps": "it follows from --global-batch-size and --micro-batch-size",
     "gradient_clipping": "use --optimizer.grad-clip",
+    "gradient_allreduce_op": "gradients are averaged over ranks",
     "bf16": "use --engine.precision",
     "bfloat16": "use --engine.precision",
     "fp16": "use --engine.precision",

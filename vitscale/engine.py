@@ -130,8 +130,8 @@ class Engine:
         torchs = build_optimizer(model.to(device()), optimizer)
         name_of = {parameter: name for name, parameter in self.parameters.items()}
         groups = [[name_of[parameter] for parameter in group["params"]] for group in torchs.param_groups]
-        if self.stage == 1:
-            Gradients([self.parameters[name] for names in groups for name in names], self.dtype, self._micro_batch)
+        in_order = [self.parameters[name] for names in groups for name in names]
+        self._gradients = Gradients(in_order, self.dtype, dist.get_world_size()) if self.stage == 1 else None
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=torchs, config=settings)
         self._zero = self.deepspeed.optimizer  # ZeRO's wrapper; under stage 0 torch's optimizer itself
         if self.stage == 1:
@@ -139,6 +139,10 @@ class Engine:
         if self.stage in (1, 2):
             self._zero.check_overflow = lambda **_: None  # the norm tells, which it looks at as well
         self._optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
+        if self.stage in (1, 2) and self.dtype == torch.float32:  # DeepSpeed would hold a rank's part twice, and copy it at each step
+            for flat, parts in zip(self._flat_weights(), self._zero.parallel_partitioned_bit16_groups, strict=True):
+                flat.data = parts[dist.get_rank()]
+            self._zero._link_all_hp_params()  # lets go of where they were
         # DeepSpeed made its fp32 weights from the model's bf16 copies; they should be what the model was given
         self._fill(WEIGHT, lambda name, _, start, length: exact[name][start : start + length])
         if isinstance(self._optimizer, Muon):
@@ -162,6 +166,9 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds a micro-batch's gradient; divides the loss by the number of micro-batches."""
+        if self._gradients:
+            first = self.deepspeed.micro_steps % self.deepspeed.gradient_accumulation_steps() == 0
+            self._gradients.begin(first=first, last=self.deepspeed.is_gradient_accumulation_boundary())
         self.deepspeed.backward(loss)
 
     def step(self, learning_rate: float) -> bool:
@@ -189,13 +196,6 @@ class Engine:
             if self._averages:
                 torch._foreach_lerp_(self._averages, self._flat_weights(), 1 - self.average_decay)
         return bool(applied)
-
-    def _micro_batch(self) -> tuple[bool, bool]:
-        """Whether the one that is computed is the first of its step, and the last."""
-        return (
-            self.deepspeed.micro_steps % self.deepspeed.gradient_accumulation_steps() == 0,
-            self.deepspeed.is_gradient_accumulation_boundary(),
-        )
 
     def set_batch(self, micro_batch_size: int, grad_accum_steps: int) -> None:
         """Steps have other micro-batches from now on. Call between steps."""
@@ -292,25 +292,23 @@ class Engine:
     def evaluation(self) -> Iterator[None]:
         """Within it the model is in evaluation mode, and computes with the average of its weights where one is kept. A collective."""
         self.deepspeed.eval()
-        self._exchange(AVERAGE)
+        self._exchange_averages()
         try:
             yield
         finally:
-            self._exchange(WEIGHT)
+            self._exchange_averages()
             self.deepspeed.train()
 
-    def _exchange(self, kind: str) -> None:
-        """Lets the model compute with its averages or, after that, with its weights again."""
-        if not self._averages:
-            return
-        if self.stage == 0:  # the model's weights are the only copy there is, so they change places with the averages
-            for weight, average in zip(self._flat_weights(), self._averages, strict=True):
-                kept = weight.detach().clone()
-                weight.data.copy_(average)
-                average.copy_(kept)
+    def _exchange_averages(self) -> None:
+        """Lets weights and averages, where they are kept, change places, and the model compute with what the weights are then."""
+        for weight, average in zip(self._flat_weights(), self._averages, strict=False):
+            kept = weight.detach().clone()
+            weight.data.copy_(average)
+            average.copy_(kept)
+        if not self._averages or self.stage == 0:  # there the model's weights are the only copy
             return
         for name, parameter in self.parameters.items():
-            whole = self.gather(name, kind)
+            whole = self.gather(name, WEIGHT)
             if self.stage < 3:
                 parameter.data.copy_(whole)
             else:

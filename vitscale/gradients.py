@@ -15,15 +15,20 @@ class Gradients:
     Args:
         parameters: in that order.
         dtype: of their gradients.
-        micro_batch: is called in a backward pass; whether this micro-batch is its step's first, and its last.
+        ranks: that their gradients are averaged over. They are divided here, so that adding them up is all that is left.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype, micro_batch: Callable[[], tuple[bool, bool]]) -> None:
-        self._parameters, self._micro_batch = parameters, micro_batch
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype, ranks: int) -> None:
+        self._parameters, self._ranks = parameters, ranks
         self._places = self._beside(dtype)
         self._sums = self._places if dtype == torch.float32 else {}  # of a step's micro-batches, where it has several
+        self._first = self._last = True
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._put)  # type: ignore[no-untyped-call]
+
+    def begin(self, *, first: bool, last: bool) -> None:
+        """Call before each backward pass: whether its micro-batch is the first of its step, and the last."""
+        self._first, self._last = first, last
 
     def _beside(self, dtype: torch.dtype) -> dict[Tensor, Tensor]:
         sizes = [parameter.numel() for parameter in self._parameters]
@@ -31,13 +36,14 @@ class Gradients:
         pieces = zip(self._parameters, torch.split(flat, sizes), strict=True)
         return {parameter: piece.view_as(parameter) for parameter, piece in pieces}
 
+    @torch.no_grad()
     def _put(self, parameter: Tensor) -> None:
-        gradient, (first, last) = parameter.grad, self._micro_batch()
+        gradient = parameter.grad
         assert gradient is not None
-        if not (first and last):
+        if not (self._first and self._last):
             self._sums = self._sums or self._beside(torch.float32)
-            gradient = self._sums[parameter].copy_(gradient) if first else self._sums[parameter].add_(gradient)
-        parameter.grad = self._places[parameter].copy_(gradient) if last else None
+            gradient = self._sums[parameter].copy_(gradient) if self._first else self._sums[parameter].add_(gradient)
+        parameter.grad = torch.div(gradient, self._ranks, out=self._places[parameter]) if self._last else None
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

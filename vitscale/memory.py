@@ -10,6 +10,7 @@ Bytes a parameter, N ranks, m moments (2 of AdamW), average included where one i
     stage 1, bf16   weights 2, gradients 2, and 4 where micro-batches add up (`engine.Gradients`), optimizer (4 + 4m)/N, average 4a/N
     stage 2, bf16   weights 2, gradients 4/N, optimizer (4 + 4m)/N, average 4a/N
     stage 3, bf16   weights 2/N, gradients 4/N, optimizer (4 + 4m)/N, average 4a/N, and the weights gathered at the time
+In fp32 the weights under stages 1 and 2 are the masters: optimizer 4m/N.
 
 What stage 3 gathers (partitioned_param_coordinator.py). Each module that begins asks for `prefetch_bucket_size` elements more than were
 asked for before, so that within a few modules of the first all weights are under way, up to `max_live_parameters`. The prefetcher passes
@@ -71,6 +72,11 @@ class Layout:
     def width(self) -> int:
         """Bytes of a number that the model computes with."""
         return 2 if self.engine.precision == "bf16" else 4
+
+    @property
+    def masters(self) -> bool:
+        """fp32 weights beside those that the model computes with: not where these are the fp32 weights."""
+        return self.engine.zero_stage == 3 or self.engine.precision == "bf16"
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def moments(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -> Ite
     bf16, contiguous = layout.engine.precision == "bf16", zero["contiguous_gradients"]
     share = 1 if stage == 0 else N
     own = 4 * P // share  # an fp32 partition
-    state = own * (stage > 0) + 4 * moment_elements(model, optimizer) // share
+    state = own * layout.masters + 4 * moment_elements(model, optimizer) // share
     average = own if optimizer.average_decay else 0
     weights, gathered, again = w * P, 0, 0  # `again`: weights of the last fetch, in the buffer that they came in
     if stage == 3:

@@ -196,22 +196,22 @@ def update_bytes(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -
     """Bytes that a rank reads and writes once a step (and, of gradients, in each micro-batch) to turn gradients into new weights.
 
     Passes over P gradients: under stage 1 each is laid where it stays (w + w) or, of several micro-batches, added in fp32 (w + 4 + 4) and
-    rounded (4 + w); all are divided by the ranks (w + w). The others copy gradients to a bucket, flatten it and take their part out. Of its
-    part a rank takes the norm and clips it, in fp32.
-    The update reads and writes masters, moments and average of this rank's N-th, and writes weights. Muon's takes some 100 bytes more a
+    rounded (4 + w). The others copy gradients to a bucket, flatten it and take their part out. Of its part a rank takes the norm and clips
+    it, in fp32.
+    The update reads and writes masters, moments and average of this rank's N-th, and writes weights that are not those masters. Muon's takes some 100 bytes more a
     number of a matrix: momentum and direction, pieces sent and joined, and five times three products' operands. Out of CUDA graphs each
     micro-batch's gradients are copied.
     """
     P, w, k = parameters(model), layout.width, layout.grad_accum_steps
     stage = layout.engine.zero_stage
     share = 1 if stage == 0 else layout.world_size
-    state = ((12 + 12 * bool(optimizer.average_decay) + w) * P + 8 * moment_elements(model, optimizer)) // share
+    state = ((12 + 12 * bool(optimizer.average_decay) + w * layout.masters) * P + 8 * moment_elements(model, optimizer)) // share
     state += 100 * matrices(model) // layout.world_size * (optimizer.name == "muon") + 2 * w * P * k * (layout.compilation == "graphs")
     if stage == 0:
         return state + (4 * w + 12) * P
     if stage == 1:
-        laid = 2 * w * P if k == 1 else (w + 8) * P * k + (4 + w) * P * (layout.engine.precision == "bf16")
-        return state + laid + 2 * w * P + 24 * P // share
+        laid = 2 * w * P if k == 1 else (w + 8) * P * k + (4 + w) * P
+        return state + laid + 24 * P // share
     return state + 4 * w * P * k + 24 * P // share
 
 

@@ -32,6 +32,8 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list; tests hold it to plain torch
         "steps_per_print": 2**31,
     }
+    if config.zero_stage == 1:
+        ours["gradient_allreduce_op"] = "sum"  # `Gradients` divides what it lays
     if config.zero_stage == 3 and config.compile == "blocks":
         ours["zero_optimization"]["leaf_module"] = BLOCKS_ARE_LEAVES
     if config.precision == "bf16":
