@@ -5,6 +5,7 @@
     torchrun --nproc-per-node 8 -m benchmarks.calibrate       all-reduce inside a node as well; over several nodes, between them
 
     products    FLOP/s of a block's four matrix products, forward and both gradients, weighed as a step weighs them
+    float8      the same through torchao's layers, compiled, their scaling and rounding among it; on a GPU that has it, where torchao is
     attention   FLOP/s of fused attention, forward and backward (3.5 x forward), as torch chooses its kernel
     memory      bytes a second of LayerNorm, forward and backward, and an addition
     launch      seconds of the host for a kernel on a tensor of one element
@@ -21,7 +22,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 
+from vitscale.compute import to_float8
 from vitscale.config import EngineConfig, ObjectiveConfig, OptimizerConfig
 from vitscale.gpus import GPUS
 from vitscale.memory import Layout
@@ -50,6 +53,8 @@ class CalibrateConfig:
     batch: int = 128 if CUDA else 8
     """Images."""
     precision: Literal["bf16", "fp32"] = "bf16" if CUDA else "fp32"
+    float8: bool = CUDA and torch.cuda.get_device_capability() >= (8, 9) and find_spec("torchao") is not None
+    """Linear layers in float8 too; a CPU emulates it, which rehearses this and measures nothing."""
     repeats: int = 20 if CUDA else 5
     compare: bool = False
     """Time a real step and hold the plan's against it."""
@@ -69,8 +74,8 @@ def main() -> None:
         "settings": {"model": config.model, "batch": config.batch, "precision": config.precision, "repeats": config.repeats},
         "rates": {},
     }
-    for name, measure in (("products", products), ("attention", attention), ("memory", memory), ("launch", launch)):
-        keep(result, config, name, measure(config))
+    for measure in (products, *[float8] * config.float8, attention, memory, launch):
+        keep(result, config, measure.__name__, measure(config))
     if dist.is_initialized():
         for name, link in links(config).items():
             keep(result, config, name, link)
@@ -122,6 +127,22 @@ def products(config: CalibrateConfig) -> float:
         for product in (lambda: F.linear(x, weight, bias), lambda: grad @ weight, lambda: grad.T @ x):  # noqa: B023
             spent += seconds_of(product, config)
             flops += 2 * tokens * inputs * outputs
+    return flops / spent
+
+
+def float8(config: CalibrateConfig) -> float:
+    """FLOP/s of those layers in float8, as the engine has them (`compute.to_float8`): of a model's second block, the first that is."""
+    model = vit(config.model)
+    net = ViT(replace(model, depth=3, num_classes=1)).to("cuda" if CUDA else "cpu", torch.bfloat16)
+    to_float8(net, emulate=not CUDA)
+    block, tokens = net.blocks[1], config.batch * model.num_tokens
+    spent, flops = 0.0, 0
+    for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        x = torch.randn(tokens, layer.in_features, device=layer.weight.device, dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn(tokens, layer.out_features, device=layer.weight.device, dtype=torch.bfloat16)
+        compiled = torch.compile(layer)
+        spent += seconds_of(lambda: torch.autograd.grad(compiled(x), (x, *layer.parameters()), grad), config)  # noqa: B023
+        flops += 3 * 2 * x.numel() * layer.out_features
     return flops / spent
 
 

@@ -179,7 +179,7 @@ def measure(case: Case) -> dict[str, Any]:
     keys_B = torch.arange(case.batch)
     gc.collect()
     others = storages()
-    model = ViT(model_config, case.engine.checkpoint_every_n_blocks, case.keeps)  # type: ignore[arg-type]
+    model = ViT(model_config, case.engine.keeps)
     initialize(model, 0)
     engine = Engine(model, case.engine, case.optimizer_config, micro_batch_size=case.batch, grad_accum_steps=case.accumulate)
     gathered = 0

@@ -5,11 +5,10 @@
     python -m benchmarks.options --only compile bf16         which a CPU leaves out unless asked: it gains nothing from either
 
 Steps are `vitscale.engine.Engine`'s, from the same weights on the same random pixels. What is compared is in memory together and takes
-turns step by step, each going first in turn, until `--seconds` have passed. A ratio is of time, on a CPU of the process's own, which
-other work
-lengthens least: the median of those of each turn, told with
-their middle half; under 1 the setting is faster. Where a setting should change nothing but rounding, the table tells the largest relative
-difference of the losses of all steps made; where it should, that it learns otherwise, and nothing here says how well.
+turns step by step, each going first in turn, until `--seconds` have passed. A ratio is of time, on a CPU of the process's own, which other
+work lengthens least: the median of those of each turn, told with their middle half; under 1 the setting is faster. Where a setting should
+change nothing but rounding, the table tells the largest relative difference of the losses of all steps made; where it should, that it
+learns otherwise, and nothing here says how well.
 
     garbage      seconds of Python's full collection with a trained engine in memory, after gc.freeze and before it
     fused        the update of AdamW alone, in plain torch, on one flat tensor (ZeRO's form) and on the model's tensors
@@ -93,7 +92,7 @@ class Step:
 
     def __init__(self, setup: Setup, start: dict[str, Tensor]) -> None:
         self.setup, self.losses = setup, list[Tensor]()
-        model = ViT(setup.model, setup.engine.checkpoint_every_n_blocks, setup.engine.checkpoint_keeps)
+        model = ViT(setup.model, setup.engine.keeps)
         model.load_state_dict(start)
         self.clock = Clock(device()) if setup.clocked else None
         self.enter: Callable[[str], None] = self.clock.enter if self.clock else lambda phase: None

@@ -215,7 +215,7 @@ class EngineLoop:
     """vitscale, as `vitscale.train` runs it."""
 
     def __init__(self, config: BenchConfig, model: ViTConfig, start: dict[str, Tensor]) -> None:
-        vit_model = ViT(model, config.engine.checkpoint_every_n_blocks, config.engine.checkpoint_keeps)
+        vit_model = ViT(model, config.engine.keeps)
         vit_model.load_state_dict(start)
         self.engine = Engine(vit_model, config.engine, OPTIMIZER, micro_batch_size=config.batch, grad_accum_steps=1)
 
@@ -309,7 +309,7 @@ Built = tuple[nn.Module, nn.ModuleList | nn.Sequential, Callable[[Tensor], Tenso
 
 
 def build_ours(config: BenchConfig, model: ViTConfig, start: dict[str, Tensor]) -> Built:
-    net = ViT(model, config.engine.checkpoint_every_n_blocks, config.engine.checkpoint_keeps)
+    net = ViT(model, config.engine.keeps)
     net.load_state_dict(start)
     net.to(device())
     return net, net.blocks, net

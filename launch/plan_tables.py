@@ -31,6 +31,7 @@ def text(plan: Plan) -> str:
             row += "".join(f"{size / 1e9:>12.2f}" for size in o.memory.kinds().values())
         marks = ["does not fit"] * (not o.fits) + ["<- the config"] * (o == asked) + ["<- chosen"] * (o == plan.chosen)
         lines.append(" ".join([row, *marks]))
+    priced = any(row.cost for row in plan.scaling)
     for kind, told in (
         ("strong", "one global batch"),
         ("weak", "the same images a GPU: another batch than the recipe's, so fewer or more steps over as many images"),
@@ -38,12 +39,12 @@ def text(plan: Plan) -> str:
         lines += ["", f"{kind} scaling ({told})"]
         lines.append(
             f"  {'nodes':>5}{'GPUs':>6}{'batch':>9}{'a GPU':>7}{'micro':>7}{'ZeRO':>6}{'step ms':>10}{'images/s':>11}{'efficiency':>12}"
-            f"{'MFU':>7}{'days':>9}{'GPU-days':>10}"
+            f"{'MFU':>7}{'days':>9}{'GPU-days':>10}{'cost' if priced else '':>13}".rstrip()
         )
         lines += [
             f"  {r.nodes:>5}{r.gpus:>6}{r.global_batch_size:>9}{r.images_a_gpu:>7}{r.micro_batch_size:>7}{r.zero_stage:>6}"
             f"{1e3 * r.step_seconds:>10.1f}{r.images_per_second:>11,.0f}{r.efficiency:>12.0%}"
-            f"{r.mfu:>7.1%}{r.days:>9,.2f}{r.gpu_days:>10,.1f}  predicted"
+            f"{r.mfu:>7.1%}{r.days:>9,.2f}{r.gpu_days:>10,.1f}{f'{r.cost:>13,.0f}' if priced else ''}  predicted"
             for r in plan.scaling
             if r.scaling == kind
         ]

@@ -11,6 +11,7 @@ import tyro
 from launch.flags import UsageError, given, parse, take_recipe
 from launch.plan_tables import svg, text
 from launch.terminal import Json, print_json
+from vitscale.check import check_classes
 from vitscale.config import FinetuneConfig, PreprocessConfig, TrainConfig, ViTConfig, fine_tuning_run, settle_length
 from vitscale.gpus import GPUS, NODE_MTBF_HOURS, Cluster, gpu
 from vitscale.plan import IMAGE_BYTES, Data, dataset_of, make_plan
@@ -127,7 +128,8 @@ def run_of(flags: PretrainPlan | FinetunePlan, classes: int) -> TrainConfig:
     """The run that is planned. Raises UsageError where fine-tuning has no model."""
     if isinstance(flags, PretrainPlan):
         model = flags.config.model
-        return dataclasses.replace(flags.config, model=dataclasses.replace(model, num_classes=model.num_classes or classes))
+        classes = check_classes(flags.config, classes) if any(flags.config.datasets) else model.num_classes or classes
+        return dataclasses.replace(flags.config, model=dataclasses.replace(model, num_classes=classes))
     base: ViTConfig
     if flags.config.init:
         from vitscale.checkpoint import describe, find_checkpoint

@@ -52,6 +52,31 @@ def check_config(config: TrainConfig, world_size: int) -> None:
         raise ConfigError(f"head_bias={config.model.head_bias:g} does nothing under softmax; set it to 0 or use --objective.kind sigmoid")
 
 
+def check_schedule(config: TrainConfig, steps: int) -> None:
+    """Warm-up and cool-down fit the run. Raises ConfigError."""
+    if config.schedule.warmup_steps >= steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of the run's {steps} steps; "
+            f"--schedule.warmup-steps {steps // 10} works"
+        )
+    warmup, cooldown = config.schedule.warmup_steps, config.schedule.cooldown_steps
+    if warmup + cooldown > steps:
+        raise ConfigError(
+            f"schedule.warmup_steps={warmup} and schedule.cooldown_steps={cooldown} take more than the run's {steps} steps; "
+            f"--schedule.cooldown-steps {steps - warmup} works"
+        )
+
+
+def check_classes(config: TrainConfig, of_dataset: int) -> int:
+    """The classes of a model that is trained on datasets of so many: the same, set or left open. Raises ConfigError."""
+    classes = config.model.num_classes or of_dataset
+    if classes != of_dataset:
+        raise ConfigError(
+            f"model.num_classes={classes} but {config.datasets[0]} has {of_dataset} classes; --model.num-classes {of_dataset} fits it"
+        )
+    return classes
+
+
 def check_engine(engine: EngineConfig) -> None:
     """What cannot be computed anywhere; what a device cannot `compute.prepare` says itself. Raises ConfigError."""
     if engine.precision == "bf16" and engine.zero_stage == 0:

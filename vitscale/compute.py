@@ -4,7 +4,7 @@ Where it stands: `engine.py` asks `prepare` before DeepSpeed sees the model. Par
 are, so checkpoints know nothing of this; but for float8, nothing that is learned changes beyond rounding.
 
 The compiled unit is a block's forward pass, without the hooks that ZeRO-3 puts around it. All blocks share one graph: what they differ in
-comes as arguments (`model.Path`), or they would be compiled one by one.
+comes as arguments (`omissions.Path`), or they would be compiled one by one.
 """
 
 import time
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitscale.config import Compilation, ConfigError, EngineConfig, ViTConfig
+from vitscale.config import ConfigError, EngineConfig, ViTConfig
 from vitscale.model import ViT
 
 BACKENDS = {
@@ -38,7 +38,8 @@ def prepare(model: ViT, config: EngineConfig, device: torch.device, *, micro_bat
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    how = compilation(config, capability)
+    how = config.compilation(capability is not None)
+    check_graphs(how, capability)
     order = attention_order(config.attention, capability, model.config.width // model.config.num_heads, dtype, _is_biased(model.config))
     attention.enter_context(sdpa_kernel([BACKENDS[name] for name in order], set_priority=True))
     words = [f"attention by {_attention_used(config.attention, order, model.config, device, dtype, micro_batch_size)}"]
@@ -119,11 +120,10 @@ def _is_biased(model: ViTConfig) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def compilation(config: EngineConfig, capability: Capability | None) -> Compilation:
-    """What `config.compile` means on a device that is there (`EngineConfig.compilation`). Raises ConfigError."""
-    if config.compile == "graphs" and capability is None:
+def check_graphs(how: str, capability: Capability | None) -> None:
+    """Raises ConfigError where there is nothing to record CUDA graphs of."""
+    if how == "graphs" and capability is None:
         raise ConfigError("compile=graphs records CUDA graphs, and there is no GPU here; compile=blocks works on a CPU")
-    return config.compilation(capability is not None)
 
 
 def compile_blocks(model: ViT, *, graphs: bool = False, backend: str = "inductor") -> None:

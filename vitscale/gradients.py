@@ -1,6 +1,6 @@
 """Where gradients lie from the moment that autograd has made them until the optimizer has used them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
 """Randomness without state: numbers that are a pure function of a key, the same on every machine and under every split of the work.
 
-The order of samples, crops, flips, RandAugment and mixing draw from here, and stochastic depth from the same keys (`model.keyed_uniform`),
-so a resume needs no saved generator. Only initial weights and element dropout come from torch's generators, seeded by names
-and by keys. Keys are 64-bit; all functions work on whole arrays.
+The order of samples, crops, flips, RandAugment and mixing draw from here, and what the model leaves out from the same keys
+(`omissions.keyed_uniform`), so a resume needs no saved generator. Only initial weights and element dropout come from torch's generators,
+seeded by names and by keys. Keys are 64-bit; all functions work on whole arrays.
 
 The mixer is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 """

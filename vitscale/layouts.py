@@ -124,6 +124,8 @@ class Row:
     """Share of the step in communication that nothing hides."""
     days: float
     gpu_days: float
+    cost: float
+    """0 where no price is given."""
 
 
 Spans = Sequence[tuple[int, Span]]  # of each span the images that its steps see together
@@ -316,6 +318,7 @@ def scale(config: TrainConfig, cluster: Cluster, rates: Rates, spans: Spans, cho
                 exposed,
                 days,
                 days * there.world_size,
+                days * there.world_size * 24 * cluster.price_per_gpu_hour,
             )
         )
     return tuple(rows)

@@ -3,28 +3,25 @@
 Knows nothing of ranks, files or clusters. Parameters bear timm's names (timm/models/vision_transformer.py), so that an export is the same
 tensors. The forms that the field's other ViTs have (LayerScale, registers, SwiGLU) would be options of `Block` and `Attention`.
 
-What training leaves out of a sample (whole residual branches, patches) is drawn from the sample's key, on the host and once for a forward
-pass (`draw_omissions`): the device is told which rows to compute and is never waited for.
+What training leaves out of a sample, whole branches and patches, is `omissions.py`'s to draw.
 
-Axes: B batch, C channels, H height (of images) or heads (of attention), W width of images, N tokens, D width, d width of a head, K classes;
-of what is left out: R samples that a branch computes, P patches.
+Axes: B batch, C channels, H height (of images) or heads (of attention), W width of images, N tokens, D width, d width of a head, K classes,
+R samples that a branch computes.
 """
 
 import functools
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from vitscale.config import Keeps, PreprocessConfig, ViTConfig, drop_path_rows
+from vitscale.config import Keeps, PreprocessConfig, ViTConfig
+from vitscale.omissions import FULL_PATH, draw_omissions
 
 aten = torch.ops.aten
 # What activation checkpointing keeps under `products`: the outputs of matrix products and of every fused attention; the backend that spells
@@ -44,16 +41,14 @@ class ViT(nn.Module):
 
     Args:
         config: sizes and options; with `num_classes` 0 there is no head, and what it would see comes out.
-        checkpoint_every_n_blocks: activation checkpointing; 0 none, 1 every block, n every n-th block.
-        checkpoint_keeps: of what such a block computes, until the backward pass.
+        keeps: of what a block computes, the first being 0, for the backward pass: activation checkpointing (`EngineConfig.keeps`).
         image_sizes: that it takes beside `config.image_size`, with its position embeddings resampled to their grids.
     """
 
     pos_embed_fixed: Tensor
 
     def __init__(
-        self, config: ViTConfig, checkpoint_every_n_blocks: int = 0, checkpoint_keeps: Literal["nothing", "products"] = "nothing",
-        image_sizes: Iterable[tuple[int, int]] = (),
+        self, config: ViTConfig, keeps: Callable[[int], Keeps] = lambda block: "everything", image_sizes: Iterable[tuple[int, int]] = ()
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
@@ -69,10 +64,7 @@ class ViT(nn.Module):
         elif config.position == "sincos":
             self.register_buffer("pos_embed_fixed", sincos_2d(config.grid, config.width), persistent=False)
         self.pos_drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(
-            Block(config, checkpoint_keeps if checkpoint_every_n_blocks and index % checkpoint_every_n_blocks == 0 else "everything")
-            for index in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config, keeps(index)) for index in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         if config.pool == "map":
             self.attn_pool = AttentionPool(config)
@@ -382,84 +374,3 @@ def lecun_normal_(value: Tensor, generator: torch.Generator) -> None:
     """Truncated normal of variance 1 / fan-in, as jax.nn.initializers.lecun_normal."""
     deviation = math.sqrt(1 / value[0].numel()) / 0.87962566103423978  # the truncation at two deviations takes that much off
     nn.init.trunc_normal_(value, 0.0, deviation, -2 * deviation, 2 * deviation, generator=generator)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# What training leaves out: stochastic depth and patch dropout, on the host
-# ---------------------------------------------------------------------------------------------------------------------------------------
-
-
-class Path(NamedTuple):
-    """What a block does of its two branches, attention and MLP: stochastic depth as drawn for a micro-batch."""
-
-    rows_2R: Tensor | None
-    """int32; the samples each branch computes, others pass it by. None: all of them, in order."""
-    scales_2R: Tensor | None
-    """fp32; what each computed sample's branch is multiplied by, 0 where it is dropped all the same. None: 1."""
-
-
-FULL_PATH = Path(None, None)
-PATCH_DRAWS = 2**20  # where the patches' draws of a key begin, far behind those of any number of blocks
-
-
-def draw_omissions(config: ViTConfig, keys_B: Tensor, device: torch.device) -> tuple[Tensor | None, list[Path]]:
-    """What the samples of these keys leave out: (rows (B, N) of the flattened tokens that are kept, or None; the path of each block).
-
-    All of it goes to the device in one transfer that waits for nothing.
-    """
-    keys = keys_B.numpy()
-    kept = kept_tokens(config, keys) if config.patch_dropout else None
-    drawn = keyed_uniform(keys, np.arange(2 * config.depth)[:, None]).reshape(config.depth, 2, -1)
-    paths = [draw_path(rate, of_2B) if rate else (None, None) for rate, of_2B in zip(config.drop_path_rates, drawn, strict=True)]
-    arrays = [array for array in (kept, *(array for path in paths for array in path)) if array is not None]
-    packed = torch.from_numpy(np.concatenate([array.ravel().view(np.int32) for array in arrays]))
-    if device.type == "cuda":
-        packed = packed.pin_memory().to(device, non_blocking=True)
-    pieces = iter(torch.split(packed, [array.size for array in arrays]))
-
-    def sent(array: npt.NDArray[np.int32] | npt.NDArray[np.float32] | None) -> Tensor | None:
-        return None if array is None else next(pieces).view(torch.from_numpy(array).dtype).view(array.shape)
-
-    return sent(kept), [Path(sent(rows), sent(scales)) for rows, scales in paths]
-
-
-def draw_path(
-    rate: float, uniform_2B: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.int32] | None, npt.NDArray[np.float32]]:  # fmt: skip
-    """The fields of a `Path`, of a block that drops each branch of a sample at `rate` (arXiv 1603.09382).
-
-    DINOv2 (dinov2/layers/block.py) leaves out a fixed number of each micro-batch; here each sample decides for itself, so that no split of
-    a batch matters, and some that are dropped are computed (`config.drop_path_rows`), equally many in both branches.
-    """
-    dropped_2B = uniform_2B < np.float32(rate)
-    scales_2B = np.where(dropped_2B, np.float32(0), np.float32(1) / np.float32(1 - rate))
-    batch = dropped_2B.shape[1]
-    computed = drop_path_rows(rate, int((~dropped_2B).sum(axis=1).max()), batch)
-    if computed == batch:
-        return None, scales_2B
-    rows_2R = np.argsort(dropped_2B, axis=1, kind="stable")[:, :computed]
-    return rows_2R.astype(np.int32), np.take_along_axis(scales_2B, rows_2R, axis=1)
-
-
-def kept_tokens(config: ViTConfig, keys_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Rows (B, N) of the flattened tokens that patch dropout keeps: the class token, and the patches of each sample that draw least."""
-    patches = config.grid[0] * config.grid[1]
-    class_token = config.num_tokens - patches
-    uniform_BP = keyed_uniform(keys_B[:, None], PATCH_DRAWS + np.arange(patches))
-    kept_BP = np.sort(np.argsort(uniform_BP, axis=1, kind="stable")[:, : config.num_train_tokens - class_token], axis=1)
-    kept_BN = np.concatenate([np.zeros((len(keys_B), class_token), np.int64), class_token + kept_BP], axis=1)
-    rows_BN: npt.NDArray[np.int32] = (np.arange(len(keys_B))[:, None] * config.num_tokens + kept_BN).astype(np.int32)
-    return rows_BN
-
-
-def keyed_uniform(keys: npt.NDArray[np.int64], draw: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """The draw-th number in [0, 1) of each key: SplitMix64's finaliser of a counter; arrays are broadcast.
-
-    Another sequence than `keyed.uniform` draws from the same key, so what the model draws never meets what the stream draws.
-    """
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        x = keys.view(np.uint64) + (np.asarray(draw, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    numbers: npt.NDArray[np.float32] = ((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-    return numbers

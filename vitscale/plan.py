@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from data_tools.page import byte_size
-from vitscale.check import check_config, check_phase_ends
+from vitscale.check import check_config, check_phase_ends, check_schedule
 from vitscale.config import ConfigError, Keeps, TrainConfig, ViTConfig
 from vitscale.failures import checkpoint_interval, expected_goodput, stall_seconds, write_seconds
 from vitscale.flops import checkpoint_bytes, forward_flops, parameters, train_flops
@@ -35,6 +35,7 @@ from vitscale.layouts import (
 from vitscale.memory import Layout
 from vitscale.recipes import PRETRAIN, recipe
 from vitscale.roofline import HIDDEN_SHARE, Rates, StepTime
+from vitscale.timeline import timeline_of
 from vitscale.traffic import collectives, seconds
 
 Basis = Literal["exact", "predicted", "measured", "assumed"]
@@ -112,6 +113,7 @@ def make_plan(config: TrainConfig, cluster: Cluster, data: Data, rates: Rates) -
     check_phase_ends(config.schedule.phases)
     if config.engine.float8:
         cluster.gpu.peak("fp8")
+    check_schedule(config, timeline_of(config, data.samples).total_steps)
     spans = spans_of(config, data.samples)
     found = options(config, cluster, rates, spans)
     try:

@@ -13,7 +13,7 @@ from data_tools.cache import Cache
 from data_tools.dataset import Dataset, DatasetError
 from data_tools.storage import Location, Url, exists, location
 from vitscale import checkpoint, unindexed
-from vitscale.check import check_config
+from vitscale.check import check_classes, check_config, check_schedule
 from vitscale.config import ConfigError, FinetuneConfig, StreamConfig, TrainConfig, fine_tuning_run
 from vitscale.locality import choose_order, run_locality
 from vitscale.mixture import Mixture, class_difference
@@ -36,12 +36,7 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
     dataset = Mixture([Dataset.open_checked(path, stage=stage, cache=cache) for path in asked.datasets])
     config = _with_checkpoint(asked, dataset.num_classes) if isinstance(asked, FinetuneConfig) else asked
     check_config(config, world_size)
-    classes = config.model.num_classes or dataset.num_classes
-    if classes != dataset.num_classes:
-        raise ConfigError(
-            f"model.num_classes={classes} but {config.datasets[0]} has {dataset.num_classes} classes; "
-            f"--model.num-classes {dataset.num_classes} fits it"
-        )
+    classes = check_classes(config, dataset.num_classes)
     for component in dataset.components:
         if not component.num_kept:
             why = " that its overlays leave" if len(component) else ""
@@ -51,7 +46,7 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
         if config.objective.soft_targets:
             _check_scores(component)
     timeline = timeline_of(config, dataset.num_samples)
-    _check_schedule(config, timeline.total_steps)
+    check_schedule(config, timeline.total_steps)
     unit = math.gcd(*(span.global_batch_size for span in timeline.spans))
     stream = choose_order(_begun_order(config), dataset.num_samples, unit, remote=not dataset.is_local)
     reads = run_locality(dataset.size, stream, timeline, world_size)
@@ -77,7 +72,7 @@ def _resolve_tars(asked: TrainConfig | FinetuneConfig, tars: Tars, world_size: i
         raise ConfigError(f"{named} that tells how long {asked.epochs:g} epochs are; give --steps, or {instead}")
     if asked.data_weights or asked.cache:
         raise ConfigError(f"{named}, which {'data_weights' if asked.data_weights else 'cache'} needs; leave it out, or {instead}")
-    _check_schedule(asked, timeline_of(asked, 0).total_steps)
+    check_schedule(asked, timeline_of(asked, 0).total_steps)
     held_out = "none"
     if asked.eval_data not in ("", "none"):
         found = Dataset.open_checked(location(asked.eval_data), stage=stage_at(asked.stage))
@@ -126,21 +121,6 @@ def open_held_out(config: TrainConfig) -> Dataset | None:
         cache=cache_at(config.cache, config.cache_bytes),
         check_shards=False,
     )
-
-
-def _check_schedule(config: TrainConfig, steps: int) -> None:
-    """Warm-up and cool-down fit the run. Raises ConfigError."""
-    if config.schedule.warmup_steps >= steps:
-        raise ConfigError(
-            f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of the run's {steps} steps; "
-            f"--schedule.warmup-steps {steps // 10} works"
-        )
-    warmup, cooldown = config.schedule.warmup_steps, config.schedule.cooldown_steps
-    if warmup + cooldown > steps:
-        raise ConfigError(
-            f"schedule.warmup_steps={warmup} and schedule.cooldown_steps={cooldown} take more than the run's {steps} steps; "
-            f"--schedule.cooldown-steps {steps - warmup} works"
-        )
 
 
 def _with_checkpoint(asked: FinetuneConfig, num_classes: int) -> TrainConfig:

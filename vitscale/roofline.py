@@ -198,9 +198,9 @@ def update_bytes(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -
     Passes over P gradients: under stage 1 each is laid where it stays (w + w) or, of several micro-batches, added in fp32 (w + 4 + 4) and
     rounded (4 + w). The others copy gradients to a bucket, flatten it and take their part out. Of its part a rank takes the norm and clips
     it, in fp32.
-    The update reads and writes masters, moments and average of this rank's N-th, and writes weights that are not those masters. Muon's takes some 100 bytes more a
-    number of a matrix: momentum and direction, pieces sent and joined, and five times three products' operands. Out of CUDA graphs each
-    micro-batch's gradients are copied.
+    The update reads and writes masters, moments and average of this rank's N-th, and writes weights that are not those masters. Muon's
+    takes some 100 bytes more a number of a matrix: momentum and direction, pieces sent and joined, and five times three products' operands.
+    Out of CUDA graphs each micro-batch's gradients are copied.
     """
     P, w, k = parameters(model), layout.width, layout.grad_accum_steps
     stage = layout.engine.zero_stage

@@ -88,7 +88,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
     # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------
     folder, faults, evaluated, skipped = take_up(config)
     sizes = {span.image_size for span in timeline.spans}
-    model = ViT(config.model, config.engine.checkpoint_every_n_blocks, config.engine.checkpoint_keeps, sizes)
+    model = ViT(config.model, config.engine.keeps, sizes)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     resumed = checkpoint.describe(folder) if folder else None
     origin = ""

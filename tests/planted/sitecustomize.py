@@ -20,9 +20,9 @@ def _is_its_turn(step: int) -> bool:
     """Whether the fault is to happen to this rank at this step, counted from 1, once more."""
     if int(os.environ["RANK"]) != PLANT["rank"] or step not in PLANT["steps"]:
         return False
-    for time in range(PLANT["times"]):
+    for number in range(PLANT["times"]):
         try:
-            (Path(PLANT["marks"]) / f"{time}").touch(exist_ok=False)
+            (Path(PLANT["marks"]) / f"{number}").touch(exist_ok=False)
             return True
         except FileExistsError:
             continue

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitscale import checkpoint
 from vitscale.checkpoint import Description, Piece, TensorEntry
-from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig
+from vitscale.config import EngineConfig, ObjectiveConfig, PreprocessConfig, ViTConfig
 from vitscale.model import ViT
 
 
@@ -35,7 +35,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 def random_vit(config: ViTConfig, seed: int = 0, **checkpointing: Any) -> ViT:
     """A model in evaluation mode, every tensor random."""
-    model = ViT(config, **checkpointing)
+    model = ViT(config, EngineConfig(**checkpointing).keeps)
     randomize(model, seed)
     return model.eval()
 

@@ -35,7 +35,7 @@ from vitscale.compute import (
     Compiling,
     attention_order,
     check_float8,
-    compilation,
+    check_graphs,
     compile_blocks,
     prepare,
     to_float8,
@@ -154,12 +154,14 @@ def test_a_backend_that_cannot_attend_is_refused() -> None:
 
 
 def test_what_compile_means_on_a_device() -> None:
-    assert [compilation(EngineConfig(zero_stage=stage), HOPPER) for stage in (0, 1, 2, 3)] == ["blocks", "blocks", "blocks", "none"]  # type: ignore[arg-type]
-    assert compilation(EngineConfig(), None) == "none"
-    assert compilation(EngineConfig(compile="blocks", zero_stage=3), None) == "blocks"
-    assert compilation(EngineConfig(compile="graphs"), HOPPER) == "graphs"
+    means = [EngineConfig(zero_stage=stage).compilation(on_gpu=True) for stage in (0, 1, 2, 3)]  # type: ignore[arg-type]
+    assert means == ["blocks", "blocks", "blocks", "none"]
+    assert EngineConfig().compilation(on_gpu=False) == "none"
+    assert EngineConfig(compile="blocks", zero_stage=3).compilation(on_gpu=False) == "blocks"
+    assert EngineConfig(compile="graphs").compilation(on_gpu=True) == "graphs"
+    check_graphs("graphs", HOPPER)
     with pytest.raises(ConfigError, match="no GPU here; compile=blocks works"):
-        compilation(EngineConfig(compile="graphs"), None)
+        check_graphs("graphs", None)
     assert "leaf_module" not in deepspeed_config(EngineConfig(zero_stage=3), 0, 1, 1)["zero_optimization"]
 
 

@@ -27,7 +27,8 @@ from vitscale.flops import (
     peak_flops,
     train_flops,
 )
-from vitscale.model import draw_path, keyed_uniform, parameter_shapes
+from vitscale.model import parameter_shapes
+from vitscale.omissions import draw_path, keyed_uniform
 from vitscale.recipes import vit
 
 SMALL = ViTConfig(depth=2, width=64, mlp_dim=160, num_heads=4, patch_size=8, image_size=(24, 40), num_classes=7)

@@ -37,7 +37,7 @@ def world_of_one() -> Iterator[None]:
 def losses(stage: Any, **settings: Any) -> torch.Tensor:
     """Of some steps on the same images."""
     config = EngineConfig(zero_stage=stage, **({"attention": "math", "compile": "none"} | settings))
-    model = ViT(MODEL, config.checkpoint_every_n_blocks, config.checkpoint_keeps)
+    model = ViT(MODEL, config.keeps)
     initialize(model, 0)
     engine = Engine(model, config, OptimizerConfig(), micro_batch_size=BATCH, grad_accum_steps=1)
     generator = torch.Generator().manual_seed(0)

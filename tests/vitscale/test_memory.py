@@ -75,7 +75,7 @@ def test_activations_of_what_training_leaves_out() -> None:
 def saved(model: ViTConfig, every: int, batch: int, precision: str, kind: str, first_key: int = 0) -> int:
     """Bytes of the storages that autograd keeps for the backward pass, parameters apart, each counted once."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    net = ViT(model, every).to(dtype)
+    net = ViT(model, EngineConfig(checkpoint_every_n_blocks=every).keeps).to(dtype)
     storages: dict[int, Tensor] = {}
     keys = first_key + torch.arange(batch)  # checkpointed blocks keep them, but they are the batch's
     own = {t.untyped_storage().data_ptr() for t in (keys, *net.parameters())}

@@ -29,7 +29,8 @@ from tests.vitscale.models import (
     relative_error,
 )
 from vitscale.config import PreprocessConfig, ViTConfig
-from vitscale.model import PRODUCTS, ViT, draw_omissions, initialize, keyed_uniform, normalize, sincos_2d
+from vitscale.model import PRODUCTS, ViT, initialize, normalize, sincos_2d
+from vitscale.omissions import draw_omissions, keyed_uniform
 from vitscale.recipes import vit
 
 SMALL = ViTConfig(depth=2, width=64, mlp_dim=160, num_heads=4, patch_size=8, image_size=(24, 40), num_classes=7)

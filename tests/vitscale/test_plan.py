@@ -193,6 +193,18 @@ def test_a_dataset_tells_its_size(dataset: Path, capsys: pytest.CaptureFixture[s
     assert figures["parameters"] == sum(map(math.prod, parameter_shapes(replace(model, num_classes=classes)).values()))
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--model.num-classes", "7"], "model.num_classes=7 but .* classes; --model.num-classes 2 fits it"),
+        (["--schedule.warmup-steps", "100000"], "schedule.warmup_steps=100000 leaves nothing of the run's"),
+    ],
+)
+def test_what_a_run_would_refuse_of_its_data_is_not_planned(dataset: Path, words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        dispatch(["plan", "tiny-digits", "--data", str(dataset / "train"), *words])
+
+
 def test_fine_tuning_has_the_model_of_what_it_starts_from(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a recipe whose run is not there yet, or of a checkpoint's folder."""
     dispatch(["plan", "finetune-imagenet-518", "--init-recipe", "vit-l16-jft300m", "--model.image-size", "512", "512", "--json"])
@@ -245,7 +257,8 @@ def test_figures_follow_from_one_another() -> None:
     assert of["core_days_a_gpu_day"] == pytest.approx(2500 / of["gpu_days"])
     assert of["flops"] == pytest.approx(of["images"] * of["train_flops"])
     row = next(row for row in plan.scaling if row.nodes == 16 and row.scaling == "strong")
-    assert (row.days, row.gpu_days) == pytest.approx((of["days"], of["gpu_days"]))
+    assert (row.days, row.gpu_days, row.cost) == pytest.approx((of["days"], of["gpu_days"], of["cost"]))
+    assert f"{row.cost:,.0f}  predicted" in text(plan)
     assert row.exposed == pytest.approx((took.communication - took.hidden) / took.total)
     assert row.mfu == pytest.approx(of["mfu"])
     assert of["mfu"] == pytest.approx(of["images_per_second"] * of["train_flops"] / 128 / 989e12)

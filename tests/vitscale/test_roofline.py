@@ -1,6 +1,5 @@
 """The time of a step: sums made by hand, and what more work and better devices do to it."""
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.vitscale.plans import H14, plan_of
-from vitscale.compute import compilation
 from vitscale.config import ConfigError, EngineConfig, OptimizerConfig, ViTConfig
 from vitscale.flops import computed_share, forward_flops
 from vitscale.gpus import gpu
@@ -97,12 +95,6 @@ def test_more_work_is_never_faster_and_better_devices_never_slower(data: st.Data
     for link in ("inside", "between"):
         faster = replace(getattr(rates, link), bandwidth=2 * getattr(rates, link).bandwidth)
         assert total(rates=replace(rates, **{link: faster})) <= least * (1 + 1e-9)
-
-
-def test_compilation_is_what_a_run_makes_of_it() -> None:
-    for stage, asked, device in itertools.product((0, 1, 2, 3), ("auto", "none", "blocks"), ("cuda", "cpu")):
-        engine = EngineConfig(stage, compile=asked)  # type: ignore[arg-type]
-        assert Layout(engine, 1, 1, device=device).compilation == compilation(engine, (9, 0) if device == "cuda" else None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (24, 72), (80, 16)])
