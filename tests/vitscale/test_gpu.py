@@ -73,17 +73,20 @@ def test_compiled_blocks(plain: torch.Tensor, stage: int) -> None:
     torch.testing.assert_close(losses(stage, attention="auto", compile="blocks"), plain, rtol=0.03, atol=0.02)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("keeps", ["nothing", "products"])
 @pytest.mark.parametrize("compiled", ["none", "blocks"])
-def test_activation_checkpointing(plain: torch.Tensor, keeps: str, compiled: str) -> None:
-    found = losses(1, attention="auto", compile=compiled, checkpoint_every_n_blocks=1, checkpoint_keeps=keeps)
+def test_activation_checkpointing(plain: torch.Tensor, stage: int, keeps: str, compiled: str) -> None:
+    found = losses(stage, attention="auto", compile=compiled, checkpoint_every_n_blocks=1, checkpoint_keeps=keeps)
     torch.testing.assert_close(found, plain, rtol=0.03, atol=0.02)
 
 
-def test_cuda_graphs(plain: torch.Tensor) -> None:
-    torch.testing.assert_close(losses(1, attention="auto", compile="graphs"), plain, rtol=0.03, atol=0.02)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_cuda_graphs(plain: torch.Tensor, stage: int) -> None:
+    torch.testing.assert_close(losses(stage, attention="auto", compile="graphs"), plain, rtol=0.03, atol=0.02)
 
 
-def test_float8(plain: torch.Tensor) -> None:
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_float8(plain: torch.Tensor, stage: int) -> None:
     pytest.importorskip("torchao")
-    torch.testing.assert_close(losses(1, attention="auto", compile="blocks", float8=True), plain, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(losses(stage, attention="auto", compile="blocks", float8=True), plain, rtol=0.1, atol=0.1)
