@@ -12,7 +12,7 @@ quickstart: $(VENV)/installed  ## the whole road on real images, minutes
 	$(BIN)/vitscale quickstart
 
 test: $(VENV)/installed  ## everything that runs on a CPU, two at a time
-	$(BIN)/python -m pytest -m "not soak and not peers and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not soak and not peers and not gpu" -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 check: $(VENV)/installed  ## format, lint, types, who may import whom
 	$(BIN)/ruff format --check .

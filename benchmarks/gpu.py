@@ -461,7 +461,7 @@ def said(found: dict[str, Any]) -> str:
     if "contestants" in found:
         each = (
             f"{name} {of['images_per_second']:.1f} images/s"
-            + (f", {of['mfu_of_measured']:.1%} of 790 TFLOP/s" if of["mfu_of_measured"] else "")
+            + (f", {of['mfu_of_measured']:.1%} of what a large product reaches" if of["mfu_of_measured"] else "")
             + (f", {of['peak_bytes'] / 1e9:.1f} GB" if of["peak_bytes"] else "")
             for name, of in found["contestants"].items()
         )

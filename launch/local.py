@@ -232,6 +232,7 @@ def _environment(rank: int, nproc: int, port: int, terminal_fd: int) -> dict[str
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
         "VITSCALE_LAUNCHER_PID": str(os.getpid()),
+        "PYTHONSAFEPATH": "1",  # a run's folder named as a module of somebody else's would be imported from where the command was given
     }
     return environment | ({"VITSCALE_TERMINAL_FD": str(terminal_fd)} if rank == 0 else {})
 

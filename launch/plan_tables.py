@@ -21,14 +21,16 @@ def text(plan: Plan) -> str:
         if name == "step" and phased:
             lines += ["", "phases, predicted", *phases(plan.chosen)]
     lines += ["", "what fits: the largest micro-batch, GB by kind at the highest moment, predicted"]
-    kinds = list(plan.chosen.memory.kinds())
-    lines.append(f"  {'ZeRO':<6}{'checkpointing':<26}{'micro':>6}{'step ms':>10}{'peak':>8}{''.join(f'{kind:>12}' for kind in kinds)}")
+    kinds, ms = list(plan.chosen.memory.kinds()), "mean step ms" if phased else "step ms"
+    lines.append(
+        f"  {'ZeRO':<6}{'checkpointing':<26}{'micro':>6}{ms:>13}{'peak':>8}{''.join(f'{kind:>12}' for kind in (*kinds, 'reserve'))}"
+    )
     asked = plan.asked
     for o in (*plan.options, *([asked] if asked and asked not in plan.options else [])):
         row = f"  {o.zero_stage:<6}{checkpointing(o.keeps):<26}"
         if o.parts:
-            row += f"{o.last.micro_batch_size:>6}{1e3 * o.step_seconds:>10.1f}{(o.memory.total + RESERVE) / 1e9:>8.1f}"
-            row += "".join(f"{size / 1e9:>12.2f}" for size in o.memory.kinds().values())
+            row += f"{o.last.micro_batch_size:>6}{1e3 * o.step_seconds:>13.1f}{(o.memory.total + RESERVE) / 1e9:>8.1f}"
+            row += "".join(f"{size / 1e9:>12.2f}" for size in (*o.memory.kinds().values(), RESERVE))
         marks = ["does not fit"] * (not o.fits) + ["<- the config"] * (o == asked) + ["<- chosen"] * (o == plan.chosen)
         lines.append(" ".join([row, *marks]))
     priced = any(row.cost for row in plan.scaling)
@@ -38,12 +40,12 @@ def text(plan: Plan) -> str:
     ):
         lines += ["", f"{kind} scaling ({told})"]
         lines.append(
-            f"  {'nodes':>5}{'GPUs':>6}{'batch':>9}{'a GPU':>7}{'micro':>7}{'ZeRO':>6}{'step ms':>10}{'images/s':>11}{'efficiency':>12}"
+            f"  {'nodes':>5}{'GPUs':>6}{'batch':>9}{'a GPU':>7}{'micro':>7}{'ZeRO':>6}{ms:>13}{'images/s':>11}{'efficiency':>12}"
             f"{'MFU':>7}{'days':>9}{'GPU-days':>10}{'cost' if priced else '':>13}".rstrip()
         )
         lines += [
             f"  {r.nodes:>5}{r.gpus:>6}{r.global_batch_size:>9}{r.images_a_gpu:>7}{r.micro_batch_size:>7}{r.zero_stage:>6}"
-            f"{1e3 * r.step_seconds:>10.1f}{r.images_per_second:>11,.0f}{r.efficiency:>12.0%}"
+            f"{1e3 * r.step_seconds:>13.1f}{r.images_per_second:>11,.0f}{r.efficiency:>12.0%}"
             f"{r.mfu:>7.1%}{r.days:>9,.2f}{r.gpu_days:>10,.1f}{f'{r.cost:>13,.0f}' if priced else ''}  predicted"
             for r in plan.scaling
             if r.scaling == kind

@@ -84,6 +84,8 @@ def plan(words: list[str]) -> None:
             raise UsageError(f"{figure}={getattr(flags, figure):g} must be above 0")
     if flags.plot and not flags.plot.parent.is_dir():
         raise UsageError(f"plot={flags.plot}: there is no folder {flags.plot.parent}")
+    if flags.plot and flags.plot.suffix != ".svg":
+        raise UsageError(f"plot={flags.plot} is drawn as SVG; {flags.plot.with_suffix('.svg')} works")
     if flags.calibration and not flags.calibration.is_file():
         raise UsageError(f"calibration={flags.calibration} does not exist; benchmarks/calibrate.py writes such a file")
     data, classes = data_of(flags, name)
@@ -92,7 +94,7 @@ def plan(words: list[str]) -> None:
     device = gpu(flags.gpu)
     rates = assumed(device, config.engine.precision, flags.network_gbits / 8 * 1e9)
     if flags.calibration:
-        rates = calibrated(rates, flags.calibration, config.engine.precision)
+        rates = calibrated(rates, flags.calibration, config.engine.precision, device)
     cluster = Cluster(
         device, flags.nodes, flags.gpus_per_node, flags.price_per_gpu_hour, flags.storage_gbytes * 1e9, flags.node_mtbf_hours
     )  # fmt: skip
@@ -113,7 +115,11 @@ def data_of(flags: PretrainPlan | FinetunePlan, name: str) -> tuple[Data, int]:
     if any(flags.config.datasets):
         from data_tools.dataset import Dataset  # a third of a second to import
         from vitscale.mixture import Mixture
+        from vitscale.unindexed import named_tars
 
+        if named_tars(flags.config.datasets):
+            told = "`vitscale data index` makes one; without --data, --samples and --image-bytes tell as much"
+            raise UsageError(f"data={' '.join(flags.config.datasets)} has no index, which a plan reads; {told}")
         parts = [Dataset.open(path, check_shards=False) for path in flags.config.datasets]
         mixture = Mixture(parts)
         samples, classes = mixture.num_samples, mixture.num_classes

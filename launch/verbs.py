@@ -80,6 +80,7 @@ def finetune_flags(words: list[str]) -> FinetuneFlags:
 def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> None:
     """Starts or resumes a run on this machine and waits for its end."""
     from launch.local import run_to_end, visible_gpus
+    from vitscale.check import check_on_cpu
     from vitscale.resolve import resolve
     from vitscale.run import locked
     from vitscale.status import status
@@ -91,6 +92,8 @@ def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> Non
     need("torch", "deepspeed", "safetensors")
     nproc = nproc or max(1, gpus)
     config = resolve(asked, nproc)
+    if not gpus:
+        check_on_cpu(config.engine)
     run = Path(config.out)
     with locked(run) as lock:
         (run / "stop").unlink(missing_ok=True)  # who starts a run wants it to go on

@@ -12,7 +12,7 @@ def planted(folder: Path, what: str, *steps: int, rank: int = 0, times: int = 1)
 
     Args:
         folder: for the marks of what has happened.
-        what: nan, spike (at each of the steps), flip, error, memory, late record, or the name of a signal.
+        what: nan, spike (at each of the steps), flip, error, memory, memory in evaluation, late record, or the name of a signal.
         steps: at which, counted from 1.
         times: how often in the whole run, over all its starts.
     """

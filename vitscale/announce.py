@@ -6,8 +6,8 @@ from data_tools.cache import cache_advice
 from vitscale import checkpoint
 from vitscale.config import TrainConfig, ViTConfig, grad_accum_steps
 from vitscale.evaluate import Evaluation
-from vitscale.flops import measured_flops, peak_flops, train_flops
-from vitscale.metrics import Metrics, counted
+from vitscale.flops import measured_flops, peak_flops
+from vitscale.metrics import counted
 from vitscale.mixture import Mixture
 from vitscale.timeline import Span, Timeline
 from vitscale.unindexed import Tars
@@ -27,7 +27,7 @@ def headline(config: TrainConfig, step: int, timeline: Timeline, world_size: int
 
 def cost_line(config: TrainConfig, span: Span, device_name: str) -> str:
     """What a step computes, and what MFU is held against."""
-    image, of = image_flops(config.model, span), (device_name, config.engine.precision)
+    image, of = span.train_flops(config.model), (device_name, config.engine.precision)
     ceilings = {"by datasheet": peak_flops(*of), "measured": measured_flops(*of)}
     known = " and ".join(f"{ceiling / 1e12:,.0f} TFLOP/s {kind}" for kind, ceiling in ceilings.items() if ceiling)
     label = f"{config.engine.precision}{', float8 products too' if config.engine.float8 else ''}"
@@ -50,33 +50,31 @@ def origin_line(source: checkpoint.Description, model: ViTConfig) -> str:
     return f"from {source.path}: {_pixels(source.model)} -> {_pixels(model)}, {grids} patches, {head}"
 
 
-def eval_line(step: int, result: Evaluation, timeline: Timeline) -> str:
+def eval_line(step: int, result: Evaluation, timeline: Timeline, *, average: bool) -> str:
     """Evaluated at the size that the weights are for, whichever they are trained at."""
     final = timeline.spans[-1].image_size
     size = f" at {final[0]}x{final[1]} pixels" if timeline.at_step(step - 1).image_size != final else ""
     skipped = f", {result.skipped} unreadable" if result.skipped else ""
     skipped += f", {result.removed} removed" if result.removed else ""
     scores = f"top-1 {result.top1:.2%}  top-5 {result.top5:.2%}  loss {result.loss:.4f}"
-    return f"step {step} held out{size}: {scores}  ({result.samples} samples{skipped})"
+    of = ", of the average of the weights" if average else ""
+    return f"step {step} held out{size}{of}: {scores}  ({result.samples} samples{skipped})"
 
 
-def say_of_data(metrics: Metrics, dataset: Mixture | Tars, config: TrainConfig, step: int, samples_seen: int) -> None:
-    """Warnings, what the cache holds, and the overlays in use, which may be others at the next start."""
-    for component in dataset.components:
-        if component.path_hides_overlays:
-            metrics.say(f"warning: {component.path} is on the web, where overlays are not seen: what one removes is trained on")
+def data_warnings(dataset: Mixture | Tars, config: TrainConfig) -> list[str]:
+    """What is not seen of the data, and what the cache cannot hold."""
+    unseen = [component.path for component in dataset.components if component.path_hides_overlays]
+    said = [f"warning: {path} is on the web, where overlays are not seen: what one removes is trained on" for path in unseen]
     if config.cache_bytes and isinstance(dataset, Mixture):
-        for said in cache_advice(config.cache_bytes, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1):
-            metrics.say(said)
-    if names := [name for component in dataset.components for name in component.overlay.names]:
-        relabelled = sum(len(component.overlay.samples) for component in dataset.components)
-        line = {"step": step, "samples_seen": samples_seen, "overlays": names}
-        metrics.log(line, f"overlays: {relabelled:,} samples relabelled, {dataset.num_removed:,} removed")
+        said += cache_advice(config.cache_bytes, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1)
+    return said
 
 
-def image_flops(model: ViTConfig, span: Span) -> int:
-    """Of an image of a span, forward and backward."""
-    return train_flops(replace(model, image_size=span.image_size))
+def overlays_in_use(dataset: Mixture | Tars) -> tuple[list[str], str]:
+    """Their names, and what they do; others may be there at the next start."""
+    relabelled = sum(len(component.overlay.samples) for component in dataset.components)
+    names = [name for component in dataset.components for name in component.overlay.names]
+    return names, f"overlays: {relabelled:,} samples relabelled, {dataset.num_removed:,} removed"
 
 
 def _pixels(model: ViTConfig) -> str:

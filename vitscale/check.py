@@ -11,11 +11,17 @@ from typing import Any
 from vitscale.config import ConfigError, EngineConfig, Phase, TrainConfig, ViTConfig, flatten, grad_accum_steps
 from vitscale.timeline import parts_of
 
+# Of DeepSpeed's settings those that the engine and plans reckon with, and the least that each may be
+COUNTS = {
+    "reduce_bucket_size": 1, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+    "stage3_param_persistence_threshold": 0,
+}  # fmt: skip
 # What DeepSpeed's config may not be given through `engine.deepspeed`, and what to do instead.
 DEEPSPEED_OURS = {
     "zero_optimization.stage": "use --engine.zero-stage",
     "zero_optimization.offload_optimizer": "the optimizer's state stays on the devices",
     "zero_optimization.offload_param": "the weights stay on the devices",
+    "zero_optimization.round_robin_gradients": "partitions lie in the order of parameters",
     "zero_optimization.compute_grad_norm": "the norm tells whether a step is left out",
     "train_batch_size": "use --global-batch-size",
     "train_micro_batch_size_per_gpu": "use --micro-batch-size",
@@ -42,8 +48,15 @@ def check_config(config: TrainConfig, world_size: int) -> None:
     _check_batch(config.global_batch_size, config.micro_batch_size, world_size, config.mix.is_on)
     _check_phases(config, world_size)
     check_engine(config.engine)
-    if not isinstance(config.engine.deepspeed.get("zero_optimization", {}), dict):
+    zero = config.engine.deepspeed.get("zero_optimization", {})
+    if not isinstance(zero, dict):
         raise ConfigError("engine.deepspeed sets zero_optimization to something else than a mapping; use --engine.zero-stage")
+    for name, least in COUNTS.items():
+        value = zero.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or value < least:
+            raise ConfigError(
+                f"engine.deepspeed sets zero_optimization.{name}={value}, no whole number of at least {least}; 50000000 works"
+            )
     for name in flatten(config.engine.deepspeed):
         for ours, instead in DEEPSPEED_OURS.items():
             if f"{name}.".startswith(f"{ours}."):
@@ -80,7 +93,7 @@ def check_classes(config: TrainConfig, of_dataset: int) -> int:
 def check_engine(engine: EngineConfig) -> None:
     """What cannot be computed anywhere; what a device cannot `compute.prepare` says itself. Raises ConfigError."""
     if engine.precision == "bf16" and engine.zero_stage == 0:
-        raise ConfigError("precision=bf16 with zero_stage=0 has no fp32 gradient accumulation in DeepSpeed; --engine.zero-stage 1 has")
+        raise ConfigError("precision=bf16 with zero_stage=0 has no fp32 sums of gradients; --engine.zero-stage 1 has")
     if engine.checkpoint_keeps != "nothing" and not engine.checkpoint_every_n_blocks:
         raise ConfigError(
             f"checkpoint_keeps={engine.checkpoint_keeps} does nothing with checkpoint_every_n_blocks=0; 1 checkpoints every block"
@@ -98,6 +111,14 @@ def check_engine(engine: EngineConfig) -> None:
         raise ConfigError(f"float8 with precision={engine.precision}: what is not in float8 is in bf16; --engine.precision bf16")
     if engine.float8 and engine.compile == "none":
         raise ConfigError("float8 with compile=none is several times slower than bf16; --engine.compile blocks")
+
+
+def check_on_cpu(engine: EngineConfig) -> None:
+    """What a machine without a GPU cannot compute. Raises ConfigError."""
+    if engine.compile == "graphs":
+        raise ConfigError("compile=graphs records CUDA graphs, and there is no GPU here; compile=blocks works on a CPU")
+    if engine.float8:
+        raise ConfigError("float8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), and this is a CPU; leave it out")
 
 
 def check_model(model: ViTConfig) -> None:

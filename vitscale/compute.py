@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vitscale.check import check_on_cpu
 from vitscale.config import ConfigError, EngineConfig, ViTConfig
 from vitscale.model import ViT
 
@@ -25,7 +26,7 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }  # fmt: skip
 FLOAT8_LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-_GRAPHS = 32  # compiled forms of a block: its training forms by what is left out of a batch, evaluation, and each again at other sizes
+_FORMS = 32  # compiled forms of a block: its training forms by what is left out of a batch, evaluation, and each again at other sizes
 
 Capability = tuple[int, int]  # of a CUDA device: (9, 0) is Hopper
 
@@ -38,13 +39,15 @@ def prepare(model: ViT, config: EngineConfig, device: torch.device, *, micro_bat
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if capability is None:
+        check_on_cpu(config)
+    elif config.float8:
+        check_float8(capability)
     how = config.compilation(capability is not None)
-    check_graphs(how, capability)
     order = attention_order(config.attention, capability, model.config.width // model.config.num_heads, dtype, _is_biased(model.config))
     attention.enter_context(sdpa_kernel([BACKENDS[name] for name in order], set_priority=True))
     words = [f"attention by {_attention_used(config.attention, order, model.config, device, dtype, micro_batch_size)}"]
     if config.float8:
-        check_float8(capability, how)
         words.append(f"{to_float8(model)} linear layers of the inner blocks in float8")
     if how != "none":
         compile_blocks(model, graphs=how == "graphs")
@@ -120,12 +123,6 @@ def _is_biased(model: ViTConfig) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def check_graphs(how: str, capability: Capability | None) -> None:
-    """Raises ConfigError where there is nothing to record CUDA graphs of."""
-    if how == "graphs" and capability is None:
-        raise ConfigError("compile=graphs records CUDA graphs, and there is no GPU here; compile=blocks works on a CPU")
-
-
 def compile_blocks(model: ViT, *, graphs: bool = False, backend: str = "inductor") -> None:
     """Compiles the forward pass of each block; as attributes of modules compiled functions stay out of names and checkpoints.
 
@@ -133,7 +130,7 @@ def compile_blocks(model: ViT, *, graphs: bool = False, backend: str = "inductor
     that nobody else holds as a parameter's `.grad` without a copy, and that outlives the micro-batch where gradients accumulate, so each is
     copied out first: 4 bytes a parameter of traffic in bf16. Nothing else of a block outlives its micro-batch.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPHS)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _FORMS)
     for block in model.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, mode="reduce-overhead" if graphs else None, backend=backend)
         if graphs:
@@ -180,15 +177,13 @@ class Compiling:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def check_float8(capability: Capability | None, how: str) -> None:
-    """Raises ConfigError where float8 products would be slower than bf16 ones, or not there at all."""
-    if capability is None or capability < (8, 9):
-        here = "a CPU" if capability is None else f"a GPU of compute capability {capability[0]}.{capability[1]}"
+def check_float8(capability: Capability) -> None:
+    """Raises ConfigError where a GPU has no float8 products."""
+    if capability < (8, 9):
+        here = f"one of compute capability {capability[0]}.{capability[1]}"
         raise ConfigError(
             f"float8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), and this is {here}; leave it out"
         )
-    if how == "none":
-        raise ConfigError("float8 without compiled blocks is several times slower than bf16; --engine.compile blocks")
 
 
 def to_float8(model: ViT, *, emulate: bool = False) -> int:

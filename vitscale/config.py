@@ -329,7 +329,7 @@ class EngineConfig:
     """The kernel that attends; auto takes cuDNN's before Flash on Hopper and B200, and tells which it is."""
     compile: Literal["auto", "none", "blocks", "graphs"] = "auto"
     """blocks: torch.compile of each block. graphs: recorded into CUDA graphs too, for micro-batches so small that launches count. auto:
-    blocks on a GPU under ZeRO 0 to 2. What was compiled is kept in TORCHINDUCTOR_CACHE_DIR."""
+    blocks on a GPU under ZeRO 0 to 2 and with float8. What was compiled is kept in TORCHINDUCTOR_CACHE_DIR."""
     float8: bool = False
     """Multiply in float8 in the linear layers of the inner blocks; bf16 on compiled blocks, Ada, Hopper or later, and torchao needed."""
     deepspeed: Annotated[dict[str, Any], _JSON] = field(default_factory=dict)
@@ -344,10 +344,10 @@ class EngineConfig:
         """What `compile` means on a device.
 
         A CPU gains little, and needs a C++ compiler for it. Under ZeRO-3 compiled blocks give the same losses, but have their weights
-        gathered a block at a time, which nobody has timed: there they must be asked for.
+        gathered a block at a time, which nobody has timed: there they must be asked for, or float8, which is slower than bf16 without.
         """
         if self.compile == "auto":
-            return "blocks" if on_gpu and self.zero_stage < 3 else "none"
+            return "blocks" if on_gpu and (self.zero_stage < 3 or self.float8) else "none"
         return self.compile
 
 

@@ -88,11 +88,11 @@ class End:
 
 
 class Ended(Exception):  # noqa: N818 - an end, not an error
-    """What ends a start on purpose, on all ranks alike."""
+    """What ends a start on purpose: on all ranks alike, or on one `alone`, which then tells of it itself."""
 
-    def __init__(self, cause: Cause, words: str, *, signal: str = "", bad_nodes: tuple[str, ...] = ()) -> None:
+    def __init__(self, cause: Cause, words: str, *, signal: str = "", bad_nodes: tuple[str, ...] = (), alone: bool = False) -> None:
         super().__init__(words)
-        self.cause, self.words, self.signal, self.bad_nodes = cause, words, signal, bad_nodes
+        self.cause, self.words, self.signal, self.bad_nodes, self.alone = cause, words, signal, bad_nodes, alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -105,6 +105,11 @@ def end_of_this_rank(error: BaseException, *, start: int, step: int, stood_still
     place = this_place()
     named = (error.signal, error.bad_nodes) if isinstance(error, Ended) else ("", ())
     return End(cause_of(error), words_of(error), start, place.rank, place.node, this_host(), time.time(), step, *named, stood_still)
+
+
+def is_its_own(error: BaseException) -> bool:
+    """Whether an end is one rank's to tell. What all have to say rank 0 tells; nodes that are to be left out each of them does."""
+    return not isinstance(error, Ended) or error.alone or bool(error.bad_nodes)
 
 
 def write_end(run: Path, end: End) -> None:

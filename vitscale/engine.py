@@ -8,8 +8,8 @@ optimizer's moments, and our average, are tensors of the same shape. `_fragment`
 tensor of this rank; everything that reads or writes state goes through it, so that no stage is a special case further up. Loading and
 saving are local to a rank; reading a whole tensor is a collective.
 
-Gradients are averaged over ranks and micro-batches and clipped by DeepSpeed. Micro-batches add up in fp32; gradients are sent in the
-precision that they are computed in.
+Gradients are averaged over ranks and micro-batches and clipped: by DeepSpeed but for stage 1, where `Gradients` averages over ranks, and
+stage 0, where the engine clips. Micro-batches add up in fp32; gradients are sent in the precision that they are computed in.
 
 Stage 1 is `stage_1_and_2` in bf16 too, which is told that gradients accumulate in bf16. Told fp32 DeepSpeed would take `BF16_Optimizer`,
 which keeps whole fp32 gradients even where a step has one micro-batch, and passes over all of them some ten times a step. `Gradients` does
@@ -43,24 +43,42 @@ from deepspeed.utils import logger as deepspeed_logger
 from vitscale import compute
 from vitscale.checkpoint import AVERAGE, WEIGHT
 from vitscale.config import EngineConfig, OptimizerConfig
+from vitscale.exchange import Exchange, cut
 from vitscale.gradients import Gradients, flatten
 from vitscale.model import ViT
-from vitscale.muon import Exchange, Muon, Updates, cut, is_muons, num_parts
+from vitscale.muon import Muon, Updates, is_muons, num_parts
 from vitscale.optim import build_optimizer
 from vitscale.rendezvous import ARRIVAL, join
-from vitscale.timing import Clock, Waited, ring_bytes
+from vitscale.timing import Clock, Waited
+from vitscale.traffic import Kind, ring_bytes
 from vitscale.zero import bucket_elements, deepspeed_config
+
+
+def _replace(of: Any, name: str, function: Callable[..., Any]) -> None:
+    """Puts a function of ours in the place of one of DeepSpeed's, which must be there: another name would keep its own."""
+    if not hasattr(of, name):
+        raise RuntimeError(
+            f"deepspeed {deepspeed.__version__} has no {of}.{name}, which this version of vitscale replaces; 0.19.8 is known"
+        )
+    setattr(of, name, function)
+
 
 # DeepSpeed takes norms of copies of gradients in float64; torch's `clip_grad_norm_` takes them in fp32, which errs by 1e-7
 for _stage in (stage_1_and_2, stage3):
-    _stage.get_norm_dtype = lambda: torch.float32
+    _replace(_stage, "get_norm_dtype", lambda: torch.float32)
 
-# DeepSpeed's collectives, and which of their arguments is all that they carry
-_COLLECTIVES = {
-    "all_reduce": (0, "tensor"), "reduce": (0, "tensor"), "broadcast": (0, "tensor"), "all_gather": (0, "tensor_list"),
-    "all_gather_into_tensor": (0, "output_tensor"), "all_gather_coalesced": (0, "output_tensors"), "reduce_scatter": (1, "input_list"),
-    "reduce_scatter_tensor": (1, "input_tensor"), "all_to_all_single": (1, "input"),
-}  # fmt: skip
+# DeepSpeed's collectives: their kind, and which of their arguments is all that they carry
+_COLLECTIVES: dict[str, tuple[Kind, int, str]] = {
+    "all_reduce": ("all-reduce", 0, "tensor"),
+    "reduce": ("reduce-scatter", 0, "tensor"),
+    "broadcast": ("all-gather", 0, "tensor"),
+    "all_gather": ("all-gather", 0, "tensor_list"),
+    "all_gather_into_tensor": ("all-gather", 0, "output_tensor"),
+    "all_gather_coalesced": ("all-gather", 0, "output_tensors"),
+    "reduce_scatter": ("reduce-scatter", 1, "input_list"),
+    "reduce_scatter_tensor": ("reduce-scatter", 1, "input_tensor"),
+    "all_to_all_single": ("all-to-all", 1, "input"),
+}
 
 # (name, kind, start, length) -> that stretch of the flattened tensor, fp32
 Read = Callable[[str, str, int, int], Tensor]
@@ -131,18 +149,13 @@ class Engine:
         name_of = {parameter: name for name, parameter in self.parameters.items()}
         groups = [[name_of[parameter] for parameter in group["params"]] for group in torchs.param_groups]
         in_order = [self.parameters[name] for names in groups for name in names]
+        # Before DeepSpeed has hooks of its own, which take gradients as ours leave them
         self._gradients = Gradients(in_order, self.dtype, dist.get_world_size()) if self.stage == 1 else None
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=torchs, config=settings)
         self._zero = self.deepspeed.optimizer  # ZeRO's wrapper; under stage 0 torch's optimizer itself
-        if self.stage == 1:
-            self._zero.flatten = flatten
-        if self.stage in (1, 2):
-            self._zero.check_overflow = lambda **_: None  # the norm tells, which it looks at as well
         self._optimizer: torch.optim.Optimizer = self._zero if self.stage == 0 else self._zero.optimizer
-        if self.stage in (1, 2) and self.dtype == torch.float32:  # DeepSpeed would hold a rank's part twice, and copy it at each step
-            for flat, parts in zip(self._flat_weights(), self._zero.parallel_partitioned_bit16_groups, strict=True):
-                flat.data = parts[dist.get_rank()]
-            self._zero._link_all_hp_params()  # lets go of where they were
+        if self.stage in (1, 2):
+            self._adapt()
         # DeepSpeed made its fp32 weights from the model's bf16 copies; they should be what the model was given
         self._fill(WEIGHT, lambda name, _, start, length: exact[name][start : start + length])
         if isinstance(self._optimizer, Muon):
@@ -150,6 +163,16 @@ class Engine:
         self._averages = [flat.detach().clone() for flat in self._flat_weights()] if self.average_decay else []
         self._average_of = {id(flat): average for flat, average in zip(self._flat_weights(), self._averages, strict=False)}
         self._untimed = _time_collectives(clock) if clock else lambda: None
+
+    def _adapt(self) -> None:
+        """What DeepSpeed's stages 1 and 2 would pass over once more, and need not."""
+        if self.stage == 1:
+            _replace(self._zero, "flatten", flatten)
+        _replace(self._zero, "check_overflow", lambda **_: None)  # the norm tells, which it looks at as well
+        if self.dtype == torch.float32:  # it would hold a rank's part of the weights twice, and copy it at each step
+            for flat, parts in zip(self._flat_weights(), self._zero.parallel_partitioned_bit16_groups, strict=True):
+                flat.data = parts[dist.get_rank()]
+            self._zero._link_all_hp_params()  # lets go of where they were
 
     # -- training ---------------------------------------------------------------------------------------------------------------------
 
@@ -290,14 +313,15 @@ class Engine:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Within it the model is in evaluation mode, and computes with the average of its weights where one is kept. A collective."""
+        """Within it the model is in evaluation mode, and computes with the average of its weights where one is kept. A collective.
+
+        What is raised in it ends the engine's use: on one rank alone a collective would meet others' of another kind.
+        """
         self.deepspeed.eval()
         self._exchange_averages()
-        try:
-            yield
-        finally:
-            self._exchange_averages()
-            self.deepspeed.train()
+        yield
+        self._exchange_averages()
+        self.deepspeed.train()
 
     def _exchange_averages(self) -> None:
         """Lets weights and averages, where they are kept, change places, and the model compute with what the weights are then."""
@@ -320,9 +344,9 @@ class Engine:
         shares: list[dict[str, tuple[int, int]]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, self.shares())
         of_flat: dict[int, list[str]] = {}  # by the place of the flat tensor that they lie in; without ZeRO, by that of the group
-        for place, name in ((place, name) for place, names in enumerate(groups) for name in names):
+        for group, name in ((group, name) for group, names in enumerate(groups) for name in names):
             if "momentum_buffer" in self.moments[name]:
-                place = self._zero.grad_position[self._zero.get_param_id(self.parameters[name])][0] if self.stage == 3 else place
+                place = self._zero.grad_position[self._zero.get_param_id(self.parameters[name])][0] if self.stage == 3 else group
                 of_flat.setdefault(place, []).append(name)
         exchanges = {}
         for place, names in of_flat.items():
@@ -333,7 +357,7 @@ class Engine:
                 tensor, everywhere = (index, True) if self.stage == 0 else (0, False)
                 matrices += cut(self.shapes[name], num_parts(name), held, everywhere=everywhere, tensor=tensor, begin=begin)
             first = self.parameters[names[0]] if self.stage == 0 else self._flat_weights()[place]
-            exchanges[id(first)] = Exchange(matrices)
+            exchanges[id(first)] = Exchange(matrices, dist.get_rank(), deepspeed.comm.all_to_all_single)
         return lambda weights, directions: exchanges[id(weights[0])](weights, directions)
 
     def _flat_weights(self) -> list[Tensor]:
@@ -378,8 +402,8 @@ def _time_collectives(clock: Clock) -> Callable[[], None]:
     """Tells a clock of the collectives that DeepSpeed makes, and of its waiting for its side streams; returns what ends that."""
     backend = deepspeed.comm.comm.cdb
 
-    def timed(name: str, collective: Callable[..., Any], place: int, argument: str) -> Callable[..., Any]:
-        each = ring_bytes(name, 1, dist.get_world_size())  # of a byte; DeepSpeed's groups are all of the world here
+    def timed(name: str, collective: Callable[..., Any], kind: Kind, place: int, argument: str) -> Callable[..., Any]:
+        each = ring_bytes(kind, 1, dist.get_world_size())  # of a byte; DeepSpeed's groups are all of the world here
 
         def call(*args: Any, **options: Any) -> Any:
             carried = options[argument] if argument in options else args[place]

@@ -4,6 +4,7 @@ Peaks are dense (half of what sheets print "with sparsity"), links count one dir
 maker's own system of eight, for one GPU. What a large matrix product was measured to reach is below the peak on every GPU: `reached`.
 """
 
+import re
 from dataclasses import dataclass
 
 from vitscale.config import ConfigError
@@ -19,7 +20,7 @@ class GPU:
     name: str
     """On the command line."""
     device: tuple[str, ...]
-    """Pieces of the name that CUDA gives it."""
+    """Words of the name that CUDA gives it."""
     memory: float
     """Bytes."""
     bandwidth: float
@@ -81,6 +82,7 @@ GPUS = (
     _gpu("b200", "B200", 180, 8.0, 2250, 4500, 80, 1800, 400, 1000, "NVIDIA Blackwell architecture technical brief; DGX B200 data sheet"),
     _gpu("h200", "H200", 141, 4.8, 989, 1979, 67, 900, 400, 700, "NVIDIA H200 data sheet (SXM); DGX H200 data sheet", reached=790),
     _gpu("h100-pcie", "H100 PCIe", 80, 2.0, 756, 1513, 51, 128, 200, 350, "NVIDIA H100 data sheet (PCIe, without NVLink bridges)"),
+    _gpu("h100-nvl", "H100 NVL", 94, 3.9, 835, 1671, 60, 600, 200, 400, "NVIDIA H100 data sheet (NVL, bridged in pairs)"),
     _gpu("h100", "H100", 80, 3.35, 989, 1979, 67, 900, 400, 700, "NVIDIA H100 data sheet (SXM); DGX H100 data sheet"),
     _gpu("a100-40", "A100 40GB", 40, 1.555, 312, None, 19.5, 600, 200, 400, "NVIDIA A100 data sheet (SXM); DGX A100 data sheet"),
     _gpu("a100", "A100", 80, 2.039, 312, None, 19.5, 600, 200, 400, "NVIDIA A100 data sheet (SXM); DGX A100 data sheet"),
@@ -99,4 +101,5 @@ def gpu(name: str) -> GPU:
 
 def gpu_of(device_name: str) -> GPU | None:
     """The GPU that CUDA gives this name, as in "NVIDIA H100 80GB HBM3"; None where the table does not have it."""
-    return next((one for one in GPUS if all(piece in device_name for piece in one.device)), None)
+    words = re.split(r"[\s-]+", device_name)
+    return next((one for one in GPUS if all(piece in words for piece in one.device)), None)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 UInt64 = npt.NDArray[np.uint64]
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _ROUNDS = 8  # half-rounds of the Feistel network; tests/vitscale/test_keyed.py holds the distribution to account
@@ -41,7 +41,7 @@ def mix(values: npt.ArrayLike) -> UInt64:
     """A well-mixed 64-bit number for each of `values` (a bijection on 64-bit numbers)."""
     x = np.asarray(values, dtype=np.uint64)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        x = x + _GOLDEN
+        x = x + GOLDEN
         x = (x ^ (x >> np.uint64(30))) * _MIX_1
         x = (x ^ (x >> np.uint64(27))) * _MIX_2
     return x ^ (x >> np.uint64(31))

@@ -7,7 +7,7 @@ and SGD are torch's fused ones, which need no room of their own.
 
 Bytes a parameter, N ranks, m moments (2 of AdamW), average included where one is kept (a):
     stage 0, fp32   weights 4, gradients 4, optimizer 4m, average 4a
-    stage 1, bf16   weights 2, gradients 2, and 4 where micro-batches add up (`engine.Gradients`), optimizer (4 + 4m)/N, average 4a/N
+    stage 1, bf16   weights 2, gradients 2, and 4 where micro-batches add up (`gradients.Gradients`), optimizer (4 + 4m)/N, average 4a/N
     stage 2, bf16   weights 2, gradients 4/N, optimizer (4 + 4m)/N, average 4a/N
     stage 3, bf16   weights 2/N, gradients 4/N, optimizer (4 + 4m)/N, average 4a/N, and the weights gathered at the time
 In fp32 the weights under stages 1 and 2 are the masters: optimizer 4m/N.
@@ -215,7 +215,7 @@ def moments(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -> Ite
 
 
 def exchange_bytes(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -> int:
-    """What Muon's update holds for a moment (`muon.Exchange`), of a rank's part of the matrices, taken to be an N-th where ZeRO cuts them.
+    """What Muon's update holds for a moment (`exchange.py`), of a rank's part of the matrices, taken to be an N-th where ZeRO cuts them.
 
     Directions and updates in fp32; in bf16 on a GPU what is sent, what arrives, the whole matrices and their updates; and of those that are
     orthogonalised at once (`ORTHOGONALIZED` elements) their stack, itself scaled, the product that is added to it, and the sum.

@@ -136,8 +136,8 @@ def what_bounds(shares: Mapping[str, float], workers: int = 0, images_per_second
             words += f"; {counted(workers, 'worker')} a rank give {each:,.0f} img/s each, and some {enough} would keep up"
         return words
     return {
-        "communication": f"waits for other ranks {part:.0%} of the time: more images a rank and step or ZeRO 1 in place of 2 or 3 send "
-        "less, and `vitscale doctor` measures whether a rank or a link is slow",
+        "communication": f"waits for other ranks {part:.0%} of the time: more images a rank and step send less for each, and so does "
+        "ZeRO 1 than 2 or 3; the line `preflight` in the run's log tells the link's speed",
         "host": f"waits for Python {part:.0%} of the time: a larger --micro-batch-size, or a larger --log-every",
         "checkpoint": f"stands still for checkpoints {part:.0%} of the time: a larger --checkpoint-every",
     }[most]

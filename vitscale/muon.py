@@ -4,7 +4,7 @@ The momentum and its orthogonalisation are Keller Jordan's (kellerjordan.github.
 section 2.2): an update has the root mean square of AdamW's, so that AdamW's learning rate and weight decay carry over.
 
 ZeRO hands an optimizer flat partitions, in which a matrix is cut wherever a rank's part ends. Momentum is elementwise and does not care;
-for the rest `Exchange` brings each matrix together on one rank and its update back to those who hold it, in two all-to-alls a group.
+the rest is `exchange.py`'s, which the engine puts in the place of `updates`.
 DeepSpeed 0.19.8 has a Muon too. It is not used: stages 1 to 3 of fp32 orthogonalise before they take the norm and clip, so that clipping
 shrinks the update instead of the gradient, while its stage 1 in bf16 clips first; every rank that holds a piece of a matrix does the
 whole matrix's work; and its orthogonalisation is one of the stacked q, k and v.
@@ -12,10 +12,9 @@ whole matrix's work; and its orthogonalisation is one of the stacked q, k and v.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vitscale.flops import NEWTON_SCHULZ_STEPS, ORTHOGONALIZED
@@ -24,28 +23,6 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that pushes singular
 
 # Of a group's tensors, the updates that their directions give
 Updates = Callable[[Sequence[Tensor], Sequence[Tensor]], list[Tensor]]
-
-
-class Stretch(NamedTuple):
-    """Elements [start, start + length) of a flattened matrix."""
-
-    start: int
-    length: int
-
-
-class Matrix(NamedTuple):
-    """A matrix that is updated as one: a weight, or one of q, k and v."""
-
-    rows: int
-    columns: int
-    held: list[Stretch]
-    """By rank; adjacent, in order, and all of it."""
-    wanted: list[Stretch]
-    """By rank, of its update: what the rank holds, which without ZeRO is everything."""
-    tensor: int
-    """Which of the group's tensors it lies in on this rank,"""
-    begin: int
-    """and where in it the matrix begins, or would: what lies before its first element here may be another matrix's."""
 
 
 def num_parts(name: str) -> int:
@@ -127,75 +104,3 @@ class Muon(torch.optim.AdamW):
         split = [part for w, d in zip(weights, directions, strict=True) for part in d.to(work_dtype(d.device)).chunk(self._parts[w])]
         done = iter(updates_of(split))
         return [torch.cat([next(done) for _ in range(self._parts[weight])]) for weight in weights]
-
-
-class Exchange:
-    """The updates of a group whose matrices are spread over ranks. Collective: each rank must call it for the same groups in one order."""
-
-    def __init__(self, matrices: list[Matrix]) -> None:
-        self._matrices, self._rank, ranks = matrices, dist.get_rank(), dist.get_world_size()
-        self._owners = choose_owners(matrices)
-        self._mine = [matrix for matrix, owner in zip(matrices, self._owners, strict=True) if owner == self._rank]
-        self._by_owner = [[matrix for matrix, owner in zip(matrices, self._owners, strict=True) if owner == rank] for rank in range(ranks)]
-
-    def __call__(self, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> list[Tensor]:
-        """The updates that a group's directions give. Collective."""
-        me, ranks = self._rank, range(len(self._by_owner))
-        dtype = work_dtype(directions[0].device)
-        flat = [direction.to(dtype).view(-1) for direction in directions]
-        # To each owner what this rank holds of its matrices; from each rank what it holds of mine
-        send = [[flat[m.tensor][m.begin + m.held[me].start :][: m.held[me].length] for m in theirs] for theirs in self._by_owner]
-        pieces = _all_to_all(send, [[m.held[rank].length for m in self._mine] for rank in ranks], flat[0])
-        whole = [torch.cat([pieces[rank][k] for rank in ranks]).view(m.rows, m.columns) for k, m in enumerate(self._mine)]
-        done = [update.reshape(-1) for update in updates_of(whole)]
-        # And back
-        send = [
-            [update[m.wanted[rank].start :][: m.wanted[rank].length] for m, update in zip(self._mine, done, strict=True)] for rank in ranks
-        ]
-        pieces = _all_to_all(send, [[m.wanted[me].length for m in theirs] for theirs in self._by_owner], flat[0])
-        updates = [torch.zeros_like(direction) for direction in directions]
-        for theirs, of_owner in zip(self._by_owner, pieces, strict=True):
-            for m, piece in zip(theirs, of_owner, strict=True):
-                updates[m.tensor].view(-1)[m.begin + m.wanted[me].start :][: len(piece)].copy_(piece)
-        return updates
-
-
-def cut(shape: Sequence[int], parts: int, shares: Sequence[tuple[int, int]], *, everywhere: bool, tensor: int, begin: int) -> list[Matrix]:
-    """The matrices of a weight of which ranks hold these (start, length), or have these to send where each holds it `everywhere`.
-
-    Args:
-        tensor: which of the group's tensors the weight lies in on this rank,
-        begin: and where in it, as in `Matrix`.
-    """
-    rows, columns = shape[0] // parts, shape[1]
-    size = rows * columns
-    matrices = []
-    for first in range(0, parts * size, size):
-        ends = [(max(start, first), min(start + length, first + size)) for start, length in shares]
-        held = [Stretch(low - first, high - low) if low < high else Stretch(0, 0) for low, high in ends]
-        wanted = [Stretch(0, size)] * len(shares) if everywhere else held
-        matrices.append(Matrix(rows, columns, held, wanted, tensor, begin + first))
-    return matrices
-
-
-def choose_owners(matrices: Sequence[Matrix]) -> list[int]:
-    """The rank that orthogonalises each matrix: of those that hold most of it the one with the least to do. The same on every rank."""
-    load = [0] * len(matrices[0].held)
-    owners = [0] * len(matrices)
-    cost = [m.rows * m.columns * min(m.rows, m.columns) for m in matrices]
-    for k in sorted(range(len(matrices)), key=lambda k: -cost[k]):
-        most = max(stretch.length for stretch in matrices[k].held)
-        # The last rank's piece may be shorter by what does not divide: it holds as much as the others all the same
-        holders = [rank for rank, stretch in enumerate(matrices[k].held) if 2 * stretch.length > most]
-        owners[k] = min(holders, key=lambda rank: (load[rank], rank))
-        load[owners[k]] += cost[k]
-    return owners
-
-
-def _all_to_all(send: list[list[Tensor]], lengths: list[list[int]], like: Tensor) -> list[tuple[Tensor, ...]]:
-    """Sends a list of flat pieces to each rank, and returns those that each has sent, whose `lengths` are known."""
-    outgoing = torch.cat([like.new_empty(0), *(piece for pieces in send for piece in pieces)])
-    arriving = like.new_empty(sum(map(sum, lengths)))
-    counts = [sum(map(len, pieces)) for pieces in send]
-    dist.all_to_all_single(arriving, outgoing, [sum(of_rank) for of_rank in lengths], counts)
-    return [torch.split(of_rank, each) for of_rank, each in zip(torch.split(arriving, [sum(of) for of in lengths]), lengths, strict=True)]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vitscale.config import ViTConfig, drop_path_rows
+from vitscale.keyed import GOLDEN, mix
 
 
 class Path(NamedTuple):
@@ -85,8 +86,6 @@ def keyed_uniform(keys: npt.NDArray[np.int64], draw: npt.ArrayLike) -> npt.NDArr
     Another sequence than `keyed.uniform` draws from the same key, so what the model draws never meets what the stream draws.
     """
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        x = keys.view(np.uint64) + (np.asarray(draw, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    numbers: npt.NDArray[np.float32] = ((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+        counters = keys.view(np.uint64) + np.asarray(draw, np.uint64) * GOLDEN
+    numbers: npt.NDArray[np.float32] = (mix(counters) >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
     return numbers

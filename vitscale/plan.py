@@ -12,21 +12,23 @@ from typing import Any, Literal
 from data_tools.page import byte_size
 from vitscale.check import check_config, check_phase_ends, check_schedule
 from vitscale.config import ConfigError, Keeps, TrainConfig, ViTConfig
-from vitscale.failures import checkpoint_interval, expected_goodput, stall_seconds, write_seconds
+from vitscale.failures import SNAPSHOT_BANDWIDTH, SNAPSHOT_SOURCE, checkpoint_interval, expected_goodput, stall_seconds, write_seconds
 from vitscale.flops import checkpoint_bytes, forward_flops, parameters, train_flops
-from vitscale.gpus import Cluster
+from vitscale.gpus import NODE_MTBF_HOURS, Cluster
 from vitscale.layouts import (
     ERR,
     LEAST_EFFICIENCY,
     RESERVE,
     WORTH,
     Option,
+    Part,
     Row,
     advised,
     asked_for,
     choose,
     flags,
     knee,
+    micro_batches,
     options,
     run_flops,
     scale,
@@ -50,6 +52,8 @@ DATASETS = {
 IMAGES_A_CORE = {"exact": 1022.1, "fast": 1024.1}
 IMAGE_BYTES = 43_591
 PAPER_CORE_DAYS = {"vit-h14-jft300m": 2500, "vit-l16-jft300m": 680}  # arXiv 2010.11929, table 2
+MOST_OFF = 0.15  # of what published planners of this kind foretell from measured rates (docs/planning.md)
+MOST_OFF_ASSUMED = 0.30  # an allowance where rates are assumed
 TPU_CORE = 61.5e12  # FLOP/s in bf16: a TPUv3 chip of two cores does 123 TFLOP/s (Cloud TPU documentation, "TPU v3")
 
 
@@ -108,6 +112,7 @@ def make_plan(config: TrainConfig, cluster: Cluster, data: Data, rates: Rates) -
         raise ConfigError("model.num_classes=0 takes the dataset's number; give --data, or the number, as --model.num-classes 1000")
     if not config.steps and not data.samples:
         raise ConfigError(f"epochs={config.epochs:g} of a dataset of unknown size; give --data or --samples, or --steps")
+    micro_batches(config.global_batch_size, cluster, config.mix.is_on)  # says of a batch that cannot be shared out what works
     whole = replace(config, micro_batch_size=config.global_batch_size, schedule=replace(config.schedule, phases=()))
     check_config(whole, 1)  # all but phases, and how batches are shared out
     check_phase_ends(config.schedule.phases)
@@ -125,12 +130,12 @@ def make_plan(config: TrainConfig, cluster: Cluster, data: Data, rates: Rates) -
     rows = scale(config, cluster, rates, spans, chosen, weak=False)
     sections = {
         "model": model_figures(config.model),
-        "memory": memory_figures(config, chosen),
+        "memory": memory_figures(config, chosen, cluster),
         "traffic": traffic_figures(config, chosen, cluster, rates),
         "step": step_figures(config, chosen, cluster, rates),
         "data": data_figures(config, chosen, cluster, data),
         "checkpoints": checkpoint_figures(config, cluster, chosen.last.took),
-        "run": run_figures(config, chosen, cluster, data),
+        "run": run_figures(config, chosen, cluster, data, rates),
     }
     weak = scale(config, cluster, rates, spans, chosen, weak=True)
     said = (*layout_advice(config, cluster, found, chosen, asked, refused), *nodes_advice(cluster, rows))
@@ -151,37 +156,33 @@ def model_figures(model: ViTConfig) -> tuple[Figure, ...]:
     )
 
 
-def memory_figures(config: TrainConfig, option: Option) -> tuple[Figure, ...]:
+def memory_figures(config: TrainConfig, option: Option, cluster: Cluster) -> tuple[Figure, ...]:
     """Of the chosen layout, by kind, at its highest moment."""
-    stage, bf16, memory = option.zero_stage, config.engine.precision == "bf16", option.memory
-    w = 2 if bf16 else 4
-    whole, m = f"{w} P", len(config.optimizer.moments())
-    state = f"fp32 masters and moments: {4 + 4 * m} P / N" if stage else f"moments: {4 * m} P"
+    largest = max(option.parts, key=lambda part: part.memory.total)
+    layout, memory = _layout(option, largest, cluster), option.memory
+    stage, w, m = layout.engine.zero_stage, layout.width, len(config.optimizer.moments())
+    whole, over = f"{w} P", " / N" * (stage > 0)
+    state = f"fp32 masters and moments: {4 + 4 * m} P{over}" if layout.masters else f"moments: {4 * m} P{over}"
+    sums = "4 P summed in fp32, and " * (layout.grad_accum_steps > 1 and w < 4)
     how = {
         "weights": f"{w} P / N, and what is gathered of the others for the time" if stage == 3 else whole,
-        "gradients": "4 P / N in fp32"
-        if stage > 1
-        else f"4 P summed in fp32, and {whole} of the micro-batch, as far as the moment has them"
-        if bf16 and stage
-        else whole,
+        "gradients": "4 P / N in fp32, as far as the moment has them" if stage > 1 else f"{sums}{whole} of the micro-batch",
         "optimizer": f"{state}{', of matrices of blocks 4 fewer' * (config.optimizer.name == 'muon')}",
-        "average": f"fp32 average of the weights: 4 P{' / N' * (stage > 0)}" if config.optimizer.average_decay else "none is kept",
+        "average": f"fp32 average of the weights: 4 P{over}" if config.optimizer.average_decay else "none is kept",
         "activations": "what the backward pass still needs, and what one block's computes with",
         "buckets": "gradients on their way between GPUs, and copies of them",
-        "inputs": "images in fp32, and two micro-batches in uint8",
+        "inputs": f"{'images in fp32, and ' * (w < 4)}two micro-batches in uint8",
     }
     kinds = [Figure(kind, size, _gb(size), how[kind], "predicted") for kind, size in memory.kinds().items()]
     reserve = Figure("reserve", RESERVE, _gb(RESERVE), "CUDA context, NCCL, cuBLAS, fragmentation: an allowance", "assumed")
     total = memory.total + RESERVE
-    largest = max(option.parts, key=lambda part: part.memory.total)
     of = f" at {sides(largest.image_size)} pixels" * (len(option.parts) > 1)
     return (*kinds, reserve, Figure("peak", total, _gb(total), f"the sum, at its highest: in the {memory.moment}{of}", "predicted"))
 
 
 def traffic_figures(config: TrainConfig, option: Option, cluster: Cluster, rates: Rates) -> tuple[Figure, ...]:
     """Each collective of a step."""
-    last = option.last
-    layout = Layout(option.engine, cluster.world_size, last.micro_batch_size, last.grad_accum_steps, image_size=last.image_size)
+    layout = _layout(option, option.last, cluster)
     figures = []
     for one in collectives(config.model, config.optimizer, layout):
         sent = one.sent(layout.world_size)
@@ -259,7 +260,8 @@ def checkpoint_figures(config: TrainConfig, cluster: Cluster, took: StepTime) ->
     interval, share = checkpoint_interval(config, cluster), expected_goodput(config, cluster)
     failure = cluster.node_mtbf_hours / cluster.nodes
     every = max(1, round(interval / took.total))
-    source = "copying at 9 GB/s a rank: benchmarks/results/2026-11-22-checkpoint-h14-state-1.json, on a CPU"
+    source = f"copying at {SNAPSHOT_BANDWIDTH / 1e9:g} GB/s a rank: {SNAPSHOT_SOURCE}, on a CPU"
+    of_node = f"{cluster.node_mtbf_hours:,.0f} h of a node{' (arXiv 2407.21783)' * (cluster.node_mtbf_hours == NODE_MTBF_HOURS)} / nodes"
     return (
         Figure("checkpoint", size, _gb(size), "fp32 weights, moments and average", "exact"),
         Figure("stall", stall, f"{1e3 * stall:,.1f} ms", f"a rank's part / {source}", "predicted"),
@@ -274,7 +276,7 @@ def checkpoint_figures(config: TrainConfig, cluster: Cluster, took: StepTime) ->
             "failure",
             failure,
             f"every {failure:,.0f} h",
-            f"{cluster.node_mtbf_hours:,.0f} h of a node (arXiv 2407.21783) / nodes",
+            of_node,
             "assumed",
         ),
         Figure(
@@ -298,8 +300,10 @@ def checkpoint_figures(config: TrainConfig, cluster: Cluster, took: StepTime) ->
     )
 
 
-def run_figures(config: TrainConfig, option: Option, cluster: Cluster, data: Data) -> tuple[Figure, ...]:
+def run_figures(config: TrainConfig, option: Option, cluster: Cluster, data: Data, rates: Rates) -> tuple[Figure, ...]:
     """The whole run: sums over its parts."""
+    off = MOST_OFF if rates.measured else MOST_OFF_ASSUMED
+    why = "planners of this kind err by 4 to 15%" if rates.measured else "its rates are assumed"
     N, images, flops = cluster.world_size, sum(part.images for part in option.parts), run_flops(config.model, option)
     steps = round(sum(part.steps for part in option.parts))
     days = option.seconds / 86_400 / expected_goodput(config, cluster)
@@ -310,7 +314,7 @@ def run_figures(config: TrainConfig, option: Option, cluster: Cluster, data: Dat
         Figure("flops", flops, f"{flops:.3g} FLOP", "images x training FLOPs", "exact"),
         Figure(
             "days", days, f"{days:,.3g} days",
-            f"steps x step time / goodput; planners of this kind err by 4 to 15%, so {days * 0.85:,.3g} to {days * 1.15:,.3g}", "predicted",
+            f"steps x step time / goodput; {why}, so {days * (1 - off):,.3g} to {days * (1 + off):,.3g}", "predicted",
         ),
         Figure("gpu_days", days * N, f"{days * N:,.1f} GPU-days", f"x {N} GPUs", "predicted"),
         Figure(
@@ -323,7 +327,11 @@ def run_figures(config: TrainConfig, option: Option, cluster: Cluster, data: Dat
         figures.insert(2, Figure("epochs", epochs, f"{epochs:,.3g}", f"images / {data.samples:,} samples", "exact"))
     if cluster.price_per_gpu_hour:
         cost = days * 24 * N * cluster.price_per_gpu_hour
-        figures.append(Figure("cost", cost, f"{cost:,.0f}", f"x {cluster.price_per_gpu_hour:g} a GPU and hour", "predicted"))
+        how = (
+            f"x {cluster.price_per_gpu_hour:g} a GPU and hour, so {cost * (1 - off):,.0f} to {cost * (1 + off):,.0f}: steps, checkpoints "
+            "and failures of this one run; no evaluation, compiling, trials, storage or fine-tuning"
+        )
+        figures.append(Figure("cost", cost, f"{cost:,.0f}", how, "predicted"))
     if math.isclose(flops, paper_flops(config.recipe), rel_tol=0.01):
         paper = PAPER_CORE_DAYS[config.recipe]
         share = flops / (paper * 86_400 * TPU_CORE)
@@ -353,14 +361,16 @@ def layout_advice(
         said = [f"The config as it stands cannot be shared out there: {refused}."]
     else:
         does = f"{1e3 * asked.step_seconds:,.1f} ms a step" if asked.fits else "does not fit"
-        said = [f"The config as it stands ({_layout(asked)}) needs {_gb(asked.memory.total + RESERVE)} {room}: {does}."]
+        said = [f"The config as it stands ({_words(asked)}) needs {_gb(asked.memory.total + RESERVE)} {room}: {does}."]
+    on = f"On {cluster.nodes} node{'s' * (cluster.nodes > 1)} take"
     if chosen == asked:
-        said.append(f"On {cluster.nodes} nodes take it: no other layout that fits is faster by more than {WORTH - 1:.0%}.")
+        said.append(f"{on} it: no other layout that fits is faster by more than {WORTH - 1:.0%}.")
     else:
+        in_the_mean = " in the mean of all phases" * (len(chosen.parts) > 1)
         faster = f", {asked.step_seconds / chosen.step_seconds - 1:+.0%} in speed" if asked and asked.fits else ""
         said.append(
-            f"On {cluster.nodes} nodes take {flags(config, chosen)} ({_layout(chosen)}; {_gb(chosen.memory.total + RESERVE)} {room}): "
-            f"{1e3 * chosen.step_seconds:,.1f} ms a step{faster}, the fastest that fits."
+            f"{on} {flags(config, chosen)} ({_words(chosen)}; {_gb(chosen.memory.total + RESERVE)} {room}): "
+            f"{1e3 * chosen.step_seconds:,.1f} ms a step{in_the_mean}{faster}, the fastest that fits."
         )
     others = [o for o in found if o.zero_stage == chosen.zero_stage and o.keeps != chosen.keeps and o.fits]
     if others:
@@ -373,7 +383,9 @@ def layout_advice(
     elif third:
         warning = "Warning: the config asks for zero_stage=3. " * (config.engine.zero_stage == 3)
         less, more = chosen.memory.total - third.memory.total, third.step_seconds / chosen.step_seconds - 1
-        uncompiled = ", be compiled only where --engine.compile blocks asks for it" * (config.engine.compile == "auto")
+        uncompiled = ", be compiled only where --engine.compile blocks asks for it" * (
+            config.engine.compile == "auto" and not config.engine.float8
+        )
         nothing = more >= 0 and third.last.micro_batch_size <= chosen.last.micro_batch_size
         said.append(
             f"{warning}ZeRO 3 {'buys nothing' if nothing else 'is not needed'}, as stage {chosen.zero_stage} fits: with a micro-batch of "
@@ -400,7 +412,11 @@ def nodes_advice(cluster: Cluster, rows: Sequence[Row]) -> list[str]:
     return [f"Most for the money ({rule}): {line}."]
 
 
-def _layout(option: Option) -> str:
+def _layout(option: Option, part: Part, cluster: Cluster) -> Layout:
+    return Layout(option.engine, cluster.world_size, part.micro_batch_size, part.grad_accum_steps, image_size=part.image_size)
+
+
+def _words(option: Option) -> str:
     sizes = " then ".join(dict.fromkeys(str(part.micro_batch_size) for part in option.parts))
     return f"ZeRO {option.zero_stage}, {checkpointing(option.keeps)}, micro-batch {sizes}"
 

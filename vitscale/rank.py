@@ -25,7 +25,7 @@ def run_rank(run: Path, log: Path | None = None) -> int:
     A node's `log`, made before the start had a number, then gets its name.
     Returns the exit status: finished, stopped (saved, to be gone on with later) or failed, as `ending.py` has them.
     """
-    from vitscale.ending import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, Cause, Ended, end_of_this_rank, words_of, write_end
+    from vitscale.ending import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, Cause, Ended, end_of_this_rank, is_its_own, words_of, write_end
     from vitscale.run import newest_start
 
     place = this_place()
@@ -55,14 +55,14 @@ def run_rank(run: Path, log: Path | None = None) -> int:
         return EXIT_FINISHED
     except BaseException as error:
         print(words_of(error), file=sys.stderr, flush=True)
-        of_all = isinstance(error, Ended) and not error.bad_nodes  # of what all ranks have to say rank 0's record is enough
-        if place.rank == 0 or not of_all:
+        tells = place.rank == 0 or is_its_own(error)
+        if tells:
             with contextlib.suppress(UserError, OSError):  # nothing may be there yet to write it in
                 step, stood_still = (heartbeat.step, heartbeat.stood_still()) if heartbeat else (0, 0.0)
                 write_end(run, end_of_this_rank(error, start=newest_start(run), step=step, stood_still=stood_still))
         saved = isinstance(error, Ended) and error.cause in (Cause.SIGNAL, Cause.REQUEST)
-        # at the first rank that fails the others are killed: rank 0 alone may fail for all, once its record is written
-        return EXIT_STOPPED if saved or (of_all and place.rank > 0) else EXIT_FAILED
+        # At the first rank that fails the others are killed: where rank 0 tells for all, it alone may fail, once its record is written
+        return EXIT_STOPPED if saved or not tells else EXIT_FAILED
     finally:
         if heartbeat:
             heartbeat.close()

@@ -49,7 +49,8 @@ class Meeting:
     def ask(self, topic: str, mine: Any, decide: Callable[[list[Any]], Any], patience: timedelta) -> Any:
         """Every rank says something (JSON), rank 0 makes an answer of what all say, and all get that. All ranks must ask the same.
 
-        Raises Ended on all ranks where `decide` does, where a rank has said nothing after rank 0's `patience`, and where rank 0 went away.
+        Raises Ended on all ranks where `decide` does and where a rank has said nothing after rank 0's `patience`, and alone where rank 0
+        went away.
         """
         try:
             round_ = f"{topic}/{self.store.add(f'{topic}/asked/{self.rank}', 1)}"  # a process may ask the same again
@@ -63,7 +64,8 @@ class Meeting:
             if "ended" in answer and self.store.add(f"{round_}/heard", 1) == answer["hearers"]:
                 self.store.set(f"{round_}/all-heard", "")
         except (dist.DistNetworkError, dist.DistStoreError) as error:
-            raise Ended(Cause.LOST_PEER, f"rank {self.rank} asked of {topic} and lost rank 0 ({_first_line(error)})") from None
+            words = f"rank {self.rank} asked of {topic} and lost rank 0 ({_first_line(error)})"
+            raise Ended(Cause.LOST_PEER, words, alone=True) from None
         if "ended" in answer:
             raise Ended(Cause(answer["ended"]), answer["words"], bad_nodes=tuple(answer["bad_nodes"]))
         return answer["says"]
@@ -121,9 +123,9 @@ def _nodes() -> tuple[str, ...]:
 
 def _no_store(rank: int, where: str, nodes: Sequence[str], arrival: timedelta, error: Exception) -> NoReturn:
     if rank == 0:  # a port that another program has; the next start takes another
-        raise Ended(Cause.LOST_PEER, f"rank 0 cannot open the ranks' store at {where} ({_first_line(error)})") from None
+        raise Ended(Cause.LOST_PEER, f"rank 0 cannot open the ranks' store at {where} ({_first_line(error)})", alone=True) from None
     words = f"rank 0{f' on {nodes[0]}' if nodes else ''} was not there at {where} within {_span(arrival)} ({_first_line(error)})"
-    raise Ended(Cause.BAD_NODE if nodes else Cause.LOST_PEER, words, bad_nodes=tuple(nodes[:1])) from None
+    raise Ended(Cause.BAD_NODE if nodes else Cause.LOST_PEER, words, bad_nodes=tuple(nodes[:1]), alone=True) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 from vitscale.config import ConfigError, OptimizerConfig, ViTConfig
 from vitscale.flops import NEWTON_SCHULZ_STEPS, branch_flops, ends_flops, matrices, moment_elements, parameters, tensor_sizes
-from vitscale.gpus import GPU
+from vitscale.gpus import GPU, gpu_of
 from vitscale.memory import Layout, computed_shares
 from vitscale.traffic import Link, collectives, seconds
 
@@ -49,6 +49,8 @@ class Rates:
     """From a rank to another node."""
     source: str = ""
     """Where the figures come from, in words."""
+    measured: bool = False
+    """Whether that of products is."""
 
 
 def assumed(gpu: GPU, precision: str, network: float = 0.0) -> Rates:
@@ -67,8 +69,8 @@ def assumed(gpu: GPU, precision: str, network: float = 0.0) -> Rates:
     )
 
 
-def calibrated(rates: Rates, file: Path, precision: str) -> Rates:
-    """The rates of a file that benchmarks/calibrate.py wrote in this precision, over those assumed. Raises ConfigError."""
+def calibrated(rates: Rates, file: Path, precision: str, gpu: GPU | None = None) -> Rates:
+    """The rates of a file that benchmarks/calibrate.py wrote in this precision, on this GPU, over those assumed. Raises ConfigError."""
     try:
         found: dict[str, Any] = json.loads(file.read_text())
         told = found["rates"]
@@ -77,18 +79,22 @@ def calibrated(rates: Rates, file: Path, precision: str) -> Rates:
         }
         links: dict[str, Any] = {name: Link(*map(float, told[name])) for name in ("inside", "between") if name in told}
         measured_in = found["settings"]["precision"]
-        where = f"measured on {found['machine']['device']}, {found['date'][:10]} ({file.name})"
+        device = str(found["machine"]["device"])
+        where = f"measured on {device}, {found['date'][:10]} ({file.name})"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"calibration={file} is not what benchmarks/calibrate.py writes: {error}") from None
     measured_rates = [*figures.values(), *(link.bandwidth for link in links.values())]
-    if not figures or not all(0 < value < math.inf for value in measured_rates):
+    latencies = [link.latency for link in links.values()]
+    if not figures or not all(0 < value < math.inf for value in measured_rates) or not all(0 <= value < math.inf for value in latencies):
         raise ConfigError(f"calibration={file} holds no rates above 0; benchmarks/calibrate.py measures them")
     if measured_in != precision:
         raise ConfigError(
             f"calibration={file} was measured in {measured_in}, and the run computes in {precision}; "
             f"benchmarks/calibrate.py --precision {precision} measures that"
         )
-    return replace(rates, **figures, **links, source=f"{', '.join((*figures, *links))} {where}")
+    if (measured_on := gpu_of(device)) and gpu and measured_on != gpu:
+        raise ConfigError(f"calibration={file} was measured on {device}, and the plan is for {gpu.name}; --gpu {measured_on.name} fits it")
+    return replace(rates, **figures, **links, source=f"{', '.join((*figures, *links))} {where}", measured="products" in figures)
 
 
 @dataclass(frozen=True)

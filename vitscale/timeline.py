@@ -33,6 +33,10 @@ class Span:
         """Images a step, and those that a rank handles at once."""
         return self.global_batch_size, self.micro_batch_size
 
+    def train_flops(self, model: ViTConfig) -> int:
+        """Of one of its images, forward and backward."""
+        return train_flops(dataclasses.replace(model, image_size=self.image_size))
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -80,15 +84,11 @@ class Timeline:
 
     def images_left(self, step: int, model: ViTConfig) -> float:
         """Images to come after `step` steps, counted as so many of the last step made, by the FLOPs of each size."""
-
-        def cost(span: Span) -> int:
-            return train_flops(dataclasses.replace(model, image_size=span.image_size))
-
         left = sum(
-            max(0, end - max(step, span.first_step)) * span.global_batch_size * cost(span)
+            max(0, end - max(step, span.first_step)) * span.global_batch_size * span.train_flops(model)
             for span, end in zip(self.spans, self.ends, strict=True)
         )
-        return left / cost(self.at_step(max(0, step - 1)))
+        return left / self.at_step(max(0, step - 1)).train_flops(model)
 
 
 def steady(image_size: tuple[int, int], global_batch_size: int, micro_batch_size: int, total_steps: int = 0) -> Timeline:

@@ -28,7 +28,6 @@ from torch.profiler import record_function
 
 from vitscale.breakdown import RANGE
 from vitscale.metrics import SHARES
-from vitscale.traffic import PASSES
 
 DATA, FORWARD, BACKWARD, UPDATE, LOGGING = "data", "forward", "backward", "update", "logging"
 CHECKPOINT, COMMUNICATION, OUTSIDE = "checkpoint", "communication", "outside"
@@ -70,23 +69,13 @@ def lead(marks: Sequence[Mark]) -> float | None:
     return statistics.median(backward) - min(behind) if backward else None
 
 
-def ring_bytes(collective: str, size: int, ranks: int) -> float:
-    """Bytes that a rank sends in a collective over a ring (NCCL's, on which others improve in hops, not in bytes). Pure.
-
-    Args:
-        collective: by torch.distributed's name.
-        size: bytes of the whole: of the reduced tensor, of what is gathered from all, of what is scattered to all.
-    """
-    return PASSES["all-reduce" if collective.startswith("all_reduce") else "all-gather"] * size * (ranks - 1) / ranks
-
-
 class Clock:
     """Seconds of this rank by share, and the bytes that it sent, from its making on; at first `outside`."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = dict.fromkeys(SHARES, 0.0)
         self.sent: Counter[str] = Counter()
-        """Bytes by collective (`ring_bytes`)."""
+        """Bytes by collective (`traffic.ring_bytes`)."""
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._phase, self._since = OUTSIDE, time.perf_counter()
         self._pending: deque[tuple[str, torch.cuda.Event, float]] = deque()

@@ -5,7 +5,7 @@ parameters of w bytes (2 in bf16: fp32 gradients travel as bf16), k micro-batche
     stage 0   all-reduce of gradients 2wP
     stage 1   all-reduce 2wP once a step, all-gather of weights wP
     stage 2   all-reduce 2wP in every micro-batch (`use_multi_rank_bucket_allreduce`), all-gather wP
-    Muon      what ranks hold of cut matrices to those who orthogonalise them, and back (`muon.Exchange`): at most 2 w of the matrices
+    Muon      what ranks hold of cut matrices to those who orthogonalise them, and back (`exchange.py`): at most 2 w of the matrices
               over N; at stage 0, where each holds everything, their updates to all
     stage 3   all-gather wP in the forward pass of every micro-batch and, but for what `stage3_max_reuse_distance` keeps, in its backward
               pass; reduce-scatter wP in every micro-batch; all-gather of the small weights that are not partitioned
@@ -28,6 +28,15 @@ PASSES = {
 }  # over the data, of a ring: an all-reduce is one of each of the others
 
 
+def ring_bytes(kind: Kind, size: int, ranks: int) -> float:
+    """Bytes that a rank sends in a collective over a ring (NCCL's, on which others improve in hops, not in bytes).
+
+    Args:
+        size: bytes of the whole: of the reduced tensor, of what is gathered from all, of what is scattered to all.
+    """
+    return PASSES[kind] * size * (ranks - 1) / ranks
+
+
 @dataclass(frozen=True)
 class Collective:
     """One kind of collective of a step."""
@@ -45,7 +54,7 @@ class Collective:
 
     def sent(self, world_size: int) -> int:
         """Bytes that a rank sends in a step; it receives as many."""
-        return self.times * PASSES[self.kind] * self.bytes * (world_size - 1) // world_size
+        return int(self.times * ring_bytes(self.kind, self.bytes, world_size))
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ def _of_muon(model: ViTConfig, optimizer: OptimizerConfig, layout: Layout) -> tu
     part = whole // layout.world_size
     groups = model.depth if optimizer.layer_decay < 1 else 1
     if layout.engine.zero_stage == 0:
-        return (Collective("exchange updates", "all-gather", whole, groups, 1, "nothing"),)
+        matrices_to_owners = Collective("exchange matrices", "all-to-all", part, groups, 1, "nothing")
+        return matrices_to_owners, Collective("exchange updates", "all-gather", whole, groups, 1, "nothing")
     return (Collective("exchange matrices", "all-to-all", part, groups, 2, "nothing"),)
 
 

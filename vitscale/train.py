@@ -22,7 +22,7 @@ import torch.distributed as dist
 from data_tools.dataset import Dataset
 from vitscale import checkpoint, keyed, stopping
 from vitscale.agreement import Agreement
-from vitscale.announce import cost_line, eval_line, headline, image_flops, origin_line, say_of_data, size_and_work
+from vitscale.announce import cost_line, data_warnings, eval_line, headline, origin_line, overlays_in_use, size_and_work
 from vitscale.checkpoint import CheckpointError
 from vitscale.compute import Compiling
 from vitscale.config import TrainConfig, grad_accum_steps
@@ -136,7 +136,11 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         metrics.say(cost_line(config, span, _device_name()))
         metrics.say(engine.computes)
         metrics.say(stream.describe())
-        say_of_data(metrics, dataset, config, step, samples_seen)
+        for warning in data_warnings(dataset, config):
+            metrics.say(warning)
+        overlays, what_they_do = overlays_in_use(dataset)
+        if overlays:
+            metrics.log({"step": step, "samples_seen": samples_seen, "overlays": overlays}, what_they_do)
 
     # -- What watches over the run, and what it does with each step once all ranks' losses are known --------------------------------------
     past = (resumed.recent_losses, resumed.spikes, resumed.nonfinite_steps) if resumed else ()
@@ -204,7 +208,10 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         if isinstance(found, str):
             return found
         if metrics:
-            metrics.log(_clock(step, samples_seen) | _eval_fields(found), eval_line(step, found, timeline))
+            metrics.log(
+                _clock(step, samples_seen) | _eval_fields(found),
+                eval_line(step, found, timeline, average=config.optimizer.average_decay > 0),
+            )
         return ""
 
     def resume() -> None:
@@ -237,7 +244,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         if profile.between(step):
             reason = hear(all_=True)
             beat(step, samples_seen, SAVING)
-            told = profile.write(image_flops(config.model, span) * span.global_batch_size / world_size)
+            told = profile.write(span.train_flops(config.model) * span.global_batch_size / world_size)
             dist.barrier()  # for those that write, where the waiting counts into no share
             if metrics and told:
                 metrics.say(told)
@@ -357,7 +364,7 @@ def _outlook(images_per_second: float, step: int, timeline: Timeline, config: Tr
     of = (_device_name(), config.engine.precision)
     for name, ceiling in (("mfu", peak_flops(*of)), ("mfu_of_measured", measured_flops(*of))):
         if ceiling:
-            found[name] = image_flops(config.model, timeline.at_step(step - 1)) * images_per_second / world_size / ceiling
+            found[name] = timeline.at_step(step - 1).train_flops(config.model) * images_per_second / world_size / ceiling
     return found
 
 
@@ -380,16 +387,16 @@ def _evaluate(
             if reason := stopping.why(known.sums):
                 raise _BrokenOff(reason)
 
-    try:
-        with engine.evaluation():
-            return evaluate(
+    with engine.evaluation():
+        try:
+            found: Evaluation | str = evaluate(
                 engine.forward, held_out, config.model.image_size, config.preprocess, config.objective, device=device(),
                 batch_size=config.micro_batch_size, stream=config.stream, progress=between_batches,
             )  # fmt: skip
-    except _BrokenOff as broken_off:
-        return str(broken_off)
-    finally:
+        except _BrokenOff as broken_off:
+            found = str(broken_off)
         agreement.heard(all_=True)
+    return found
 
 
 class _BrokenOff(Exception):  # noqa: N818 - asked for

@@ -1,4 +1,7 @@
-"""What DeepSpeed is told: the one place for its settings, which the engine hands over and plans read. Imports neither it nor torch."""
+"""What DeepSpeed is told: the one place for its settings, which the engine hands over and plans read. Imports neither it nor torch.
+
+One of them needs the model, too: `bucket_elements`.
+"""
 
 from typing import Any
 
@@ -34,7 +37,7 @@ def deepspeed_config(
     }
     if config.zero_stage == 1:
         ours["gradient_allreduce_op"] = "sum"  # `Gradients` divides what it lays
-    if config.zero_stage == 3 and config.compile == "blocks":
+    if config.zero_stage == 3 and config.compilation(on_gpu) == "blocks":
         ours["zero_optimization"]["leaf_module"] = BLOCKS_ARE_LEAVES
     if config.precision == "bf16":
         ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16" if config.zero_stage == 1 else "fp32"}}

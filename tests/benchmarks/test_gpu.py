@@ -1,5 +1,7 @@
 """The script that measures a GPU runs here with tiny shapes, so that it is whole when a GPU is at hand; nothing here judges a time."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -8,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from benchmarks.gpu import TARGETS, judged
 
@@ -34,6 +38,29 @@ def lines(results: Path) -> dict[str, dict[str, Any]]:
     assert head["rehearsal"]
     assert head["machine"]["device"] == "cpu"
     return {line["row"]: line for line in found}
+
+
+def needs(*packages: str) -> set[str]:
+    """The packages and what they need, as installed here says; those of an extra too, as in vitscale[train]."""
+    found: set[tuple[str, frozenset[str]]] = set()
+    open_ones = [Requirement(package) for package in packages]
+    while open_ones:
+        one = open_ones.pop()
+        name, extras = canonicalize_name(one.name), frozenset(one.extras)
+        if (name, extras) in found:
+            continue
+        found.add((name, extras))
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # what other systems need
+            told = map(Requirement, importlib.metadata.requires(name) or [])
+            open_ones += [of for of in told if of.marker is None or any(of.marker.evaluate({"extra": extra}) for extra in ("", *extras))]
+    return {name for name, _ in found}
+
+
+def test_an_image_gets_all_that_it_lacks() -> None:
+    """The packages that performance.md wants of it are there; whatever else the script imports comes as a wheel."""
+    of_image = needs("torch", "numpy", "pyarrow", "transformers") | {"timm", "torchvision"}
+    brought = {line for line in (ROOT / "benchmarks" / "wheels.txt").read_text().splitlines() if not line.startswith("#")}
+    assert needs("vitscale[train,float8]", "pytest", "pytest-timeout") - of_image - {"vitscale"} <= brought
 
 
 def test_the_manual_has_these_targets() -> None:

@@ -213,11 +213,29 @@ def test_a_loss_that_is_no_number_stops_the_run(dataset: Path, tmp_path: Path) -
 
 
 def test_a_fault_in_a_rank_shows_its_traceback(dataset: Path, tmp_path: Path) -> None:
-    run = start(dataset, tmp_path / "run", "--engine.deepspeed", '{"zero_optimization": {"reduce_bucket_size": "many"}}')
+    run = start(dataset, tmp_path / "run", "--engine.deepspeed", '{"zero_optimization": {"allgather_bucket_size": "many"}}')
     _, errors = run.communicate()
     assert run.returncode == 1
     assert errors.startswith("Traceback (most recent call last)")
     assert "many" in errors
+
+
+def test_what_lies_where_the_command_is_given_is_not_imported(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "queue.py").write_text("raise RuntimeError('somebody else's')\n")
+    command = [VITSCALE, "pretrain", "tiny-digits", "--data", str(dataset / "train"), "--out", "run", *LONG, "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(visible_gpus() > 0, reason="a GPU can")
+@pytest.mark.parametrize("words", [["--engine.float8", "--engine.precision", "bf16"], ["--engine.compile", "graphs"]])
+def test_what_needs_a_gpu_is_refused_before_anything_is_written(dataset: Path, tmp_path: Path, words: list[str]) -> None:
+    run = start(dataset, tmp_path / "run", *words)
+    _, errors = run.communicate()
+    assert run.returncode == 1
+    assert "GPU" in errors
+    assert len(errors.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_word(dataset: Path, tmp_path: Path, whole: list[float]) -> None:

@@ -108,6 +108,14 @@ def test_rollbacks_are_counted_over_all_starts(dataset: Path, tmp_path: Path) ->
     assert decided(tmp_path / "run") == [("nonfinite", "again"), ("diverged", "stop")]
 
 
+def test_memory_that_runs_out_on_one_rank_in_an_evaluation_is_what_ended_the_run(dataset: Path, tmp_path: Path) -> None:
+    """Though the model computes with averages there, which are put back by all ranks together."""
+    held_out = ["--eval-data", str(dataset / "val"), "--eval-every", "10", "--optimizer.average-decay", "0.9"]
+    done = train(dataset, tmp_path / "run", planted(tmp_path, "memory in evaluation", rank=1), *held_out)
+    assert done.returncode == 1
+    assert decided(tmp_path / "run") == [("out of memory", "stop")]
+
+
 def test_the_record_of_rank_0_is_waited_for(dataset: Path, tmp_path: Path) -> None:
     """However late it comes: what ended all ranks is known from it alone."""
     at_once = ["--optimizer.peak-lr", "1e30", "--optimizer.grad-clip", "0", "--guard.max-rollbacks", "0"]

@@ -46,6 +46,12 @@ def _plant() -> None:
     if PLANT["what"] == "late record":
         ending.write_end = write_late
 
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB (planted)")
+
+    if PLANT["what"] == "memory in evaluation" and int(os.environ["RANK"]) == PLANT["rank"]:
+        train.evaluate = no_memory
+
     now = {"step": 0}
     learning_rate, compute_loss, update = train.learning_rate, train.compute_loss, Engine.step
 
@@ -58,7 +64,7 @@ def _plant() -> None:
             elif PLANT["what"] == "error":
                 raise ValueError("planted")
             elif PLANT["what"] == "memory":
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB (planted)")
+                no_memory()
         return learning_rate(step, *rest)
 
     def loss_of(*args, **kwargs):

@@ -28,14 +28,13 @@ from tests.runs import STOP, check_alike
 from tests.runs import losses as losses_in
 from tests.vitscale.models import gradient_errors, random_images, random_vit, relative_error
 from vitscale import checkpoint, compute
-from vitscale.check import check_config
+from vitscale.check import check_config, check_on_cpu
 from vitscale.compute import (
     BACKENDS,
     FLOAT8_LAYERS,
     Compiling,
     attention_order,
     check_float8,
-    check_graphs,
     compile_blocks,
     prepare,
     to_float8,
@@ -159,9 +158,8 @@ def test_what_compile_means_on_a_device() -> None:
     assert EngineConfig().compilation(on_gpu=False) == "none"
     assert EngineConfig(compile="blocks", zero_stage=3).compilation(on_gpu=False) == "blocks"
     assert EngineConfig(compile="graphs").compilation(on_gpu=True) == "graphs"
-    check_graphs("graphs", HOPPER)
     with pytest.raises(ConfigError, match="no GPU here; compile=blocks works"):
-        check_graphs("graphs", None)
+        check_on_cpu(EngineConfig(compile="graphs"))
     assert "leaf_module" not in deepspeed_config(EngineConfig(zero_stage=3), 0, 1, 1)["zero_optimization"]
 
 
@@ -369,12 +367,13 @@ def test_a_compilation_is_watched_whenever_it_comes() -> None:
 
 
 def test_float8_needs_a_gpu_that_has_it() -> None:
-    check_float8(HOPPER, "blocks")
-    for capability, here in ((None, "a CPU"), (AMPERE, "capability 8.0")):
-        with pytest.raises(ConfigError, match=here):
-            check_float8(capability, "blocks")
-    with pytest.raises(ConfigError, match="compiled blocks is several times slower"):
-        check_float8(HOPPER, "none")
+    check_float8(HOPPER)
+    with pytest.raises(ConfigError, match=r"capability 8\.0"):
+        check_float8(AMPERE)
+    with pytest.raises(ConfigError, match="this is a CPU"):
+        check_on_cpu(EngineConfig(float8=True))
+    for stage in (1, 2, 3):
+        assert EngineConfig(stage, float8=True).compilation(on_gpu=True) == "blocks", "without, it is slower than bf16"
 
 
 FLOAT8_MODEL = replace(MODEL, depth=4, width=64, mlp_dim=128, image_size=(8, 32), num_classes=8)

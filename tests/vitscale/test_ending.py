@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.errors import UserError
-from vitscale.ending import Cause, End, Ended, cause_of, killed_by, read_ends, words_of, write_end
+from vitscale.ending import Cause, End, Ended, cause_of, is_its_own, killed_by, read_ends, words_of, write_end
 
 
 def end(cause: Cause, *, rank: int = 0, host: str = "n1", at: float = 100.0, **more) -> End:
@@ -37,6 +37,13 @@ def end(cause: Cause, *, rank: int = 0, host: str = "n1", at: float = 100.0, **m
 )
 def test_an_exception_has_a_cause(error: BaseException, cause: Cause) -> None:
     assert cause_of(error) is cause
+
+
+def test_what_all_ranks_have_to_say_is_not_one_ranks() -> None:
+    assert not is_its_own(Ended(Cause.NONFINITE, "of all ranks"))
+    assert is_its_own(Ended(Cause.LOST_PEER, "of one", alone=True))
+    assert is_its_own(Ended(Cause.CORRUPT, "of all, and each may be lost", bad_nodes=("n1",)))
+    assert is_its_own(ValueError("of one"))
 
 
 def test_a_fault_of_the_code_says_where_and_others_one_line() -> None:

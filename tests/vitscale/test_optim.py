@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vitscale.config import OptimizerConfig, ScheduleConfig, ViTConfig
+from vitscale.exchange import choose_owners, cut
 from vitscale.model import ViT
-from vitscale.muon import choose_owners, cut, orthogonalize
+from vitscale.muon import orthogonalize
 from vitscale.optim import build_optimizer, learning_rate, param_groups, split_by_decay
 
 TINY = {"depth": 2, "width": 16, "mlp_dim": 32, "num_heads": 2, "patch_size": 4, "image_size": (8, 8), "num_classes": 3}

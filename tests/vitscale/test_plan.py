@@ -20,11 +20,11 @@ from tests.vitscale.plans import H14, PHASES, RESULTS, figure, h14, plan_of
 from vitscale.check import check_config
 from vitscale.config import ConfigError, EngineConfig, OptimizerConfig, Phase, TrainConfig
 from vitscale.failures import SNAPSHOT_BANDWIDTH
-from vitscale.flops import train_flops
+from vitscale.flops import parameters, train_flops
 from vitscale.gpus import Cluster, gpu
-from vitscale.layouts import RESERVE, advised, flags
+from vitscale.layouts import RESERVE, advised, asked_for, flags, spans_of
 from vitscale.model import parameter_shapes
-from vitscale.plan import IMAGE_BYTES, IMAGES_A_CORE, Data, dataset_of, make_plan
+from vitscale.plan import IMAGE_BYTES, IMAGES_A_CORE, Data, dataset_of, make_plan, memory_figures
 from vitscale.recipes import FINETUNE, PRETRAIN, recipe, recipe_name, vit
 from vitscale.roofline import assumed
 
@@ -75,6 +75,23 @@ def test_figures_of_vit_h14() -> None:
     assert figure(plan, "peak") == sum(kinds.values()) + RESERVE
     parts = [f.value for f in plan.sections["step"][:7]]
     assert figure(plan, "step") == pytest.approx(sum(parts) - figure(plan, "hidden"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_what_is_said_of_memory_is_what_it_comes_to(stage: int, precision: str) -> None:
+    """Of masters, moments, weights and images, whose words are formulas."""
+    cluster = Cluster(gpu("h200"), 2, 8)
+    asked = replace(H14, engine=EngineConfig(stage, precision=precision))  # type: ignore[arg-type]
+    spans = spans_of(asked, 10**6)
+    option = asked_for(asked, cluster, assumed(cluster.gpu, precision), spans)
+    P = parameters(H14.model)
+    for of in memory_figures(asked, option, cluster):
+        if of.name in ("weights", "optimizer", "average") and (told := re.search(r"(\d+) P( / N)?$", of.how)):
+            assert of.value == pytest.approx(int(told[1]) * P / (16 if told[2] else 1), rel=1e-6), (of.name, of.how)
+        if of.name == "inputs":
+            image, micro = 3 * 224 * 224, option.last.micro_batch_size
+            assert of.value == micro * image * (2 + 4 * ("fp32" in of.how))
+            assert ("fp32" in of.how) == (precision == "bf16")
 
 
 def test_figures_taken_from_results_are_theirs() -> None:
@@ -196,7 +213,7 @@ def test_a_dataset_tells_its_size(dataset: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--model.num-classes", "7"], "model.num_classes=7 but .* classes; --model.num-classes 2 fits it"),
+        (["--model.num-classes", "7"], "model.num_classes=7 but .* has 5 classes; --model.num-classes 5 fits it"),
         (["--schedule.warmup-steps", "100000"], "schedule.warmup_steps=100000 leaves nothing of the run's"),
     ],
 )

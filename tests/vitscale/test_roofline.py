@@ -37,7 +37,7 @@ def test_step_time_is_the_sum_that_a_hand_makes() -> None:
     ends = 10 * 4 * K + 3 * 224 * 224 * (1 + 24 + 4 + 2)
     assert took.elementwise == pytest.approx(images * (blocks * N * per_token * 2 + ends) / 3e12)
     P = 654_195_571
-    assert took.update == pytest.approx((2 * 10 * P + 6 * P + 4 * P + 24 * P + (12 + 16 + 2) * P) / 3e12)
+    assert took.update == pytest.approx((2 * 10 * P + 6 * P + 24 * P + (12 + 16 + 2) * P) / 3e12)
     assert took.recomputation == took.waiting_for_launches == took.communication == took.hidden == 0
     again = step_time(H14.model, H14.optimizer, Layout(EngineConfig(1, compile="none", checkpoint_every_n_blocks=2), 1, 16, 2), rates, 1, 1)
     forward = linear / 5e14 + 2 * (2 * N * N * D) / 2e14 + N * per_token * 2 / 3 / 3e12
@@ -52,8 +52,9 @@ def test_updates_launches_and_gathers_of_other_stages_by_hand(stage: Any) -> Non
     engine = EngineConfig(stage, precision, compile="none")
     took = step_time(H14.model, H14.optimizer, Layout(engine, 16, 16, 3), rates, 2, 8)
     P, w, k, N = 654_195_571, 4 if stage == 0 else 2, 3, 16
-    # Masters and AdamW's moments are read and written, weights written; gradients are copied to a bucket and taken out, measured, clipped
-    part = (12 + 16 + w) * P + 24 * P
+    # Masters and AdamW's moments are read and written, and weights, where they are others; gradients are copied to a bucket and taken out,
+    # measured, clipped
+    part = (12 + 16 + (0 if stage == 0 else w)) * P + 24 * P
     of_gradients = 4 * w * P * (1 if stage == 0 else k) - (12 if stage == 0 else 0) * P
     assert took.update == pytest.approx((part / (1 if stage == 0 else N) + of_gradients) / 3e12, rel=1e-6)
     tensors = 32 * 12 + 2 + 2 + 2 + 2  # embedding, class token and positions, last norm, head
@@ -151,7 +152,12 @@ def test_a_calibration_takes_the_place_of_what_was_assumed(tmp_path: Path) -> No
     assert found.source == "products, inside measured on X, 2026-11-22 (rates.json)"
     with pytest.raises(ConfigError, match="measured in bf16, and the run computes in fp32"):
         calibrated(rates, file, "fp32")
-    for bad in ("", "{}", json.dumps(told | {"rates": {"products": -1}}), json.dumps(told | {"rates": {"inside": 3}})):
+    file.write_text(json.dumps(told | {"machine": {"device": "NVIDIA A100-SXM4-80GB"}, "rates": {"products": 2e14}}))
+    assert calibrated(rates, file, "bf16", gpu("a100")).measured
+    with pytest.raises(ConfigError, match="measured on NVIDIA A100-SXM4-80GB, and the plan is for h200; --gpu a100 fits it"):
+        calibrated(rates, file, "bf16", gpu("h200"))
+    wrong = ({"products": -1}, {"inside": 3}, {"products": 1, "inside": [1e11, -1]}, {"products": 1, "inside": [1e11, float("nan")]})
+    for bad in ("", "{}", *(json.dumps(told | {"rates": of}) for of in wrong)):
         file.write_text(bad)
         with pytest.raises(ConfigError, match=r"calibrate\.py"):
             calibrated(rates, file, "bf16")

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +20,14 @@ from vitscale import train as loop
 from vitscale.config import EngineConfig, OptimizerConfig, TrainConfig, ViTConfig, from_dict, to_dict
 from vitscale.engine import Engine
 from vitscale.gpus import GPUS
+from vitscale.memory import Layout
 from vitscale.metrics import SHARES, Pace, progress_line, what_bounds
 from vitscale.model import ViT
 from vitscale.report import time_spent
 from vitscale.resolve import resolve
 from vitscale.run import open_run, read_metrics
-from vitscale.timing import BACKWARD, DATA, FORWARD, LOGGING, OUTSIDE, SHARE_OF, UPDATE, Clock, Mark, account, lead, ring_bytes
+from vitscale.timing import BACKWARD, DATA, FORWARD, LOGGING, OUTSIDE, SHARE_OF, UPDATE, Clock, Mark, account, lead
+from vitscale.traffic import collectives, ring_bytes
 
 STEPS, DELAY = 6, 0.15  # seconds that what is slow takes more, a micro-batch
 
@@ -134,9 +137,9 @@ def test_on_a_gpu_time_is_the_devices_and_nothing_waits_for_it(monkeypatch: pyte
 
 
 def test_a_ring_sends_all_but_its_own_part_and_an_all_reduce_twice() -> None:
-    assert ring_bytes("all_reduce", 800, 8) == 2 * 700
-    assert ring_bytes("reduce_scatter_tensor", 800, 8) == ring_bytes("all_gather_into_tensor", 800, 8) == 700
-    assert ring_bytes("all_reduce", 800, 1) == 0
+    assert ring_bytes("all-reduce", 800, 8) == 2 * 700
+    assert ring_bytes("reduce-scatter", 800, 8) == ring_bytes("all-gather", 800, 8) == 700
+    assert ring_bytes("all-reduce", 800, 1) == 0
 
 
 def test_shares_are_of_the_steps_since_the_last_line() -> None:
@@ -244,12 +247,12 @@ def test_shares_answer_to_what_is_slow(config: TrainConfig, tmp_path: Path) -> N
 
 
 def count(payload: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Bytes that this rank sent in a step of two micro-batches, by stage and collective."""
-    sent = {}
+    """Bytes that a rank sent in a step of two micro-batches, by stage and collective, the mean of all."""
+    sent, optimizer = {}, OptimizerConfig(payload["optimizer"])
     for stage in (0, 1, 2, 3):
         model, clock = ViT(from_dict(ViTConfig, payload["model"])), Clock(torch.device("cpu"))
         engine = Engine(
-            model, EngineConfig(zero_stage=stage, precision="fp32"), OptimizerConfig(), micro_batch_size=2, grad_accum_steps=2, clock=clock
+            model, EngineConfig(zero_stage=stage, precision="fp32"), optimizer, micro_batch_size=2, grad_accum_steps=2, clock=clock
         )
         for _ in range(2):  # the first step of stage 3 learns in which order weights are wanted
             clock.sent.clear()
@@ -258,19 +261,30 @@ def count(payload: dict[str, Any]) -> dict[str, dict[str, float]]:
                 engine.backward(engine.forward(torch.ones(2, 3, 16, 16)).square().sum())
                 engine.step(1e-3)
         assert not clock.seconds["data_wait"]
-        sent[str(stage)] = dict(clock.sent)
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, dict(clock.sent))
+        sent[str(stage)] = {name: statistics.fmean(of_rank[name] for of_rank in of_ranks) for name in of_ranks[0]}
         engine.close()
     return sent
 
 
 def test_bytes_are_those_of_each_stage(tmp_path: Path) -> None:
     model = ViTConfig(depth=2, width=32, mlp_dim=64, num_heads=2, patch_size=8, image_size=(16, 16), num_classes=5)
-    sent = run_on_ranks("tests.vitscale.test_timing:count", 2, {"model": to_dict(model)}, tmp_path)
+    sent = run_on_ranks("tests.vitscale.test_timing:count", 2, {"model": to_dict(model), "optimizer": "adamw"}, tmp_path)
     weights = 4 * flops.parameters(model) / 2  # half of the weights in fp32, which is what a rank of two sends to share them out
     for stage, times in (("0", 2), ("1", 3), ("2", 2 * 2 + 1)):  # stage 2 reduces after every micro-batch
         assert sum(sent[stage].values()) == pytest.approx(times * weights, rel=0.01), stage
     assert sent["3"]["reduce_scatter_tensor"] == pytest.approx(2 * weights, rel=0.01)
     assert sent["3"]["all_gather_into_tensor"] >= weights  # it keeps small weights whole from one micro-batch to the next
+
+
+def test_muons_exchange_is_counted_and_foretold(tmp_path: Path) -> None:
+    model = ViTConfig(depth=3, width=32, mlp_dim=64, num_heads=2, patch_size=8, image_size=(16, 16), num_classes=5)
+    sent = run_on_ranks("tests.vitscale.test_timing:count", 3, {"model": to_dict(model), "optimizer": "muon"}, tmp_path)
+    for stage, of in sent.items():
+        layout = Layout(EngineConfig(zero_stage=int(stage), precision="fp32"), 3, 2, 2, device="cpu")  # type: ignore[arg-type]
+        planned = [one.sent(3) for one in collectives(model, OptimizerConfig("muon"), layout) if one.what.startswith("exchange")]
+        assert of["all_to_all_single"] == pytest.approx(sum(planned), rel=0.01), stage
 
 
 def test_the_report_draws_shares_and_says_what_bounds() -> None:
