@@ -6,7 +6,8 @@ from vitscale.gpus import GPUS, gpu_of
 
 def test_gpus_by_the_names_that_cuda_gives() -> None:
     names = {
-        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H100 NVL": "h100-nvl", "NVIDIA H200": "h200", "NVIDIA GB200": "gb200",
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H100 NVL": "h100-nvl",
+        "NVIDIA H200": "h200", "NVIDIA GB200": "gb200",
         "NVIDIA B200": "b200", "NVIDIA A100-SXM4-40GB": "a100-40", "NVIDIA A100-SXM4-80GB": "a100",
         "NVIDIA L40S": "l40s", "AMD Instinct MI300X": "mi300x",
     }  # fmt: skip
