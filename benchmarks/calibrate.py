@@ -11,8 +11,8 @@
     launch      seconds of the host for a kernel on a tensor of one element
     inside      bytes a second and latency of an all-reduce of 256 MB (a CPU: 4 MB) among the ranks of a node; `between`, among nodes
 
-Random numbers, never zeros: a GPU is faster on zeros. Median of the repeats. `--compare` also times a real step of the model in this loop's
-precision and tells what the plan foretells of it from these rates: a rehearsal of the planner, not a test of it.
+Random numbers, never zeros: a GPU is faster on zeros. Median of the repeats. `--compare` also times a step of the model through the engine
+and tells what the plan foretells of it from these rates: a rehearsal of the planner, not a test of it.
 """
 
 import datetime
@@ -32,13 +32,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 
+from benchmarks.train_step import OPTIMIZER, BenchConfig, EngineLoop, initial_weights, join_world_of_one, model_config, synthetic_batches
 from vitscale.compute import to_float8
-from vitscale.config import EngineConfig, ObjectiveConfig, OptimizerConfig
+from vitscale.config import EngineConfig
 from vitscale.gpus import GPUS
 from vitscale.memory import Layout
-from vitscale.model import ViT, initialize
-from vitscale.objective import compute_loss
-from vitscale.optim import build_optimizer
+from vitscale.model import ViT
 from vitscale.recipes import vit
 from vitscale.roofline import assumed, calibrated, step_time
 
@@ -57,13 +56,15 @@ class CalibrateConfig:
     """Linear layers in float8 too; a CPU emulates it, which rehearses this and measures nothing."""
     repeats: int = 20 if CUDA else 5
     compare: bool = False
-    """Time a real step and hold the plan's against it."""
+    """Time a step of the engine on one device and hold the plan's against it."""
     out: Path = Path("calibration.json")
 
 
 def main() -> None:
     config = tyro.cli(CalibrateConfig, description=__doc__)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if config.compare:
+            raise SystemExit("compare is of one device's step; run it without torchrun")
         if CUDA:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if CUDA else "gloo")
@@ -79,10 +80,9 @@ def main() -> None:
     if dist.is_initialized():
         for name, link in links(config).items():
             keep(result, config, name, link)
+        dist.destroy_process_group()
     if config.compare:
         compare(result, config)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def keep(result: dict[str, Any], config: CalibrateConfig, name: str, rate: Any) -> None:
@@ -201,25 +201,19 @@ def links(config: CalibrateConfig) -> dict[str, list[float]]:
 
 
 def compare(result: dict[str, Any], config: CalibrateConfig) -> None:
-    """A bare step (forward, loss, backward, update), timed, beside what the plan makes of these rates."""
-    model, device = vit(config.model, num_classes=1000), "cuda" if CUDA else "cpu"
-    net = ViT(model)
-    initialize(net, 0)
-    net.to(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    optimizer = OptimizerConfig()
-    update = build_optimizer(net, optimizer)
-    images = random(config, config.batch, 3, *model.image_size)
-    labels, scores = torch.zeros(config.batch, 1, dtype=torch.int64, device=device), torch.ones(config.batch, 1, device=device)
-
-    def step() -> None:
-        compute_loss(net(images), labels, scores, ObjectiveConfig()).backward()
-        update.step()
-        update.zero_grad()
-
-    measured = seconds_of(step, config)
-    layout = Layout(EngineConfig(zero_stage=0, precision=config.precision, compile="none"), 1, config.batch)
+    """A step of the engine under ZeRO 1 on this device alone, timed, beside what the plan makes of these rates."""
+    plain = BenchConfig(
+        model=config.model, image_size=vit(config.model).image_size, batch=config.batch, engine=EngineConfig(precision=config.precision)
+    )
+    join_world_of_one()
+    model = model_config(plain)
+    loop, batch = EngineLoop(plain, model, initial_weights(model)), synthetic_batches(plain)[0]
+    measured = seconds_of(lambda: loop.step(*batch), config)
+    loop.close()
+    dist.destroy_process_group()
+    layout = Layout(plain.engine, 1, config.batch, device="cuda" if CUDA else "cpu")
     rates = calibrated(assumed(GPUS[0], config.precision), config.out, config.precision)
-    foretold = step_time(model, optimizer, layout, rates, 1, 1).total
+    foretold = step_time(model, OPTIMIZER, layout, rates, 1, 1).total
     result["compared"] = {"measured_seconds": measured, "predicted_seconds": foretold, "ratio": foretold / measured}
     config.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"a step: {1e3 * measured:.1f} ms measured, {1e3 * foretold:.1f} ms predicted, ratio {foretold / measured:.2f}")

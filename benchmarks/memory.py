@@ -139,14 +139,14 @@ def name_of(case: Case) -> str:
 
 
 def planned(case: Case) -> dict[str, Any]:
-    """The plan's bytes of what is measured, and of each kind at its peak."""
+    """The plan's bytes of what is measured."""
     layout = Layout(case.engine, case.world_size, case.batch, case.accumulate, device="cpu")
     of_step = list(moments(MODELS[case.model], case.optimizer_config, layout))
     highest = max(of_step, key=lambda memory: memory.total)
     rest, forward = of_step[:2]
     return {
         "rest": rest.total, "activations": forward.activations + forward.inputs,
-        "peak": highest.total, "peak_in": highest.moment, "kinds_at_peak": highest.kinds(),
+        "peak": highest.total, "peak_in": highest.moment,
     }  # fmt: skip
 
 
@@ -212,9 +212,8 @@ def measure(case: Case) -> dict[str, Any]:
             step()
         found = time_line(taken, case.accumulate, held)
         counts.append(found | {"activations": found["activations"] - gathered, "lost": abs(found["left"] - sum(ours().values()))})
-    kinds = kinds_of(engine)
     engine.close()
-    return min(counts, key=lambda found: (found["lost"], found["peak"])) | kinds
+    return min(counts, key=lambda found: (found["lost"], found["peak"]))
 
 
 def storages() -> dict[int, int]:
@@ -226,24 +225,6 @@ def storages() -> dict[int, int]:
 def bytes_of(engine: Engine) -> int:
     """Bytes of the weights that an engine's model computes with."""
     return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in engine.parameters.values()}.values())
-
-
-def kinds_of(engine: Engine) -> dict[str, int]:
-    """Bytes of the tensors that an engine holds between steps, each storage once."""
-    groups = {
-        "weights": [p.data for p in engine.parameters.values()],
-        "masters": [] if engine.stage == 0 else engine._flat_weights(),
-        "moments": [t for state in engine._optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)],
-        "averages": engine._averages,
-        "grads": [p.grad for p in engine.parameters.values() if p.grad is not None],
-    }
-    seen: set[int] = set()
-    found = {}
-    for name, tensors in groups.items():
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-        found[name] = sum(size for where, size in storages.items() if where not in seen)
-        seen |= storages.keys()
-    return found
 
 
 def allocations(events: list[Any]) -> Iterator[tuple[int, int, int]]:
@@ -281,8 +262,8 @@ def time_line(taken: Any, accumulate: int, held: dict[int, int]) -> dict[str, An
         in_phase[name] = max(in_phase.get(name, 0), top)
     peak_in = max(in_phase, key=lambda name: in_phase[name])
     return {
-        "rest": rest, "activations": at(ended) - at(begun), "after_backward": at(last[-1][0]), "left": level,
-        "peak": in_phase[peak_in], "peak_in": peak_in, "peak_of_phase": in_phase,
+        "rest": rest, "activations": at(ended) - at(begun), "left": level,
+        "peak": in_phase[peak_in], "peak_in": peak_in,
     }  # fmt: skip
 
 

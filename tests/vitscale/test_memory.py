@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import Tensor
 
-from benchmarks.memory import Case, planned
+from benchmarks.memory import Case, planned, storages
 from tests.distributed import run_on_ranks
 from vitscale.config import EngineConfig, ObjectiveConfig, OptimizerConfig, ViTConfig
 from vitscale.engine import Engine
@@ -126,11 +126,6 @@ def at_rest(payload: dict[str, Any]) -> list[int]:
         engine.close()
         del engine
     return found
-
-
-def storages() -> dict[int, int]:
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
-    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_meta and t.untyped_storage().nbytes()}
 
 
 def layout_of(stage: int, precision: str, world_size: int) -> Layout:
