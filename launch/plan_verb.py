@@ -119,7 +119,8 @@ def data_of(flags: PretrainPlan | FinetunePlan, name: str) -> tuple[Data, int]:
 
         if named_tars(flags.config.datasets):
             told = "`vitscale data index` makes one; without --data, --samples and --image-bytes tell as much"
-            raise UsageError(f"data={' '.join(flags.config.datasets)} has no index, which a plan reads; {told}")
+            others = f" and {len(flags.config.datasets) - 1} more" * (len(flags.config.datasets) > 1)
+            raise UsageError(f"data={flags.config.datasets[0]}{others}: tars without an index, which a plan reads; {told}")
         parts = [Dataset.open(path, check_shards=False) for path in flags.config.datasets]
         mixture = Mixture(parts)
         samples, classes = mixture.num_samples, mixture.num_classes

@@ -92,7 +92,7 @@ def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> Non
     need("torch", "deepspeed", "safetensors")
     nproc = nproc or max(1, gpus)
     config = resolve(asked, nproc)
-    if not gpus:
+    if not gpus and not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd")):  # else torch is asked, by each rank
         check_on_cpu(config.engine)
     run = Path(config.out)
     with locked(run) as lock:

@@ -52,11 +52,11 @@ def check_config(config: TrainConfig, world_size: int) -> None:
     if not isinstance(zero, dict):
         raise ConfigError("engine.deepspeed sets zero_optimization to something else than a mapping; use --engine.zero-stage")
     for name, least in COUNTS.items():
-        value = zero.get(name, least)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or value < least:
-            raise ConfigError(
-                f"engine.deepspeed sets zero_optimization.{name}={value}, no whole number of at least {least}; 50000000 works"
-            )
+        for spelled in (name, name.removeprefix("stage3_")):  # DeepSpeed takes both
+            value = zero.get(spelled, least)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 or value < least:
+                told = f"engine.deepspeed sets zero_optimization.{spelled}={value}"
+                raise ConfigError(f"{told}, no whole number of at least {least}; 50000000 works")
     for name in flatten(config.engine.deepspeed):
         for ours, instead in DEEPSPEED_OURS.items():
             if f"{name}.".startswith(f"{ours}."):
@@ -163,11 +163,14 @@ def _check_batch(global_batch_size: int, micro_batch_size: int, world_size: int,
 
 
 def check_phase_ends(phases: Sequence[Phase]) -> None:
-    """Each ends after the one before it, and before the run does. Raises ConfigError."""
+    """Each ends after the one before it, and before the run does, and has batches. Raises ConfigError."""
     before = 0.0
     for number, phase in enumerate(phases, start=1):
+        named = f"schedule.phases: the {number}. of {len(phases)}, up to {phase.until:g} of the samples"
+        for size in ("global_batch_size", "micro_batch_size"):
+            if (value := getattr(phase, size)) is not None and value < 1:
+                raise ConfigError(f"{named}, has {size}={value}, which must be at least 1")
         if not before < phase.until < 1:
-            named = f"schedule.phases: the {number}. of {len(phases)}, up to {phase.until:g} of the samples"
             raise ConfigError(f"{named}, must end between {before:g}, where it begins, and 1; {(before + 1) / 2:g} works")
         before = phase.until
 

@@ -222,8 +222,7 @@ def micro_batches(global_batch_size: int, cluster: Cluster, mixes: bool) -> list
 def choose(found: Sequence[Option], asked: Option | None = None) -> Option:
     """The fastest layout that fits; of those within 2% of it the config's own, or else the lowest stage with the least checkpointing.
 
-    Stage 3 only where nothing lower fits, or where it is faster by more than the 10% that predictions err by. Raises ConfigError where none
-    fits.
+    Stage 3 only where nothing lower fits, or where it is faster by more than 10% (`ERR`). Raises ConfigError where none fits.
     """
     fitting = [option for option in found if option.fits]
     if not fitting:

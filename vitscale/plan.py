@@ -112,7 +112,8 @@ def make_plan(config: TrainConfig, cluster: Cluster, data: Data, rates: Rates) -
         raise ConfigError("model.num_classes=0 takes the dataset's number; give --data, or the number, as --model.num-classes 1000")
     if not config.steps and not data.samples:
         raise ConfigError(f"epochs={config.epochs:g} of a dataset of unknown size; give --data or --samples, or --steps")
-    micro_batches(config.global_batch_size, cluster, config.mix.is_on)  # says of a batch that cannot be shared out what works
+    if config.global_batch_size > 0:
+        micro_batches(config.global_batch_size, cluster, config.mix.is_on)  # says of a batch that cannot be shared out what works
     whole = replace(config, micro_batch_size=config.global_batch_size, schedule=replace(config.schedule, phases=()))
     check_config(whole, 1)  # all but phases, and how batches are shared out
     check_phase_ends(config.schedule.phases)
@@ -163,10 +164,11 @@ def memory_figures(config: TrainConfig, option: Option, cluster: Cluster) -> tup
     stage, w, m = layout.engine.zero_stage, layout.width, len(config.optimizer.moments())
     whole, over = f"{w} P", " / N" * (stage > 0)
     state = f"fp32 masters and moments: {4 + 4 * m} P{over}" if layout.masters else f"moments: {4 * m} P{over}"
+    born = ", as far as the moment has them" * (stage == 0)
     sums = "4 P summed in fp32, and " * (layout.grad_accum_steps > 1 and w < 4)
     how = {
         "weights": f"{w} P / N, and what is gathered of the others for the time" if stage == 3 else whole,
-        "gradients": "4 P / N in fp32, as far as the moment has them" if stage > 1 else f"{sums}{whole} of the micro-batch",
+        "gradients": "4 P / N in fp32, as far as the moment has them" if stage > 1 else f"{sums}{whole} of the micro-batch{born}",
         "optimizer": f"{state}{', of matrices of blocks 4 fewer' * (config.optimizer.name == 'muon')}",
         "average": f"fp32 average of the weights: 4 P{over}" if config.optimizer.average_decay else "none is kept",
         "activations": "what the backward pass still needs, and what one block's computes with",
@@ -302,8 +304,10 @@ def checkpoint_figures(config: TrainConfig, cluster: Cluster, took: StepTime) ->
 
 def run_figures(config: TrainConfig, option: Option, cluster: Cluster, data: Data, rates: Rates) -> tuple[Figure, ...]:
     """The whole run: sums over its parts."""
-    off = MOST_OFF if rates.measured else MOST_OFF_ASSUMED
-    why = "planners of this kind err by 4 to 15%" if rates.measured else "its rates are assumed"
+    measured = "float8" if config.engine.float8 else "products"
+    off, why = (
+        (MOST_OFF, "planners of this kind err by 4 to 15%") if measured in rates.measured else (MOST_OFF_ASSUMED, "rates are assumed")
+    )
     N, images, flops = cluster.world_size, sum(part.images for part in option.parts), run_flops(config.model, option)
     steps = round(sum(part.steps for part in option.parts))
     days = option.seconds / 86_400 / expected_goodput(config, cluster)
@@ -329,7 +333,7 @@ def run_figures(config: TrainConfig, option: Option, cluster: Cluster, data: Dat
         cost = days * 24 * N * cluster.price_per_gpu_hour
         how = (
             f"x {cluster.price_per_gpu_hour:g} a GPU and hour, so {cost * (1 - off):,.0f} to {cost * (1 + off):,.0f}: steps, checkpoints "
-            "and failures of this one run; no evaluation, compiling, trials, storage or fine-tuning"
+            "and failures of this one run; no evaluation, compiling, trials, storage or other runs"
         )
         figures.append(Figure("cost", cost, f"{cost:,.0f}", how, "predicted"))
     if math.isclose(flops, paper_flops(config.recipe), rel_tol=0.01):

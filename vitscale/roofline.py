@@ -49,8 +49,8 @@ class Rates:
     """From a rank to another node."""
     source: str = ""
     """Where the figures come from, in words."""
-    measured: bool = False
-    """Whether that of products is."""
+    measured: tuple[str, ...] = ()
+    """Those that were, on this GPU."""
 
 
 def assumed(gpu: GPU, precision: str, network: float = 0.0) -> Rates:
@@ -70,7 +70,10 @@ def assumed(gpu: GPU, precision: str, network: float = 0.0) -> Rates:
 
 
 def calibrated(rates: Rates, file: Path, precision: str, gpu: GPU | None = None) -> Rates:
-    """The rates of a file that benchmarks/calibrate.py wrote in this precision, on this GPU, over those assumed. Raises ConfigError."""
+    """The rates of a file that benchmarks/calibrate.py wrote in this precision, over those assumed. Raises ConfigError.
+
+    One of another GPU is refused; of a device that the table does not know it is taken, and does not count as measured.
+    """
     try:
         found: dict[str, Any] = json.loads(file.read_text())
         told = found["rates"]
@@ -92,9 +95,12 @@ def calibrated(rates: Rates, file: Path, precision: str, gpu: GPU | None = None)
             f"calibration={file} was measured in {measured_in}, and the run computes in {precision}; "
             f"benchmarks/calibrate.py --precision {precision} measures that"
         )
-    if (measured_on := gpu_of(device)) and gpu and measured_on != gpu:
+    measured_on = gpu_of(device)
+    if gpu and measured_on and measured_on != gpu:
         raise ConfigError(f"calibration={file} was measured on {device}, and the plan is for {gpu.name}; --gpu {measured_on.name} fits it")
-    return replace(rates, **figures, **links, source=f"{', '.join((*figures, *links))} {where}", measured="products" in figures)
+    return replace(
+        rates, **figures, **links, source=f"{', '.join((*figures, *links))} {where}", measured=tuple(figures) if measured_on == gpu else ()
+    )
 
 
 @dataclass(frozen=True)

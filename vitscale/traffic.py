@@ -6,7 +6,7 @@ parameters of w bytes (2 in bf16: fp32 gradients travel as bf16), k micro-batche
     stage 1   all-reduce 2wP once a step, all-gather of weights wP
     stage 2   all-reduce 2wP in every micro-batch (`use_multi_rank_bucket_allreduce`), all-gather wP
     Muon      what ranks hold of cut matrices to those who orthogonalise them, and back (`exchange.py`): at most 2 w of the matrices
-              over N; at stage 0, where each holds everything, their updates to all
+              over N; at stage 0, where each holds everything, an N-th of them, and their updates to all
     stage 3   all-gather wP in the forward pass of every micro-batch and, but for what `stage3_max_reuse_distance` keeps, in its backward
               pass; reduce-scatter wP in every micro-batch; all-gather of the small weights that are not partitioned
 """

@@ -183,6 +183,17 @@ def test_what_does_not_work_is_told_with_what_would() -> None:
         plan_of(replace(H14, model=replace(H14.model, image_size=(8960, 8960))), 8, "a100-40")
     with pytest.raises(ConfigError, match="computes nothing in fp8"):
         gpu("a100").peak("fp8")
+    for batch in (0, -8):
+        with pytest.raises(ConfigError, match=f"global_batch_size={batch} must be a number of at least 1"):
+            plan_of(replace(H14, global_batch_size=batch), 8)
+        with pytest.raises(ConfigError, match=f"has global_batch_size={batch}, which must be at least 1"):
+            plan_of(replace(H14, schedule=replace(H14.schedule, phases=(Phase(0.5, None, batch),))), 8)
+    with pytest.raises(ConfigError, match=r"the 1\. of 1 has global_batch_size=1000, not a multiple of 64 GPUs; 1024 is"):
+        plan_of(replace(H14, schedule=replace(H14.schedule, phases=(Phase(0.5, None, 1000),))), 8)
+    for name, wrong in (("reduce_bucket_size", 0), ("prefetch_bucket_size", "auto"), ("stage3_max_live_parameters", 0.5)):
+        asked = replace(H14.engine, deepspeed={"zero_optimization": {name: wrong}})
+        with pytest.raises(ConfigError, match=f"zero_optimization.{name}={wrong}, no whole number"):
+            plan_of(replace(H14, engine=asked), 8)
 
 
 @pytest.mark.parametrize("function", PRETRAIN, ids=recipe_name)

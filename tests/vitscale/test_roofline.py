@@ -153,7 +153,7 @@ def test_a_calibration_takes_the_place_of_what_was_assumed(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="measured in bf16, and the run computes in fp32"):
         calibrated(rates, file, "fp32")
     file.write_text(json.dumps(told | {"machine": {"device": "NVIDIA A100-SXM4-80GB"}, "rates": {"products": 2e14}}))
-    assert calibrated(rates, file, "bf16", gpu("a100")).measured
+    assert calibrated(rates, file, "bf16", gpu("a100")).measured == ("products",)
     with pytest.raises(ConfigError, match="measured on NVIDIA A100-SXM4-80GB, and the plan is for h200; --gpu a100 fits it"):
         calibrated(rates, file, "bf16", gpu("h200"))
     wrong = ({"products": -1}, {"inside": 3}, {"products": 1, "inside": [1e11, -1]}, {"products": 1, "inside": [1e11, float("nan")]})
