@@ -60,7 +60,9 @@ def test_an_image_gets_all_that_it_lacks() -> None:
     """The packages that performance.md wants of it are there; whatever else the script imports comes as a wheel."""
     of_image = needs("torch", "numpy", "pyarrow", "transformers") | {"timm", "torchvision"}
     brought = {line for line in (ROOT / "benchmarks" / "wheels.txt").read_text().splitlines() if not line.startswith("#")}
-    assert needs("vitscale[train,float8]", "pytest", "pytest-timeout") - of_image - {"vitscale"} <= brought
+    lacked = needs("vitscale[train,float8]", "pytest", "pytest-timeout") - of_image - {"vitscale"}
+    assert {"deepspeed", "psutil", "torchao"} <= lacked, "what is installed tells what it needs"
+    assert lacked <= brought
 
 
 def test_the_manual_has_these_targets() -> None:

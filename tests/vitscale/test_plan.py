@@ -84,14 +84,16 @@ def test_what_is_said_of_memory_is_what_it_comes_to(stage: int, precision: str) 
     asked = replace(H14, engine=EngineConfig(stage, precision=precision))  # type: ignore[arg-type]
     spans = spans_of(asked, 10**6)
     option = asked_for(asked, cluster, assumed(cluster.gpu, precision), spans)
-    P = parameters(H14.model)
+    P, checked = parameters(H14.model), set()
     for of in memory_figures(asked, option, cluster):
         if of.name in ("weights", "optimizer", "average") and (told := re.search(r"(\d+) P( / N)?$", of.how)):
             assert of.value == pytest.approx(int(told[1]) * P / (16 if told[2] else 1), rel=1e-6), (of.name, of.how)
+            checked.add(of.name)
         if of.name == "inputs":
             image, micro = 3 * 224 * 224, option.last.micro_batch_size
             assert of.value == micro * image * (2 + 4 * ("fp32" in of.how))
             assert ("fp32" in of.how) == (precision == "bf16")
+    assert checked >= ({"optimizer"} if stage == 3 else {"weights", "optimizer"}), "words that are no formula would go unchecked"
 
 
 def test_figures_taken_from_results_are_theirs() -> None:
