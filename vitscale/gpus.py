@@ -82,7 +82,6 @@ GPUS = (
     _gpu("b200", "B200", 180, 8.0, 2250, 4500, 80, 1800, 400, 1000, "NVIDIA Blackwell architecture technical brief; DGX B200 data sheet"),
     _gpu("h200", "H200", 141, 4.8, 989, 1979, 67, 900, 400, 700, "NVIDIA H200 data sheet (SXM); DGX H200 data sheet", reached=790),
     _gpu("h100-pcie", "H100 PCIe", 80, 2.0, 756, 1513, 51, 128, 200, 350, "NVIDIA H100 data sheet (PCIe, without NVLink bridges)"),
-    _gpu("h100-nvl", "H100 NVL", 94, 3.9, 835, 1671, 60, 128, 200, 400, "NVIDIA H100 data sheet (NVL; beyond a pair over PCIe)"),
     _gpu("h100", "H100", 80, 3.35, 989, 1979, 67, 900, 400, 700, "NVIDIA H100 data sheet (SXM); DGX H100 data sheet"),
     _gpu("a100-40", "A100 40GB", 40, 1.555, 312, None, 19.5, 600, 200, 400, "NVIDIA A100 data sheet (SXM); DGX A100 data sheet"),
     _gpu("a100", "A100", 80, 2.039, 312, None, 19.5, 600, 200, 400, "NVIDIA A100 data sheet (SXM); DGX A100 data sheet"),
@@ -102,4 +101,6 @@ def gpu(name: str) -> GPU:
 def gpu_of(device_name: str) -> GPU | None:
     """The GPU that CUDA gives this name, as in "NVIDIA H100 80GB HBM3"; None where the table does not have it."""
     words = re.split(r"[\s-]+", device_name)
+    if "NVL" in words:  # an H100 with other memory, peaks and links than the two of the table
+        return None
     return next((one for one in GPUS if all(piece in words for piece in one.device)), None)
