@@ -147,7 +147,15 @@ def check_model(model: ViTConfig) -> None:
             f"model.patch_dropout={model.patch_dropout:g} leaves each image patches of its own, for which position=relative would need a "
             "bias table an image; learned_1d, learned_2d, sincos and none work"
         )
-    for name in ("num_classes", "representation_size"):
+    if model.registers and model.position == "relative":
+        raise ConfigError(
+            f"model.registers={model.registers} have no place in the bias table of position=relative; learned_1d, learned_2d, sincos and none work"
+        )
+    if model.mlp == "swiglu" and model.activation != "gelu":
+        raise ConfigError(f"model.activation={model.activation} means nothing under mlp=swiglu, whose gate is SiLU; leave it out")
+    if not (math.isfinite(model.layer_scale) and model.layer_scale >= 0):
+        raise ConfigError(f"model.layer_scale={model.layer_scale:g} must be at least 0; 0 has none, 1e-5 is DINOv2's")
+    for name in ("num_classes", "representation_size", "registers"):
         if getattr(model, name) < 0:
             raise ConfigError(f"model.{name}={getattr(model, name)} must be at least 0")
 

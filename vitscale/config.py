@@ -78,10 +78,15 @@ class ViTConfig:
     """Height and width in pixels; both multiples of the patch size."""
     num_classes: int = 0
     """Outputs of the head; 0 takes the dataset's number."""
-    pool: Literal["cls", "mean", "map"] = "cls"
-    """What the head sees: a class token, the mean of the patch tokens, or attention pooling; the last two have no class token."""
+    pool: Literal["cls", "mean", "map", "mean_with_cls"] = "cls"
+    """What the head sees: a class token, the mean of the patch tokens, or attention pooling, the last two without a class token; or the mean
+    of the patch tokens beside a class token, as MAE is fine-tuned."""
     position: Literal["learned_1d", "learned_2d", "relative", "sincos", "none"] = "learned_1d"
     """Position embeddings (the paper's appendix D.4 compares them)."""
+    class_position: bool = True
+    """Whether the class token has a learned_1d position, as in the paper; not in big_vision."""
+    registers: int = 0
+    """Tokens without a position behind the class token, which no head sees (arXiv 2309.16588)."""
     representation_size: int = 0
     """Width of the tanh layer before the head in pre-training; 0 leaves it out."""
     dropout: float = 0.0
@@ -92,8 +97,16 @@ class ViTConfig:
     """Share of a training image's patches that the model is not shown (arXiv 2208.07220); not with relative positions."""
     qk_norm: bool = False
     """LayerNorm over each head's queries and keys (arXiv 2302.05442)."""
-    activation: Literal["gelu", "gelu_tanh"] = "gelu"
-    """erf GELU, or the tanh form that Flax uses."""
+    layer_scale: float = 0.0
+    """What a learned factor of each feature of each branch starts from: LayerScale (arXiv 2103.17239); 0 has none."""
+    mlp: Literal["plain", "swiglu"] = "plain"
+    """Two linear layers, or a gated one and a linear one with mlp_dim features between (arXiv 2002.05202; DINOv2's giant)."""
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    """erf GELU, the tanh form that Flax uses, or CLIP's x sigmoid(1.702 x); the gate of swiglu is always SiLU."""
+    pre_norm: bool = False
+    """LayerNorm before the first block, and patches without a bias: CLIP's."""
+    pool_norm: bool = False
+    """The last LayerNorm sees what was pooled, not the tokens: MAE's fine-tuning, timm's fc_norm."""
     layer_norm_eps: float = 1e-6
     head_bias: float = 0.0
     """What the head's biases start from: -10 for summed sigmoid over many classes."""
@@ -105,13 +118,28 @@ class ViTConfig:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in a sequence, the class token among them."""
-        return self.grid[0] * self.grid[1] + (self.pool == "cls")
+        """Tokens in a sequence, class token and registers among them."""
+        return self.grid[0] * self.grid[1] + self.num_prefix_tokens
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        return self.pool in ("cls", "mean_with_cls")
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before those of the patches: class token and registers."""
+        return self.class_token + self.registers
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens that have a learned_1d position."""
+        return self.grid[0] * self.grid[1] + (self.class_token and self.class_position)
 
     @property
     def num_train_tokens(self) -> int:
-        """Those of a training image: patch dropout keeps the class token and a fixed number of patches, at least one."""
-        return max(1, int(self.grid[0] * self.grid[1] * (1 - self.patch_dropout))) + (self.pool == "cls")
+        """Those of a training image: patch dropout keeps a fixed number of patches, at least one, and what comes before them."""
+        return max(1, int(self.grid[0] * self.grid[1] * (1 - self.patch_dropout))) + self.num_prefix_tokens
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:

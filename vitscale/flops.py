@@ -28,27 +28,40 @@ def tensor_sizes(model: ViTConfig) -> Mapping[str, int]:
     def norm(name: str, features: int = D) -> dict[str, int]:
         return {f"{name}.weight": features, f"{name}.bias": features}
 
-    def mlp(name: str) -> dict[str, int]:
-        return linear(f"{name}.fc1", D, M) | linear(f"{name}.fc2", M, D)
+    def mlp(name: str, gates: int = 1) -> dict[str, int]:
+        return linear(f"{name}.fc1", D, gates * M) | linear(f"{name}.fc2", M, D)
 
-    sizes = {"cls_token": D} if model.pool == "cls" else {}
+    sizes = {"cls_token": D} if model.class_token else {}
+    if model.registers:
+        sizes["reg_token"] = model.registers * D
     if model.position == "learned_1d":
-        sizes["pos_embed"] = model.num_tokens * D
+        sizes["pos_embed"] = model.num_positions * D
     elif model.position == "learned_2d":
         sizes |= {"pos_embed_rows": rows * (D // 2), "pos_embed_columns": columns * (D // 2)}
     sizes |= linear("patch_embed.proj", 3 * model.patch_size**2, D)
+    if model.pre_norm:
+        del sizes["patch_embed.proj.bias"]
+        sizes |= norm("norm_pre")
     for at in (f"blocks.{index}" for index in range(model.depth)):
         sizes |= norm(f"{at}.norm1")
         if model.position == "relative":
-            sizes[f"{at}.attn.rel_pos_bias"] = ((2 * rows - 1) * (2 * columns - 1) + 3 * (model.pool == "cls")) * model.num_heads
+            sizes[f"{at}.attn.rel_pos_bias"] = ((2 * rows - 1) * (2 * columns - 1) + 3 * model.class_token) * model.num_heads
         sizes |= linear(f"{at}.attn.qkv", D, 3 * D)
         if model.qk_norm:
             sizes |= norm(f"{at}.attn.q_norm", D // model.num_heads) | norm(f"{at}.attn.k_norm", D // model.num_heads)
-        sizes |= linear(f"{at}.attn.proj", D, D) | norm(f"{at}.norm2") | mlp(f"{at}.mlp")
-    sizes |= norm("norm")
+        sizes |= linear(f"{at}.attn.proj", D, D)
+        if model.layer_scale:
+            sizes[f"{at}.ls1.gamma"] = D
+        sizes |= norm(f"{at}.norm2") | mlp(f"{at}.mlp", gates=mlp_matrices(model) - 1)
+        if model.layer_scale:
+            sizes[f"{at}.ls2.gamma"] = D
+    if not model.pool_norm:
+        sizes |= norm("norm")
     if model.pool == "map":
         sizes |= {"attn_pool.latent": D} | linear("attn_pool.q", D, D) | linear("attn_pool.kv", D, 2 * D)
         sizes |= linear("attn_pool.proj", D, D) | norm("attn_pool.norm") | mlp("attn_pool.mlp")
+    if model.pool_norm:
+        sizes |= norm("fc_norm")
     if R:
         sizes |= linear("pre_logits.fc", D, R)
     if K:
@@ -127,7 +140,12 @@ def embed_flops(model: ViTConfig) -> int:
 def branch_flops(model: ViTConfig, num_tokens: int) -> tuple[int, int]:
     """FLOPs of one image's forward pass through one block: of the attention branch and of the MLP's."""
     D, M, N = model.width, model.mlp_dim, num_tokens
-    return 2 * (N * 4 * D * D + 2 * N * N * D), 2 * N * 2 * D * M
+    return 2 * (N * 4 * D * D + 2 * N * N * D), 2 * N * mlp_matrices(model) * D * M
+
+
+def mlp_matrices(model: ViTConfig) -> int:
+    """Matrices of D x M in an MLP: SwiGLU's first layer has two."""
+    return 3 if model.mlp == "swiglu" else 2
 
 
 def ends_flops(model: ViTConfig, num_tokens: int) -> int:
@@ -135,6 +153,7 @@ def ends_flops(model: ViTConfig, num_tokens: int) -> int:
     D, M, N = model.width, model.mlp_dim, num_tokens
     pooling = 0
     if model.pool == "map":  # q of one token, k and v of all, the products with the one query, projection, MLP
+        N -= model.num_prefix_tokens
         pooling = D * D + 2 * N * D * D + 2 * N * D + D * D + 2 * D * M
     head_input = model.representation_size or D
     head = head_input * model.num_classes + D * model.representation_size

@@ -282,7 +282,10 @@ def activations(model: ViTConfig, layout: Layout) -> Activations:
         blocks.append(kept)
         again = max(again, recomputed)
     embed = w * B * 3 * model.image_size[0] * model.image_size[1] + B * model.num_tokens * D * mask + 4 * T * (model.patch_dropout > 0)
-    return Activations(embed, tuple(blocks), x + norm + _head_bytes(model, layout), again, w * T * (D + M) + w * D * M)
+    embed += (x + norm) * model.pre_norm
+    last = w * B * D + 2 * B * statistic if model.pool_norm else x + norm
+    gates = 1 + (model.mlp == "swiglu")
+    return Activations(embed, tuple(blocks), last + _head_bytes(model, layout), again, w * T * (D + gates * M) + w * D * gates * M)
 
 
 def _small_bytes(model: ViTConfig, layout: Layout) -> tuple[int, int]:
@@ -309,14 +312,19 @@ def _block_bytes(model: ViTConfig, layout: Layout, rows: float, keeps: Keeps) ->
     x, attended, hidden = w * T * D, w * T * D, w * T * M
     norm = 2 * T * statistic
     normed, activated = x, hidden  # outputs of each of two LayerNorms, and of GELU
+    if model.mlp == "swiglu":  # both halves; what the gate makes of its own, and their product
+        hidden, activated = 2 * hidden, 2 * hidden
+    elif model.activation == "quick_gelu":  # the sigmoid, and the product
+        activated = 2 * hidden
     attention = 4 * x + 4 * T * H  # q, k, v and the output, and a number a token and head
     if model.position == "relative":  # a bias that learns: torch spells attention out, in fp32; and the index into the bias table
         attention = attended + 3 * 4 * T * D + 4 * rows * H * N * N + 8 * N * N
     # LayerNorm over q and k: two outputs and statistics; and since these lie head by head, so does attention's output, which is copied
     heads = (3 * x + 4 * T * H * statistic) * model.qk_norm
     masks = T * (2 * D + M) * mask
-    eager = 2 * (x + norm + normed) + attention + heads + hidden + activated + masks
-    compiled = 2 * (x + norm) + attention + heads + hidden + T * (2 * D + M) * (model.dropout > 0)
+    scaled = 2 * x * (model.layer_scale > 0)  # what LayerScale multiplies
+    eager = 2 * (x + norm + normed) + attention + heads + hidden + activated + masks + scaled
+    compiled = 2 * (x + norm) + attention + heads + hidden + scaled + T * (2 * D + M) * (model.dropout > 0)
     whole = (compiled if layout.compiled else eager) + 2 * x * (rows < B)  # `index_add` keeps what it adds
     if keeps == "everything":
         return round(whole), 0
@@ -333,10 +341,12 @@ def _head_bytes(model: ViTConfig, layout: Layout) -> int:
     statistic, mask = _small_bytes(model, layout)
     if model.pool == "cls":
         pooled = w * B * N * D  # the class token is a view of all tokens
-    elif model.pool == "mean":
+    elif model.pool in ("mean", "mean_with_cls"):
         pooled = w * B * D
     else:  # tokens, keys and values, the query, attention's output, what LayerNorm and the MLP keep, the sum
-        kv, query = 2 * w * B * N * D, w * D
-        pooled = w * B * N * D + kv + query + w * B * D + 4 * B * model.num_heads
-        pooled += w * B * D + 2 * B * statistic + w * B * D + 2 * w * B * M + B * (M + D) * mask + w * B * D
+        patches, hidden = N - model.num_prefix_tokens, 3 if model.activation == "quick_gelu" else 2
+        tokens = N if B == 1 else patches  # of several samples the patches among the tokens are copied together
+        kv, query = 2 * w * B * patches * D, w * D
+        pooled = w * B * tokens * D + kv + query + w * B * D + 4 * B * model.num_heads
+        pooled += w * B * D + 2 * B * statistic + w * B * D + hidden * w * B * M + B * (M + D) * mask + w * B * D
     return pooled + w * B * model.representation_size + 2 * 4 * B * model.num_classes

@@ -1,7 +1,7 @@
 """The Vision Transformer (arXiv 2010.11929, section 3.1) and its initialisation.
 
 Knows nothing of ranks, files or clusters. Parameters bear timm's names (timm/models/vision_transformer.py), so that an export is the same
-tensors. The forms that the field's other ViTs have (LayerScale, registers, SwiGLU) would be options of `Block` and `Attention`.
+tensors. What the field's other ViTs have (DINOv2's, MAE's, CLIP's) are options, so that their weights can be taken up.
 
 What training leaves out of a sample, whole branches and patches, is `omissions.py`'s to draw.
 
@@ -53,21 +53,25 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config, image_sizes)
-        if config.pool == "cls":
+        if config.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        if config.registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, config.registers, config.width))
         grid_h, grid_w = config.grid
         if config.position == "learned_1d":
-            self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, config.width))
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.num_positions, config.width))
         elif config.position == "learned_2d":
             self.pos_embed_rows = nn.Parameter(torch.zeros(grid_h, config.width // 2))
             self.pos_embed_columns = nn.Parameter(torch.zeros(grid_w, config.width // 2))
         elif config.position == "sincos":
             self.register_buffer("pos_embed_fixed", sincos_2d(config.grid, config.width), persistent=False)
         self.pos_drop = nn.Dropout(config.dropout)
+        self.norm_pre = nn.LayerNorm(config.width, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, keeps(index)) for index in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.norm = nn.Identity() if config.pool_norm else nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         if config.pool == "map":
             self.attn_pool = AttentionPool(config)
+        self.fc_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps) if config.pool_norm else nn.Identity()
         if config.representation_size:
             self.pre_logits = nn.Sequential()
             self.pre_logits.add_module("fc", nn.Linear(config.width, config.representation_size))
@@ -83,7 +87,7 @@ class ViT(nn.Module):
         return self.head(self.pool(self.tokens(images_BCHW, sample_keys_B)))  # type: ignore[no-any-return]
 
     def tokens(self, images_BCHW: Tensor, sample_keys_B: Tensor | None = None) -> Tensor:
-        """Tokens (B, N, D) after the final norm, those that patch dropout keeps; a class token comes first."""
+        """Tokens (B, N, D) after the final norm, those that patch dropout keeps; a class token and registers come first."""
         height, width = images_BCHW.shape[-2:]
         shown = replace(self.config, image_size=(height, width))
         kept_BN, paths = None, [FULL_PATH] * self.config.depth
@@ -97,16 +101,19 @@ class ViT(nn.Module):
         x_BND = self._with_positions(self.patch_embed(images_BCHW), shown.grid)
         if kept_BN is not None:
             x_BND = x_BND.flatten(0, 1).index_select(0, kept_BN.flatten()).view(*kept_BN.shape, -1)
+        x_BND = self.norm_pre(x_BND)
         for block, path in zip(self.blocks, paths, strict=True):
             x_BND = block(x_BND, *path)
         return self.norm(x_BND)  # type: ignore[no-any-return]
 
     def pool(self, x_BND: Tensor) -> Tensor:
         """What the head sees (B, D): the class token, mean or attention pool, through the representation layer where there is one."""
+        patches_BND = x_BND[:, self.config.num_prefix_tokens :]
         if self.config.pool == "map":
-            x_BD: Tensor = self.attn_pool(x_BND)
+            x_BD: Tensor = self.attn_pool(patches_BND)
         else:
-            x_BD = x_BND[:, 0] if self.config.pool == "cls" else x_BND.mean(dim=1)
+            x_BD = x_BND[:, 0] if self.config.pool == "cls" else patches_BND.mean(dim=1)
+        x_BD = self.fc_norm(x_BD)
         if self.config.representation_size:
             x_BD = self.pre_logits(x_BD)
         return x_BD
@@ -117,10 +124,15 @@ class ViT(nn.Module):
             x_BND = x_BND + grid_2d(resampled(self.pos_embed_rows, 0, grid[0]), resampled(self.pos_embed_columns, 0, grid[1]))
         elif position == "sincos":
             x_BND = x_BND + on_grid(self.pos_embed_fixed, self.config.grid, grid).to(x_BND.dtype)  # DeepSpeed leaves buffers in fp32
-        if self.config.pool == "cls":
-            x_BND = torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
-        if position == "learned_1d":  # the paper's: the class token has a position too
+        if position == "learned_1d" and not self.config.class_position:
             x_BND = x_BND + on_grid(self.pos_embed, self.config.grid, grid)
+        if self.config.class_token:
+            x_BND = torch.cat([self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND], dim=1)
+        if position == "learned_1d" and self.config.class_position:  # the paper's: the class token has a position too
+            x_BND = x_BND + on_grid(self.pos_embed, self.config.grid, grid)
+        if self.config.registers:
+            classes = int(self.config.class_token)
+            x_BND = torch.cat([x_BND[:, :classes], self.reg_token.expand(x_BND.shape[0], -1, -1), x_BND[:, classes:]], dim=1)
         return self.pos_drop(x_BND)  # type: ignore[no-any-return]
 
 
@@ -130,7 +142,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig, image_sizes: Iterable[tuple[int, int]] = ()) -> None:
         super().__init__()
         self.image_size, self.image_sizes = config.image_size, {config.image_size, *image_sizes}
-        self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size)
+        self.proj = nn.Conv2d(3, config.width, kernel_size=config.patch_size, stride=config.patch_size, bias=not config.pre_norm)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Patch tokens (B, N, D), row by row."""
@@ -152,8 +164,10 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.attn = Attention(config)
+        self.ls1 = LayerScale(config) if config.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.mlp = Mlp(config)
+        self.ls2 = LayerScale(config) if config.layer_scale else nn.Identity()
         self.keeps = keeps
 
     def forward(self, x_BND: Tensor, rows_2R: Tensor | None = None, scales_2R: Tensor | None = None) -> Tensor:
@@ -166,9 +180,9 @@ class Block(nn.Module):
         return checkpoint(self._branches, x_BND, rows_2R, scales_2R, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
 
     def _branches(self, x_BND: Tensor, rows_2R: Tensor | None, scales_2R: Tensor | None) -> Tensor:
-        for branch, (norm, layer) in enumerate(((self.norm1, self.attn), (self.norm2, self.mlp))):
+        for branch, (norm, layer, scale) in enumerate(((self.norm1, self.attn, self.ls1), (self.norm2, self.mlp, self.ls2))):
             rows_R = None if rows_2R is None else rows_2R[branch]
-            y_RND = layer(norm(x_BND if rows_R is None else x_BND.index_select(0, rows_R)))
+            y_RND = scale(layer(norm(x_BND if rows_R is None else x_BND.index_select(0, rows_R))))
             if scales_2R is not None:
                 y_RND = y_RND * scales_2R[branch].to(y_RND.dtype)[:, None, None]
             x_BND = x_BND + y_RND if rows_R is None else x_BND.index_add(0, rows_R, y_RND)
@@ -191,7 +205,7 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(config.dropout)
         self.relative = config.position == "relative"
         if self.relative:
-            index_NN, num_offsets = relative_offsets(config.grid, class_token=config.pool == "cls")
+            index_NN, num_offsets = relative_offsets(config.grid, class_token=config.class_token)
             self.rel_pos_bias = nn.Parameter(torch.zeros(num_offsets, config.num_heads))
             self.register_buffer("rel_pos_index_NN", index_NN, persistent=False)
 
@@ -206,13 +220,51 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(x_BHNd.transpose(1, 2).reshape(B, N, D)))  # type: ignore[no-any-return]
 
 
-class Mlp(nn.Module):
-    """Two linear layers with GELU between them and dropout after each."""
+class LayerScale(nn.Module):
+    """A learned factor of each feature."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.width, config.mlp_dim)
-        self.act = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        self.gamma = nn.Parameter(torch.full((config.width,), config.layer_scale))
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """Tokens to tokens (B, N, D)."""
+        return x_BND * self.gamma
+
+
+class QuickGELU(nn.Module):
+    """CLIP's approximation of GELU (openai/CLIP, model.py)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Element by element."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class SwiGLU(nn.Module):
+    """Two halves of the features, the first of which gates the second (arXiv 2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., 2M) to (..., M)."""
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+def activation(config: ViTConfig) -> nn.Module:
+    """What stands between the linear layers of an MLP."""
+    if config.mlp == "swiglu":
+        return SwiGLU()
+    if config.activation == "quick_gelu":
+        return QuickGELU()
+    return nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between them and dropout after each."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.mlp_dim * (2 if config.mlp == "swiglu" else 1))
+        self.act = activation(config)
         self.fc2 = nn.Linear(config.mlp_dim, config.width)
         self.drop = nn.Dropout(config.dropout)
 
@@ -222,7 +274,7 @@ class Mlp(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """MAP head of the scaling study (arXiv 2106.04560; big_vision models/vit.py): a learned query attends over all tokens, then an MLP.
+    """MAP head of the scaling study (arXiv 2106.04560; big_vision models/vit.py): a learned query attends over all patches, then an MLP.
 
     `qk_norm` does not reach it, as in timm, whose AttentionPoolLatent gets no such option from VisionTransformer.
     """
@@ -235,7 +287,7 @@ class AttentionPool(nn.Module):
         self.kv = nn.Linear(config.width, 2 * config.width)
         self.proj = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(replace(config, mlp="plain"))
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """Tokens (B, N, D) to one feature vector an image (B, D)."""
@@ -349,6 +401,10 @@ def initialize_parameter(name: str, parameter: Tensor, seed: int, config: ViTCon
         value.fill_(config.head_bias)
     elif name.startswith("pos_embed"):
         value.normal_(0, 0.02, generator=generator)
+    elif name == "reg_token":
+        value.normal_(0, 1e-6, generator=generator)  # dinov2/models/vision_transformer.py
+    elif name.endswith(".gamma"):
+        value.fill_(config.layer_scale)
     elif name in ("patch_embed.proj.weight", "pre_logits.fc.weight"):
         lecun_normal_(value, generator)
     elif name.endswith("rel_pos_bias"):

@@ -70,12 +70,11 @@ def draw_path(
 
 
 def kept_tokens(config: ViTConfig, keys_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Rows (B, N) of the flattened tokens that patch dropout keeps: the class token, and the patches of each sample that draw least."""
-    patches = config.grid[0] * config.grid[1]
-    class_token = config.num_tokens - patches
+    """Rows (B, N) of the flattened tokens that patch dropout keeps: those before the patches, and the patches of each sample that draw least."""
+    patches, prefix = config.grid[0] * config.grid[1], config.num_prefix_tokens
     uniform_BP = keyed_uniform(keys_B[:, None], PATCH_DRAWS + np.arange(patches))
-    kept_BP = np.sort(np.argsort(uniform_BP, axis=1, kind="stable")[:, : config.num_train_tokens - class_token], axis=1)
-    kept_BN = np.concatenate([np.zeros((len(keys_B), class_token), np.int64), class_token + kept_BP], axis=1)
+    kept_BP = np.sort(np.argsort(uniform_BP, axis=1, kind="stable")[:, : config.num_train_tokens - prefix], axis=1)
+    kept_BN = np.concatenate([np.tile(np.arange(prefix), (len(keys_B), 1)), prefix + kept_BP], axis=1)
     rows_BN: npt.NDArray[np.int32] = (np.arange(len(keys_B))[:, None] * config.num_tokens + kept_BN).astype(np.int32)
     return rows_BN
 

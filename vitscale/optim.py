@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitscale.config import OptimizerConfig, ScheduleConfig
 from vitscale.muon import Muon, is_muons, num_parts
 
-_AFTER_BLOCKS = ("norm.", "attn_pool.", "pre_logits.", "head.")
+_AFTER_BLOCKS = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.", "head.")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -40,6 +40,9 @@ COSTED = {
     "relative": replace(SMALL, position="relative", num_classes=0, activation="gelu_tanh"),
     "qk-norm": replace(SMALL, qk_norm=True, depth=3),
     "wide": replace(SMALL, image_size=(16, 72), position="sincos", pool="map", representation_size=40, qk_norm=True),
+    "dinov2": replace(SMALL, registers=3, layer_scale=1e-5, mlp="swiglu", class_position=False),
+    "registers-map": replace(SMALL, registers=2, pool="map", pre_norm=True, activation="quick_gelu"),
+    "mae": replace(SMALL, pool="mean_with_cls", pool_norm=True),
     "patch-dropout": replace(SMALL, patch_dropout=0.4),
     "patch-dropout-map": replace(SMALL, patch_dropout=0.9, pool="map", qk_norm=True),
 }

@@ -42,7 +42,16 @@ def models() -> list[ViTConfig]:
     ]
     shapes = [replace(SMALL, depth=3, width=48, mlp_dim=96, num_heads=3, num_classes=7, image_size=(20, 20))]
     shapes += [replace(SMALL, num_classes=21_841, mlp_dim=32), replace(SMALL, image_size=(64, 48), mlp_dim=256)]
-    return [*crossed, *left_out, *several, *shapes, SMALL]
+    return [*crossed, *left_out, *several, *shapes, *others(), SMALL]
+
+
+def others() -> list[ViTConfig]:
+    """Forms that the field's other ViTs have."""
+    dinov2 = replace(SMALL, registers=3, layer_scale=1e-5, mlp="swiglu", position="learned_1d", class_position=False)
+    clip = replace(SMALL, pre_norm=True, activation="quick_gelu", layer_norm_eps=1e-5)
+    mae = replace(SMALL, pool="mean_with_cls", pool_norm=True, dropout=0.1)
+    pooled = [replace(dinov2, pool=pool, pool_norm=pool != "map") for pool in ("cls", "mean", "map")]
+    return [dinov2, clip, mae, *pooled, replace(dinov2, dropout=0.1, patch_dropout=0.5), replace(clip, pool="map", pool_norm=True)]
 
 
 @pytest.mark.parametrize("model", [*models(), vit("ti16", num_classes=1000), vit("h14", num_classes=18_291)])

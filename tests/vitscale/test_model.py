@@ -415,8 +415,8 @@ def test_other_seeds_and_names_give_other_weights() -> None:
 
 def test_a_parameter_without_a_rule_is_refused() -> None:
     model = ViT(SMALL)
-    model.blocks[0].gamma = nn.Parameter(torch.ones(3))
-    with pytest.raises(ValueError, match=r"blocks\.0\.gamma"):
+    model.blocks[0].gain = nn.Parameter(torch.ones(3))
+    with pytest.raises(ValueError, match=r"blocks\.0\.gain"):
         initialize(model, 0)
 
 
