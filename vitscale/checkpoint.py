@@ -18,18 +18,18 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import xxhash
 
 from data_tools.durable import publish_folder, replace_file
 from data_tools.errors import UserError
 from vitscale.check import check_model
-from vitscale.config import UNREADABLE, EvalProtocol, ObjectiveConfig, PreprocessConfig, ViTConfig, flatten, from_dict
+from vitscale.config import UNREADABLE, EvalProtocol, Format, ObjectiveConfig, PreprocessConfig, ViTConfig, flatten, from_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +39,7 @@ EXPORT_DESCRIPTION = "vitscale.json"  # what an exported folder holds in place o
 WEIGHT, AVERAGE = "weight", "average"  # kinds of tensors, beside the optimizer's moments
 _STEP_FOLDER = re.compile(r"step-\d{8,18}")
 _FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # of files in a checkpoint: no path, and not hidden
+_EXPORTED_NAME = re.compile(r"(?:certificate/)?\w[\w.-]{0,99}", re.ASCII)  # and in an export
 _MOST = 2**63  # no count in a checkpoint reaches it
 _LARGEST = 2**24  # of a model's sizes
 
@@ -91,6 +92,14 @@ class Description:
     """Losses in a row up to this step that lay far above those (`guards.py`)."""
     nonfinite_steps: int = 0
     """Steps in a row up to this one that were left out."""
+    form: Format | None = None
+    """Of an export: how `weights` names and lays out the tensors; of a checkpoint None."""
+    prefix: str = ""
+    """Of an export: what stands before the names in `weights`."""
+    weights: str = ""
+    """Of an export: the file of the tensors."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Of an export: where its weights come from (`card.py`)."""
 
     @property
     def in_doubt(self) -> bool:
@@ -160,7 +169,7 @@ def _read_commit(folder: Path) -> dict[str, tuple[int, str]]:
     try:
         files = {}
         for name, entry in _read_object(file)["files"].items():
-            if not _FILE_NAME.fullmatch(name):
+            if not _EXPORTED_NAME.fullmatch(name):
                 raise ValueError(f"{name!r:.100} is not the name of a file in the folder")
             size, checksum = entry["size"], entry["xxh3_128"]
             if not (_is_count(size) and isinstance(checksum, str)):
@@ -242,13 +251,15 @@ def describe(folder: Path) -> Description:
         losses, spikes = (tuple(values.get(name, ())) for name in ("recent_losses", "spikes"))
         if not all(isinstance(loss, int | float) and math.isfinite(loss) for loss in (*losses, *spikes)):
             raise ValueError("recent_losses or spikes are not finite numbers")
+        exported = file.name == EXPORT_DESCRIPTION
         return Description(
             path=folder,
             model=model,
             preprocess=from_dict(PreprocessConfig, values["preprocess"], "preprocess"),
             objective=from_dict(ObjectiveConfig, values["objective"], "objective"),
             class_names=tuple(class_names) if class_names else None,
-            tensors=_read_entries(values["tensors"]),
+            tensors=() if exported else _read_entries(values["tensors"]),
+            **(_read_export(values) if exported else {}),
             skipped=skipped,
             recent_losses=losses,
             spikes=spikes,
@@ -256,6 +267,19 @@ def describe(folder: Path) -> Description:
         )
     except (OSError, *UNREADABLE) as error:
         raise CheckpointError(f"{file} cannot be read as a checkpoint ({_words(error)})") from None
+
+
+def _read_export(values: dict[str, Any]) -> dict[str, Any]:
+    """What an export's description has that a checkpoint's has not. Raises ValueError."""
+    form, prefix, weights = values.get("form", "timm"), values.get("prefix", ""), values.get("weights", "model.safetensors")
+    if form not in get_args(Format) or not (isinstance(prefix, str) and re.fullmatch(r"[\w./]{0,100}", prefix)):
+        raise ValueError(f"form {form!r:.50} with prefix {prefix!r:.50} is none that is known")
+    if not (isinstance(weights, str) and _FILE_NAME.fullmatch(weights)):
+        raise ValueError(f"{weights!r:.100} is not the name of a file in the folder")
+    origin = values.get("origin", {})
+    if not isinstance(origin, dict):
+        raise ValueError("origin is no object")
+    return {"form": form, "prefix": prefix, "weights": weights, "origin": origin}
 
 
 def _check_bounds(model: ViTConfig) -> None:
@@ -329,49 +353,81 @@ def _words(error: BaseException) -> str:
 
 
 class TensorReader:
-    """Reads stretches of a checkpoint's tensors, mapping files and holding nothing in memory. Safe for one thread."""
+    """Reads stretches of a checkpoint's or an export's tensors, holding what it is asked for. Safe for one thread."""
 
     def __init__(self, description: Description) -> None:
         self._folder = description.path
         self._entries = {(t.name, t.kind): t for t in description.tensors}
-        self._exported = (description.path / EXPORT_DESCRIPTION).is_file()  # whole tensors under their own names
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Any] = {}  # what the header of each says, once it was read
+        self._whole = _exported_tensors(description) if description.form else None
+        self._last: tuple[str, Tensor] | None = None
 
     def stretch(self, name: str, kind: str, start: int, length: int) -> "Tensor":
         """Elements [start, start + length) of the flattened tensor, fp32. Raises CheckpointError where a file does not hold its pieces."""
         import torch
 
+        if self._whole:
+            if not self._last or self._last[0] != name:  # parts of one tensor are asked for one after the other
+                self._last = name, self._whole(name).flatten()
+            return self._last[1][start : start + length]
         end = start + length
         overlapping = [p for p in self._entries[name, kind].pieces if p.offset < end and start < p.offset + p.length]
         stored = [self._stored(name, kind, piece) for piece in overlapping]  # first, for a length may be a lie
         out = torch.empty(length, dtype=torch.float32)
-        for piece, of in zip(overlapping, stored, strict=True):
+        for piece, read_into in zip(overlapping, stored, strict=True):
             low, high = max(start, piece.offset), min(end, piece.offset + piece.length)
-            out[low - start : high - start] = of[low - piece.offset : high - piece.offset]
+            read_into(low - piece.offset, out[low - start : high - start])
         return out
 
     def whole(self, name: str, kind: str) -> "Tensor":
         """A tensor in its shape."""
+        if self._whole:
+            return self._whole(name)
         entry = self._entries[name, kind]
         return self.stretch(name, kind, 0, math.prod(entry.shape)).view(entry.shape)
 
-    def _stored(self, name: str, kind: str, piece: Piece) -> Any:
-        """What can be cut into elements of a piece; nothing has been read of it where it is a checkpoint's."""
-        from safetensors import SafetensorError, safe_open
+    def _stored(self, name: str, kind: str, piece: Piece) -> "Callable[[int, Tensor], None]":
+        """What reads a piece's elements from one on into a tensor; nothing has been read of it yet."""
+        from vitscale.tensorfiles import faults_of, read_into, safetensors_entries
 
-        file = self._folder / piece.file
-        key = name if self._exported else piece_key(name, kind, piece.offset)
-        try:
+        file, key = self._folder / piece.file, piece_key(name, kind, piece.offset)
+        with faults_of(file):
             if piece.file not in self._files:
                 if not _is_plain(file):
                     raise ValueError("it is not a plain file")
-                self._files[piece.file] = safe_open(file, framework="pt")
-            stored = self._files[piece.file].get_slice(key)
-            if stored.get_dtype() != "F32" or math.prod(stored.get_shape()) != piece.length:
-                raise ValueError(f"{key:.100} is {stored.get_dtype()} of shape {stored.get_shape()}, not {piece.length} elements of F32")
-            return self._files[piece.file].get_tensor(key).flatten() if self._exported else stored
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{file} cannot be read as tensors ({_words(error)})") from None
+                self._files[piece.file] = safetensors_entries(file)
+            if key not in self._files[piece.file]:
+                raise ValueError(f"it holds no {key:.100}")
+            entry = self._files[piece.file][key]
+            if entry.dtype != "F32" or math.prod(entry.shape) != piece.length:
+                raise ValueError(f"{key:.100} is {entry.dtype} of shape {entry.shape}, not {piece.length} elements of F32")
+
+        def read(first: int, out: "Tensor") -> None:
+            with faults_of(file, key):
+                read_into(file, entry, first, out)
+
+        return read
+
+
+def _exported_tensors(description: Description) -> "Callable[[str], Tensor]":
+    """The tensors of an export's file by our names. Raises CheckpointError where it does not hold just those of its model."""
+    from vitscale.formats import file_shapes, from_file
+    from vitscale.tensorfiles import open_tensors
+
+    assert description.form
+    if not _is_plain(description.path / description.weights):
+        raise CheckpointError(f"{description.path / description.weights} is missing or not a plain file")
+    file, expected = open_tensors(description.path / description.weights), file_shapes(description.form, description.model, description.prefix)
+    missing, extra = sorted(expected.keys() - file.shapes.keys()), sorted(file.shapes.keys() - expected.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"{file.path} does not fit the model: {len(missing)} tensors are missing ({_first(missing)}) and {len(extra)} are not the "
+            f"model's ({_first(extra)})"
+        )
+    for name, shape in expected.items():
+        if file.shapes[name] != shape:
+            raise CheckpointError(f"{file.path}: {name} has shape {file.shapes[name]}, the model's has {shape}")
+    return from_file(description.form, description.model, description.prefix, file.read)
 
 
 def piece_key(name: str, kind: str, offset: int) -> str:
@@ -385,9 +441,9 @@ def read_weights(description: Description, kind: str, shapes: dict[str, tuple[in
     Args:
         kind: `average` (where there is one) or `weight`.
     """
-    kind = description.preferred(kind)
-    check_tensors(description, shapes, {kind: shapes.keys()})
-    reader = TensorReader(description)
+    kind, reader = description.preferred(kind), TensorReader(description)
+    if not description.form:
+        check_tensors(description, shapes, {kind: shapes.keys()})
     return {name: reader.whole(name, kind) for name in shapes}
 
 
@@ -419,24 +475,11 @@ def write_description(file: Path, description: Description) -> None:
     """Writes checkpoint.json or an export's description: a setting a line, a tensor a line."""
     values = asdict(replace(description, tensors=()))
     del values["path"], values["tensors"]  # a folder may be moved
+    if not description.form:
+        del values["form"], values["prefix"], values["weights"], values["origin"]
     tensors = (json.dumps(vars(t) | {"pieces": [vars(piece) for piece in t.pieces]}) for t in description.tensors)
     head = json.dumps({"format_version": FORMAT_VERSION, **values}, indent=1, allow_nan=False).removesuffix("\n}")
     file.write_text(f"{head},\n " + '"tensors": [\n' + ",\n".join(tensors) + "\n]}\n")
-
-
-def write_tensors(file: Path, tensors: "dict[str, Tensor]") -> None:
-    """Writes a safetensors file, or leaves none and raises CheckpointError, as on a full disk."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    file.touch()
-    mode = file.stat().st_mode  # as the user's umask has it; safetensors lets nobody else read what it writes
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(mode)
-    except SafetensorError as error:
-        file.unlink(missing_ok=True)
-        raise CheckpointError(f"{file} cannot be written ({error}); what was saved before it is whole") from None
 
 
 def partial_folder(run: Path, step: int) -> Path:

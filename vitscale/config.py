@@ -26,6 +26,11 @@ Keeps = Literal["everything", "products", "nothing"]  # of what a block computes
 Compilation = Literal["none", "blocks", "graphs"]
 # By whose code position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned.
 PositionInterpolation = Literal["timm", "deit", "timm_npz", "paper"]
+# How a file of weights names and lays out its tensors (`formats.py`); timm's names are ours
+Format = Literal[
+    "timm", "dinov2", "open_clip", "hf_vit", "hf_vit_mae", "hf_dinov2", "hf_siglip", "hf_clip",
+    "big_vision", "big_vision_scan", "vision_transformer",
+]  # fmt: skip
 # Whose evaluation preprocessing: what timm does, big_vision, or the paper's code.
 EvalProtocol = Literal["timm", "big_vision", "paper"]
 

@@ -1,19 +1,22 @@
-"""Export: the weights of a checkpoint as files that others load, written whole or not at all.
+"""Export: the weights of a checkpoint as a folder that others load, written whole or not at all, one tensor in memory at a time.
 
-    OUT/model.safetensors   fp32 weights under timm's names
-    OUT/vitscale.json       model, preprocessing, class names, clock: enough to use the weights, and what makes OUT a CHECKPOINT
-    OUT/config.json         format timm: what `timm.create_model("local-dir:OUT", pretrained=True)` reads
-    OUT/classes.txt         class names, one a line, where the dataset had them
-    OUT/COMMIT.json         sizes and checksums
+    OUT/model.safetensors, weights.npz   the tensors, as the library names them (`formats.py`)
+    OUT/config.json, ...                 what timm or transformers read (`targets.py`)
+    OUT/vitscale.json                    model, preprocessing, class names, origin: what makes OUT a CHECKPOINT for every verb
+    OUT/README.md, classes.txt           a model card, class names
+    OUT/certificate/, verify.py          what the trained model says of seeded inputs, and a script that holds the library to it
+    OUT/vit.py                           with plain safetensors: the model in plain torch
+    OUT/SHA256SUMS, COMMIT.json          sums for everybody, and for us
 
-What a format cannot say exactly is refused. Position embeddings that timm's model lacks but can add up to the same (2-D, sin-cos, none) are
-written as its learned ones.
+What a library cannot say exactly is refused, or with `lossy` written and told.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,124 +24,140 @@ import torch
 from torch import Tensor
 
 from vitscale import checkpoint
-from vitscale.checkpoint import CheckpointError, Description, Piece, TensorEntry
-from vitscale.config import PreprocessConfig, ViTConfig
-from vitscale.evaluate import load_model
-from vitscale.model import grid_2d, sincos_2d
+from vitscale.card import model_card, origin_of
+from vitscale.certificate import write_certificate
+from vitscale.checkpoint import CheckpointError, Description, TensorReader
+from vitscale.formats import HEADS_WITHOUT_BIAS, file_shapes, to_file
+from vitscale.model import ViT, parameter_shapes
+from vitscale.targets import Library, Target, position_tensors, target, timm_config
+from vitscale.tensorfiles import write_npz, write_safetensors
 
-WEIGHTS_FILE = "model.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def export(description: Description, kind: str, out: Path, *, to: str, headless: bool) -> Path:
+def export(
+    description: Description, kind: str, out: Path, *, to: Library, headless: bool = False, dtype: str = "fp32", lossy: bool = False,
+    licence: str = "", progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:  # fmt: skip
     """Writes the folder `out`, which must not exist. Raises CheckpointError where the export would not be exact.
 
     Args:
         kind: `average` (where there is one) or `weight`.
-        to: `timm` or `safetensors`.
         headless: leave out the head, and the representation layer before it.
+        dtype: fp32 or bf16, to which weights are rounded to the nearest.
+        lossy: write, too, what the library computes otherwise, and say so in it.
+        licence: of the weights, for the model card.
+        progress: is told (bytes written, bytes in all) of the weights.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; give a folder that does not")
-    model = load_model(description, kind)
-    weights = dict(model.state_dict())
-    exported = model.config
-    if headless or exported.num_classes == 0:
-        exported = dataclasses.replace(exported, num_classes=0, representation_size=0)
-        weights = {name: w for name, w in weights.items() if not name.startswith(("head.", "pre_logits."))}
-    class_names = description.class_names if exported.num_classes else None
-    if to == "timm":
-        weights, exported = as_timm(weights, exported)
-        if description.preprocess.eval_protocol != "timm":
-            raise CheckpointError(
-                f"timm does not evaluate by {description.preprocess.eval_protocol}'s protocol, so its figures would be others; "
-                "--eval-protocol timm exports for timm's, --to safetensors keeps this one"
-            )
+    kind = description.preferred(kind)
+    model = description.model
+    if headless or model.num_classes == 0:
+        model = dataclasses.replace(model, num_classes=0, representation_size=0 if headless else model.representation_size)
+    class_names = description.class_names if model.num_classes else None
+    multi_label = description.objective.kind == "sigmoid"
+    wanted = target(to, model, description.preprocess, class_names, multi_label=multi_label, bf16=dtype == "bf16")
+    if wanted.losses and not lossy:
+        raise CheckpointError(f"{'; '.join(loss.words for loss in wanted.losses)}. --lossy writes it all the same, and says so in the folder")
+    read = _reader(description, kind, model, wanted)
+    about = dataclasses.replace(
+        description, model=wanted.model, class_names=class_names, tensors=(), form=wanted.form, prefix=wanted.prefix, weights=wanted.weights,
+        origin=origin_of(description, kind),
+    )  # fmt: skip
     hidden = out.with_name(f".{out.name}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        checkpoint.write_tensors(hidden / WEIGHTS_FILE, {name: weight.contiguous() for name, weight in weights.items()})
-        entries = (
-            TensorEntry(name, checkpoint.WEIGHT, tuple(w.shape), (Piece(WEIGHTS_FILE, 0, w.numel()),)) for name, w in weights.items()
-        )
-        about = dataclasses.replace(description, model=exported, class_names=class_names, tensors=tuple(entries))
+        _write_weights(hidden / wanted.weights, wanted, read, DTYPES[dtype], progress)
+        for name, said in wanted.sidecars.items():
+            (hidden / name).write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n")
         checkpoint.write_description(hidden / checkpoint.EXPORT_DESCRIPTION, about)
         if class_names:
             (hidden / "classes.txt").write_text("".join(f"{name}\n" for name in class_names))
-        if to == "timm":
-            (hidden / "config.json").write_text(json.dumps(timm_config(exported, description.preprocess, class_names), indent=1) + "\n")
-        checkpoint.publish(hidden, out, {file.name: checkpoint.file_checksum(file) for file in hidden.iterdir()})
+        card = model_card(out.name, to, wanted, about, dtype=dtype, multi_label=multi_label, licence=licence)
+        (hidden / "README.md").write_text(card)
+        source = Path(__file__).parent
+        shutil.copyfile(source / "replay.py", hidden / "verify.py")
+        if to == "safetensors":
+            shutil.copyfile(source / "plain_vit.py", hidden / "vit.py")
+        _certify(hidden, description, kind, model, wanted, to, dtype)
+        files = sorted(path for path in hidden.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(hidden)): path for path in files}
+        (hidden / "SHA256SUMS").write_text("".join(f"{_sha256(path)}  {name}\n" for name, path in sums.items()))
+        sums["SHA256SUMS"] = hidden / "SHA256SUMS"
+        checkpoint.publish(hidden, out, {name: checkpoint.file_checksum(path) for name, path in sums.items()})
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
     return out
 
 
-def as_timm(weights: dict[str, Tensor], model: ViTConfig) -> tuple[dict[str, Tensor], ViTConfig]:
-    """The tensors that timm's VisionTransformer has, and the config that they are now of. Raises CheckpointError."""
-    if model.representation_size:
-        raise CheckpointError(
-            f"timm has no representation layer (this model's has {model.representation_size} features), so the head trained behind it "
-            "cannot be exported to timm; --headless exports the backbone, --to safetensors everything"
-        )
-    if model.layer_norm_eps != 1e-6:
-        raise CheckpointError(
-            f"timm's LayerNorm has an epsilon of 1e-6, this model's is {model.layer_norm_eps:g}; --to safetensors exports this model"
-        )
-    if model.position == "relative":
-        raise CheckpointError("timm's VisionTransformer has no relative position bias; --to safetensors exports this model")
-    if model.position == "learned_1d":
-        return weights, model
-    if model.position == "learned_2d":
-        positions_1ND = grid_2d(weights["pos_embed_rows"], weights["pos_embed_columns"])
-    elif model.position == "sincos":
-        positions_1ND = sincos_2d(model.grid, model.width)
+Stretch = Callable[[str, int, int], Tensor]  # (name, first element, how many) of one of our tensors, flattened
+
+
+def _reader(description: Description, kind: str, model: Any, wanted: Target) -> Stretch:
+    """The tensors as the target has them: a checkpoint's, but for position embeddings that have another form there."""
+    if not description.form:
+        shapes = parameter_shapes(description.model)
+        checkpoint.check_tensors(description, shapes, {kind: shapes.keys()})
+    reader = TensorReader(description)
+    made = position_tensors(model, wanted.model, lambda name: reader.whole(name, kind))
+    if wanted.form in HEADS_WITHOUT_BIAS and model.num_classes and bool(reader.whole("head.bias", kind).any()):
+        raise CheckpointError(f"{wanted.form} has no bias of the head, and this model's is not zero")
+
+    def read(name: str, start: int, length: int) -> Tensor:
+        return made[name].flatten()[start : start + length] if name in made else reader.stretch(name, kind, start, length)
+
+    return read
+
+
+def _write_weights(file: Path, wanted: Target, read: Stretch, dtype: torch.dtype, progress: Callable[[int, int], None]) -> None:
+    shapes = file_shapes(wanted.form, wanted.model, wanted.prefix)
+    total, done = sum(map(math.prod, shapes.values())) * dtype.itemsize, 0
+    value = to_file(wanted.form, wanted.model, wanted.prefix, read)
+
+    def told(name: str) -> Tensor:
+        nonlocal done
+        progress(done, total)
+        done += math.prod(shapes[name]) * dtype.itemsize
+        return value(name)
+
+    if file.suffix == ".npz":
+        write_npz(file, shapes, told)
     else:
-        positions_1ND = torch.zeros(1, model.grid[0] * model.grid[1], model.width)
-    if model.pool == "cls":  # in these the class token has no position
-        positions_1ND = torch.cat([torch.zeros(1, 1, model.width), positions_1ND], dim=1)
-    kept = {name: w for name, w in weights.items() if not name.startswith("pos_embed_")}
-    return kept | {"pos_embed": positions_1ND}, dataclasses.replace(model, position="learned_1d")
+        write_safetensors(file, shapes, told, dtype)
+    progress(total, total)
 
 
-def timm_config(model: ViTConfig, preprocess: PreprocessConfig, class_names: tuple[str, ...] | None) -> dict[str, Any]:
-    """config.json in the form of timm's hub models (timm/models/_hub.py)."""
-    pool = {"cls": "token", "mean": "avg", "map": "map"}[model.pool]
-    config: dict[str, Any] = {
-        "architecture": "vit_base_patch16_224",  # any of timm's plain ViTs; model_args say the rest
-        "num_classes": model.num_classes,
-        "num_features": model.width,
-        "global_pool": pool,
-        "model_args": {
-            "img_size": list(model.image_size),
-            "patch_size": model.patch_size,
-            "embed_dim": model.width,
-            "depth": model.depth,
-            "num_heads": model.num_heads,
-            "mlp_ratio": _mlp_ratio(model),
-            "class_token": model.pool == "cls",
-            "global_pool": pool,
-            "fc_norm": False,  # ours normalises the tokens and then pools, as big_vision does
-            "act_layer": model.activation,
-            "qk_norm": model.qk_norm,
-        },
-        "pretrained_cfg": {
-            "input_size": [3, *model.image_size],
-            "fixed_input_size": True,
-            "interpolation": preprocess.interpolation,
-            "crop_pct": preprocess.eval_crop,
-            "crop_mode": "squash" if preprocess.eval_crop == 1 else "center",
-            "mean": list(preprocess.mean),
-            "std": list(preprocess.std),
-            "num_classes": model.num_classes,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
-    }
-    return config | ({"label_names": list(class_names)} if class_names else {})
+def _certify(hidden: Path, description: Description, kind: str, model: Any, wanted: Target, to: Library, dtype: str) -> None:
+    """Writes the certificate of the trained model, its weights rounded as they are written."""
+    reader, trained = TensorReader(description), ViT(model).eval()
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            parameter.copy_(reader.whole(name, kind).to(DTYPES[dtype]))
+    preprocess = description.preprocess
+    about: dict[str, Any] = {
+        "library": to, "dtype": dtype, "losses": [dataclasses.asdict(loss) for loss in wanted.losses], "mean": preprocess.mean,
+        "std": preprocess.std, "has_head": model.num_classes > 0, "has_representation": model.representation_size > 0, "pool": model.pool,
+    }  # fmt: skip
+    if to == "hf":
+        about["model_type"] = wanted.sidecars["config.json"]["model_type"]
+    if to == "npz":  # timm reads these files, too
+        said = timm_config(dataclasses.replace(wanted.model, representation_size=0), 1e-6, preprocess, None)
+        cfg = said["pretrained_cfg"]
+        names = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+        about["timm"] = {
+            "architecture": said["architecture"],
+            "model_args": said["model_args"],
+            "transform": {name: cfg[name] for name in names},
+        }
+    write_certificate(hidden, trained, preprocess, about)
 
 
-def _mlp_ratio(model: ViTConfig) -> float:
-    """What timm multiplies the width by and cuts to an integer: the quotient may fall short of it by a rounding, as 960 / 704 does."""
-    ratio = model.mlp_dim / model.width
-    return ratio if int(model.width * ratio) == model.mlp_dim else math.nextafter(ratio, math.inf)
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

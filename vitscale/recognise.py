@@ -1,0 +1,484 @@
+"""What a file of weights is that somebody else wrote: its format, the model that its tensors are of, and what goes with it.
+
+Shapes tell nearly all of a model. What they do not (heads, the epsilon of LayerNorm, which GELU, the grid of a rectangle) is taken from the
+JSON files that lie beside the weights, else from what the family of models has, which is then told (`Weights.assumed`), else asked for.
+Nothing is guessed in silence, for names that fit with numbers that do not are what goes wrong in the field.
+
+`recognise` looks at names and shapes alone; every tensor of the file is one of the model's, or is left out for a reason that is known
+(`Weights.left_out`), or the file is refused with a table of what does not fit.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vitscale.check import check_model
+from vitscale.checkpoint import CheckpointError
+from vitscale.config import UNREADABLE, Format, PreprocessConfig, ViTConfig
+from vitscale.formats import Shape, file_shapes, theirs_of
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+# Heads by width: of ViT (arXiv 2010.11929, table 1), Ti and S (2106.10270), g and G (2106.04560), DINOv2's giant (dinov2/models)
+_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
+}  # fmt: skip
+# Names of timm's plain ViTs, whose entry points set nothing that a file does not show but CLIP's epsilon (vision_transformer.py)
+_TIMM_PLAIN = re.compile(r"(vit|deit|deit3)_(tiny|small|medium|base|large|huge|giant|gigantic)_patch\d+(_reg\d)?(_clip)?(_quickgelu)?(_gap)?(_dinov2)?(_\d+)?")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user says of a file, where it does not say it itself or says something else."""
+
+    num_heads: int | None = None
+    """Attention heads of a block."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels of the images that the position embeddings are for."""
+    layer_norm_eps: float | None = None
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] | None = None
+    pool: Literal["cls", "mean", "map", "mean_with_cls"] | None = None
+    """What the head sees."""
+    prefix: str | None = None
+    """What stands before the names of the model's tensors, where a file holds several models."""
+    headless: bool = False
+    """Leave the head out."""
+    mean: tuple[float, float, float] | None = None
+    """Of each channel of pixels in [0, 1]."""
+    std: tuple[float, float, float] | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    eval_crop: float | None = None
+    """As of `pretrain`."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file of weights is."""
+
+    form: Format
+    prefix: str
+    """Before the names of the model's tensors in the file."""
+    model: ViTConfig
+    preprocess: PreprocessConfig
+    class_names: tuple[str, ...] | None
+    multi_label: bool
+    """Whether the head is one of sigmoids."""
+    left_out: tuple[tuple[str, str], ...]
+    """Tensors of the file that are not the model's, and why."""
+    assumed: tuple[str, ...]
+    """What the file does not say, and was taken for granted."""
+
+
+def read_sidecars(folder: Path) -> dict[str, dict[str, Any]]:
+    """The JSON files that may lie beside weights and say what they are. Raises CheckpointError where one cannot be read."""
+    found = {}
+    for name in ("config.json", "preprocessor_config.json", "open_clip_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            found[name] = json.loads(file.read_bytes()[:10_000_000])
+            if not isinstance(found[name], dict):
+                raise ValueError("it is no JSON object")
+        except UNREADABLE as error:
+            raise CheckpointError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from None
+    return found
+
+
+def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], asked: Asked, where: str) -> Weights:
+    """What a file is, by the names and shapes of its tensors and what lies beside it.
+
+    Args:
+        said: of `read_sidecars`.
+        where: what to call the file.
+
+    Raises CheckpointError where it is no ViT that this program has, or not all of one, or does not say enough and neither is `asked`.
+    """
+    form, prefix = find_form(shapes, said, asked.prefix, where)
+    try:
+        facts = _npz_facts(form, prefix, shapes) if "/" in _marker(form) else _torch_facts(form, prefix, shapes)
+        model, assumed = _model(form, facts, said, asked)
+        check_model(model)
+    except UNREADABLE as error:
+        raise CheckpointError(f"{where} looks like {form}'s and is not: {' '.join(str(error).split())[:300]}") from None
+    if asked.headless:
+        model = replace(model, num_classes=0, representation_size=0)
+    expected = file_shapes(form, model, prefix)
+    left_out, problems = [], []
+    for name, shape in shapes.items():
+        if name not in expected:
+            why = _why_left_out(form, name.removeprefix(prefix), prefix, name, asked.headless, model)
+            (left_out if why else problems).append((name, why or f"{_sides(shape)} has no place in the model"))
+        elif shape != expected[name]:
+            problems.append((name, f"has shape {_sides(shape)}, the model's has {_sides(expected[name])}"))
+    problems += [(name, f"{_sides(shape)} is missing") for name, shape in expected.items() if name not in shapes]
+    if problems:
+        fit = sum(name in shapes and shapes[name] == shape for name, shape in expected.items())
+        table = "".join(f"\n  {name:.80} {why}" for name, why in problems[:20]) + (f"\n  and {len(problems) - 20} more" * (len(problems) > 20))
+        raise CheckpointError(f"{where} is {form}'s, but only {fit} of its {len(expected)} tensors fit the model, and nothing is read:{table}")
+    names, multi_label = _classes(said, model)
+    preprocess = _preprocess(form, said, asked)
+    return Weights(form, prefix, model, preprocess, names, multi_label, tuple(left_out), tuple(assumed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Whose it is
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _marker(form: str) -> str:
+    """The end of a name that only this format's files have, of the patches' kernel."""
+    markers = {
+        "timm": "patch_embed.proj.weight", "dinov2": "patch_embed.proj.weight", "open_clip": "conv1.weight",
+        "hf_vit": "embeddings.patch_embeddings.projection.weight", "hf_vit_mae": "embeddings.patch_embeddings.projection.weight",
+        "hf_dinov2": "embeddings.patch_embeddings.projection.weight", "hf_siglip": "embeddings.patch_embedding.weight",
+        "hf_clip": "embeddings.patch_embedding.weight",
+    }  # fmt: skip
+    return markers.get(form, "embedding/kernel")
+
+
+def find_form(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], prefix: str | None, where: str) -> tuple[Format, str]:
+    """The format of a file, and what stands before its names. Raises CheckpointError."""
+    found: dict[str, Format] = {}
+    for form in get_args(Format):
+        marker = _marker(form)
+        for name in shapes:
+            begin = name.removesuffix(marker)
+            if name != begin + marker or (begin and begin[-1] not in "./") or (marker == "conv1.weight" and len(shapes[name]) != 4):
+                continue
+            if _is_of(form, begin, shapes, said):
+                found[begin] = form
+    if prefix is not None:
+        found = {begin: form for begin, form in found.items() if begin == prefix}
+    if len(found) == 1:
+        begin, form = next(iter(found.items()))
+        return form, begin
+    if found:
+        raise CheckpointError(f"{where} holds {len(found)} models, whose names begin with {', '.join(map(repr, found))}; --prefix chooses one")
+    some = ", ".join(f"{name:.60}" for name in list(shapes)[:3])
+    raise CheckpointError(
+        f"{where} is no ViT of timm, Hugging Face, DINOv2, MAE, open_clip or Google's npz: its {len(shapes)} tensors are called {some}, ..."
+    )
+
+
+def _is_of(form: Format, begin: str, shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether a file whose patches' kernel has a format's name is of this format, and not of another that has the same."""
+    has = {name.removeprefix(begin) for name in shapes if name.startswith(begin)}
+    kind = str(said.get("config.json", {}).get("model_type", ""))
+    match form:
+        case "timm":
+            return not has & {"register_tokens", "blocks.0.mlp.w12.weight"}
+        case "dinov2":
+            return bool(has & {"register_tokens", "blocks.0.mlp.w12.weight"})
+        case "open_clip":
+            return {"class_embedding", "transformer.resblocks.0.ln_1.weight"} <= has
+        case "hf_vit_mae" | "hf_vit":
+            mae = kind == "vit_mae" or any(name.startswith("decoder.decoder_layers") for name in shapes)
+            return "encoder.layer.0.layernorm_before.weight" in has and mae == (form == "hf_vit_mae")
+        case "hf_dinov2":
+            return "encoder.layer.0.layer_scale1.lambda1" in has
+        case "hf_siglip" | "hf_clip":
+            return "embeddings.position_embedding.weight" in has and ("embeddings.class_embedding" in has) == (form == "hf_clip")
+        case "vision_transformer":
+            return "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel" in has
+        case "big_vision":
+            return "Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel" in has
+    return "Transformer/encoderblock/MlpBlock_0/Dense_0/kernel" in has
+
+
+def _why_left_out(form: Format, inner: str, prefix: str, name: str, headless: bool, model: ViTConfig) -> str:
+    """Why a tensor of a file is none of the model's, where that is known and right; else nothing."""
+    if inner == "mask_token" or inner == "embeddings.mask_token":
+        return "stands for hidden patches in pre-training"
+    if form in ("timm", "hf_vit_mae") and re.match(r"decoder[._]|decoder_", name.removeprefix("vit.") if form == "hf_vit_mae" else inner):
+        return "of MAE's decoder"
+    if form in ("open_clip", "hf_clip", "hf_siglip") and not name.startswith(prefix) and prefix:
+        if headless or not name.startswith(("classifier", "visual_projection")):
+            return "not of the image tower"
+    if name.endswith("position_ids"):
+        return "numbers the positions"
+    if headless and (inner.startswith(("head", "pre_logits", "fc.")) or name.startswith(("classifier", "visual_projection")) or inner == "proj"):
+        return "of the head, which is not wanted"
+    if headless and inner.startswith("pooler."):
+        return "of the layer before the head, which is not wanted"
+    if form == "hf_siglip" and model.pool == "mean" and inner.startswith("head."):
+        return "of attention pooling, which the classifier does not see"
+    if form == "dinov2" and inner.startswith("dino_head"):
+        return "of the pre-training objective"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Its model
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the shapes say."""
+
+    depth: int
+    width: int
+    mlp_dim: int
+    patch_size: int
+    num_classes: int
+    representation_size: int
+    positions: int | None
+    """Places in the table of position embeddings; None where there is none."""
+    class_token: bool
+    pool: Literal["cls", "mean", "map", "mean_with_cls"]
+    num_heads: int | None = None
+    registers: int = 0
+    layer_scale: bool = False
+    swiglu: bool = False
+    qk_norm: bool = False
+    pre_norm: bool = False
+    pool_norm: bool = False
+
+
+def _torch_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> _Facts:
+    """Raises ValueError, KeyError or IndexError where they make no sense."""
+
+    def shape_of(ours: str, *, swiglu: bool = False) -> Shape | None:
+        names = theirs_of(form, ours, prefix, swiglu=swiglu)
+        return shapes.get(names[0]) if names else None
+
+    def needed(ours: str) -> Shape:
+        shape = shape_of(ours)
+        if shape is None:
+            raise ValueError(f"{' or '.join(theirs_of(form, ours, prefix)) or ours} is missing")
+        return shape
+
+    def there(ours: str) -> bool:
+        return shape_of(ours) is not None
+
+    D, channels, height, width = needed("patch_embed.proj.weight")
+    if channels != 3 or height != width:
+        raise ValueError(f"patches are {height} x {width} pixels of {channels} channels, not square ones of 3")
+    depth = next(number for number in range(10_000) if not there(f"blocks.{number}.norm1.weight"))
+    swiglu = there("blocks.0.mlp.w3.weight") or shape_of("blocks.0.mlp.fc2.weight", swiglu=True) is not None and form == "hf_dinov2"
+    swiglu = swiglu and not (form == "hf_dinov2" and there("blocks.0.mlp.fc1.weight"))
+    fc1, fc2 = (shape_of(f"blocks.0.mlp.{layer}.weight", swiglu=swiglu or form == "dinov2") or needed(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
+    gated = fc1[0] == 2 * fc2[1]
+    position, latent = shape_of("pos_embed"), there("attn_pool.latent")
+    class_token, pool_norm = there("cls_token"), there("fc_norm.weight") and not there("norm.weight")
+    head = shape_of("head.weight")
+    classes = 0 if head is None else head[1] if form == "open_clip" else head[0]
+    pool: Literal["cls", "mean", "map", "mean_with_cls"] = "map" if latent else "cls" if class_token else "mean"
+    if form == "hf_siglip" and classes:
+        pool = "mean"  # SiglipForImageClassification, whatever its tower has
+    if pool_norm and class_token:
+        pool = "mean_with_cls"
+    q_norm, registers, hidden = shape_of("blocks.0.attn.q_norm.weight"), shape_of("reg_token"), shape_of("pre_logits.fc.weight")
+    return _Facts(
+        depth, D, fc2[1], height, classes, hidden[0] if hidden else 0, position[-2] if position else None, class_token, pool,
+        num_heads=D // q_norm[0] if q_norm else None, registers=registers[1] if registers else 0, layer_scale=there("blocks.0.ls1.gamma"),
+        swiglu=gated, qk_norm=q_norm is not None, pre_norm=there("norm_pre.weight"), pool_norm=pool_norm,
+    )  # fmt: skip
+
+
+def _npz_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> _Facts:
+    """Raises ValueError, KeyError or IndexError where they make no sense."""
+    height, width, channels, D = shapes[f"{prefix}embedding/kernel"]
+    if channels != 3 or height != width:
+        raise ValueError(f"patches are {height} x {width} pixels of {channels} channels, not square ones of 3")
+    scan, old = form == "big_vision_scan", form == "vision_transformer"
+    block = f"{prefix}Transformer/encoderblock" + ("" if scan else "_0")
+    query = shapes[f"{block}/MultiHeadDotProductAttention_{1 if old else 0}/query/kernel"][scan:]
+    fc1 = shapes[f"{block}/MlpBlock_{3 if old else 0}/Dense_0/kernel"][scan:]
+    if scan:
+        depth = shapes[f"{block}/LayerNorm_0/scale"][0]
+    else:
+        depth = next(number for number in range(10_000) if f"{prefix}Transformer/encoderblock_{number}/LayerNorm_0/scale" not in shapes)
+    position = shapes.get(f"{prefix}Transformer/posembed_input/pos_embedding" if old else f"{prefix}pos_embedding")
+    class_token, latent = f"{prefix}cls" in shapes, f"{prefix}MAPHead_0/probe" in shapes
+    head, hidden = shapes.get(f"{prefix}head/kernel"), shapes.get(f"{prefix}pre_logits/kernel")
+    return _Facts(
+        depth, D, fc1[1], height, head[1] if head else 0, hidden[1] if hidden else 0, position[-2] if position else None, class_token,
+        "map" if latent else "cls" if class_token else "mean", num_heads=query[1],
+    )  # fmt: skip
+
+
+def _model(form: Format, facts: _Facts, said: Mapping[str, dict[str, Any]], asked: Asked) -> tuple[ViTConfig, list[str]]:
+    """The model, and what was taken for granted of it. Raises ValueError where what is needed is not known."""
+    assumed: list[str] = []
+    told, family = _told(form, said), _family(form)
+
+    def settle(name: str, default: Any, of: str, remedy: str) -> Any:
+        for value in (getattr(asked, name), told.get(name)):
+            if value is not None:
+                return value
+        if default is None or told.get("unknown"):
+            raise ValueError(f"{name} is not in the file{told.get('unknown', '')}; {remedy}")
+        assumed.append(f"{name} {'x'.join(map(str, default)) if isinstance(default, tuple) else default} ({of})")
+        return default
+
+    heads = facts.num_heads or settle("num_heads", _HEADS.get(facts.width), f"as a width of {facts.width} has", "--num-heads says it")
+    eps = settle("layer_norm_eps", family["layer_norm_eps"], f"{form}'s", "--layer-norm-eps says it")
+    swiglu = facts.swiglu
+    activation = "gelu" if swiglu else settle("activation", family["activation"], f"{form}'s", "--activation says it")
+    pool = asked.pool or facts.pool
+    registers_placed = form == "timm" and facts.registers > 0
+    grid, class_position = _grid(facts, asked.image_size or told.get("image_size"), registers_placed)
+    if facts.positions is not None and not (asked.image_size or told.get("image_size")):
+        assumed.append(f"image_size {grid[0] * facts.patch_size}x{grid[1] * facts.patch_size} (a square)")
+    model = ViTConfig(
+        depth=facts.depth, width=facts.width, mlp_dim=facts.mlp_dim, num_heads=heads, patch_size=facts.patch_size,
+        image_size=(grid[0] * facts.patch_size, grid[1] * facts.patch_size), num_classes=facts.num_classes, pool=pool,
+        position="none" if facts.positions is None else "learned_1d", class_position=class_position, registers=facts.registers,
+        representation_size=facts.representation_size, qk_norm=facts.qk_norm, layer_scale=1e-5 if facts.layer_scale else 0.0,
+        mlp="swiglu" if swiglu else "plain", activation=activation, pre_norm=facts.pre_norm, pool_norm=facts.pool_norm, layer_norm_eps=eps,
+    )  # fmt: skip
+    if model.class_token != facts.class_token:
+        raise ValueError(f"pool={pool} {'needs' if model.class_token else 'has no place for'} a class token, which the file has {'not' if model.class_token else ''}")
+    return model, assumed
+
+
+def _grid(facts: _Facts, image_size: tuple[int, int] | None, registers_placed: bool) -> tuple[tuple[int, int], bool]:
+    """The grid of patches, and whether the class token has a position. Raises ValueError where they do not follow."""
+    p = facts.patch_size
+    if facts.positions is None:
+        if image_size is None:
+            raise ValueError("image_size is not in the file, which has no position embeddings; --image-size says it")
+        return (image_size[0] // p, image_size[1] // p), True
+    found = []
+    for classes in {facts.class_token, False}:
+        patches = facts.positions - classes
+        if image_size is None:
+            side = math.isqrt(patches)
+            if side * side == patches:
+                found.append(((side, side), bool(classes)))
+        elif image_size[0] // p * (image_size[1] // p) == patches:
+            found.append(((image_size[0] // p, image_size[1] // p), bool(classes)))
+    if registers_placed and not found:
+        raise ValueError(f"{facts.positions} position embeddings with {facts.registers} registers: registers with positions are not known here")
+    if len(found) != 1:
+        of = f"an image of {image_size[0]}x{image_size[1]}" if image_size else "a square image"
+        raise ValueError(f"{facts.positions} position embeddings are not those of {of} in patches of {p}; --image-size HEIGHT WIDTH says of which")
+    return found[0][0], found[0][1] or not facts.class_token
+
+
+def _family(form: Format) -> dict[str, Any]:
+    """What models of a format have that no file says."""
+    if form == "open_clip":
+        return {"layer_norm_eps": 1e-5, "activation": None}  # erf GELU, but QuickGELU for what OpenAI trained: no file says which
+    if form.startswith("hf_"):
+        return {"layer_norm_eps": None, "activation": None}
+    if form in ("big_vision", "big_vision_scan", "vision_transformer"):
+        return {"layer_norm_eps": 1e-6, "activation": "gelu_tanh"}
+    return {"layer_norm_eps": 1e-6, "activation": "gelu"}
+
+
+def _told(form: Format, said: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the JSON files beside the weights say of the model. Raises what `UNREADABLE` names."""
+    config = said.get("config.json", {})
+    if form == "open_clip":
+        vision = said.get("open_clip_config.json", {}).get("model_cfg", {})
+        if not vision:
+            return {}
+        heads = vision["vision_cfg"]["width"] // vision["vision_cfg"].get("head_width", 64)
+        return {"num_heads": heads, "activation": "quick_gelu" if vision.get("quick_gelu") else "gelu", "image_size": _pair(vision["vision_cfg"].get("image_size"))}
+    if form.startswith("hf_") and config:
+        config = config.get("vision_config", config)
+        if config.get("qkv_bias", True) is not True:
+            raise ValueError("qkv_bias is false; queries, keys and values of ours have a bias")
+        heads = config.get("num_attention_heads", {"hf_siglip": 12, "hf_clip": 12}.get(form))  # defaults of transformers' configs
+        eps = config.get("layer_norm_eps", {"hf_siglip": 1e-6, "hf_clip": 1e-5, "hf_dinov2": 1e-6}.get(form, 1e-12))
+        act = config.get("hidden_act", {"hf_siglip": "gelu_pytorch_tanh", "hf_clip": "quick_gelu"}.get(form, "gelu"))
+        if act not in _ACTIVATIONS:
+            raise ValueError(f"hidden_act is {act!r:.50}; {', '.join(_ACTIVATIONS)} are known")
+        if config.get("pooler_act", "tanh") != "tanh":
+            raise ValueError(f"pooler_act is {config['pooler_act']!r:.50}, and ours is tanh")
+        size = config.get("image_size", {"hf_dinov2": 224}.get(form, 224))
+        return {"num_heads": int(heads), "layer_norm_eps": float(eps), "activation": _ACTIVATIONS[act], "image_size": _pair(size)}
+    if form in ("timm", "dinov2") and "architecture" in config:
+        return _told_by_timm(str(config["architecture"]), config.get("model_args") or {}, config.get("pretrained_cfg") or config)
+    return {}
+
+
+def _told_by_timm(architecture: str, args: Mapping[str, Any], cfg: Mapping[str, Any]) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    if "input_size" in cfg and "img_size" not in args:
+        told["image_size"] = _pair(cfg["input_size"][1:])
+    if "img_size" in args:
+        told["image_size"] = _pair(args["img_size"])
+    if "num_heads" in args:
+        told["num_heads"] = int(args["num_heads"])
+    if not _TIMM_PLAIN.fullmatch(architecture):
+        told["unknown"] = f", and timm's {architecture} is none whose settings are known here"
+        if "act_layer" not in args:
+            return told
+    told["layer_norm_eps"] = 1e-5 if "_clip" in architecture else 1e-6
+    act = args.get("act_layer", "quick_gelu" if "quickgelu" in architecture else "gelu")
+    if act not in _ACTIVATIONS:
+        raise ValueError(f"act_layer is {act!r:.50}; {', '.join(_ACTIVATIONS)} are known")
+    told["activation"] = _ACTIVATIONS[act]
+    if "norm_layer" in args:
+        raise ValueError(f"norm_layer is {args['norm_layer']!r:.50}, which timm's own name does not have")
+    return told
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# What goes with it
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _classes(said: Mapping[str, dict[str, Any]], model: ViTConfig) -> tuple[tuple[str, ...] | None, bool]:
+    """Names of the classes where they are told, and whether several may be right at once."""
+    config = said.get("config.json", {})
+    labels = config.get("id2label") or config.get("label_names")
+    names: tuple[str, ...] | None = None
+    if isinstance(labels, dict) and all(str(number) in labels for number in range(model.num_classes)):
+        names = tuple(str(labels[str(number)]) for number in range(model.num_classes))
+        names = None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
+    elif isinstance(labels, list) and len(labels) == model.num_classes:
+        names = tuple(map(str, labels))
+    return names if model.num_classes else None, config.get("problem_type") == "multi_label_classification"
+
+
+def _preprocess(form: Format, said: Mapping[str, dict[str, Any]], asked: Asked) -> PreprocessConfig:
+    """What turns an image into the model's input, as the files beside the weights say, else as the family has it. Raises CheckpointError."""
+    of_family: dict[str, dict[str, Any]] = {
+        "dinov2": IMAGENET | {"interpolation": "bicubic"}, "hf_dinov2": IMAGENET | {"interpolation": "bicubic"},
+        "hf_vit_mae": IMAGENET | {"interpolation": "bicubic"},
+        "open_clip": CLIP | {"interpolation": "bicubic", "eval_crop": 1.0}, "hf_clip": CLIP | {"interpolation": "bicubic", "eval_crop": 1.0},
+    }  # fmt: skip
+    told = of_family.get(form, {})
+    config, processor = said.get("config.json", {}), said.get("preprocessor_config.json", {})
+    try:
+        if "pretrained_cfg" in config or ("architecture" in config and "mean" in config):
+            cfg = config.get("pretrained_cfg", config)
+            told = {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"]), "eval_crop": float(cfg.get("crop_pct") or 0.875)}
+            told["interpolation"] = cfg.get("interpolation", "bicubic")
+            if cfg.get("crop_mode") == "squash":
+                told["eval_crop"] = 1.0
+        elif "image_mean" in processor:
+            told = {"mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])}
+            told["interpolation"] = {2: "bilinear", 3: "bicubic"}[processor.get("resample", 2)]
+            size, crop = processor.get("size"), processor.get("crop_size")
+            told["eval_crop"] = 1.0
+            if processor.get("do_center_crop") and isinstance(size, dict) and "shortest_edge" in size and isinstance(crop, dict):
+                told["eval_crop"] = crop["height"] / size["shortest_edge"]
+        told |= {f.name: value for f in fields(PreprocessConfig) if (value := getattr(asked, f.name, None)) is not None}
+        found = PreprocessConfig(**told)
+        if not (len(found.mean) == len(found.std) == 3 and min(found.std) > 0 and found.interpolation in ("bilinear", "bicubic") and 0.1 <= found.eval_crop <= 1):
+            raise ValueError(f"mean {found.mean}, std {found.std}, {found.interpolation}, crop {found.eval_crop} make no preprocessing")
+    except UNREADABLE as error:
+        raise CheckpointError(f"what lies beside the weights says no preprocessing ({' '.join(str(error).split())[:200]})") from None
+    return found
+
+
+def _sides(shape: Shape) -> str:
+    return f"({' x '.join(map(str, shape))})"

@@ -1,0 +1,200 @@
+"""Checks an export of vitscale: its files against their SHA-256 sums, and the library that loads it against what the trained model said.
+
+    python verify.py                         in fp32 on the CPU
+    python verify.py --device cuda --precision bf16
+
+It needs torch and the library that the export is for, timm or transformers; what lies in `certificate/` it holds that library to: of twenty
+images the pixels that the model sees, and of these and of seeded tensors logits, pooled features and patch tokens. Exit status 0 where all
+is as it was trained, 1 where not.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default=Path(__file__).resolve().parent, type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"))
+    flags = parser.parse_args()
+    found = replay(flags.folder, flags.device, flags.precision)
+    print("\n".join(found["lines"]))
+    sys.exit(0 if found["holds"] else 1)
+
+
+def replay(folder, device="cpu", precision="fp32"):
+    """What a library makes of an export: `lines` to print, whether all `holds`, and the measured `differences`."""
+    folder = Path(folder)
+    about = json.loads((folder / "certificate" / "certificate.json").read_text())
+    expected = load_file(folder / "certificate" / "expected.safetensors")
+    if faults := list(wrong_sums(folder)):
+        return {"lines": [f"FAILED {fault}" for fault in faults], "holds": False, "differences": {}}
+    lines = [f"{sum(1 for _ in sums(folder))} files have their SHA-256 sums"]
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    loader = {"timm": in_timm, "npz": npz_in_timm, "hf": in_transformers, "safetensors": in_torch}[about["library"]]
+    outputs, view, library = loader(folder, about, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    lossy = {loss["what"]: loss["words"] for loss in about["losses"]}
+    differences, holds = {}, True
+    paths = sorted((folder / "certificate").glob("*.jpg"))
+    viewed = torch.stack([view(Image.open(path).convert("RGB")) for path in paths]).float()
+    mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
+    pixels = ((viewed * std + mean) * 255).round().permute(0, 2, 3, 1)
+    off = (pixels - expected["image_views_BHWC"]).abs().amax(dim=(1, 2, 3))
+    differences["pixels"] = float(off.max())
+    if differences["pixels"]:
+        known = "preprocessing" in lossy
+        holds = holds and known
+        lines.append(f"{'lossy ' if known else 'FAILED'} {int((off > 0).sum())} of {len(paths)} images are seen otherwise, by {off.max():.0f} of 255")
+    else:
+        lines.append(f"ok     the pixels of {len(paths)} images, to the bit")
+    tolerance = about["tolerances"][precision]
+    for images, prefix, what in ((expected["inputs_BCHW"], "", "tensors"), (viewed, "image_", "images")):
+        found = [outputs(image[None].to(device)) for image in images]
+        for name in found[0]:
+            ours = torch.cat([one[name].float().cpu() for one in found])
+            theirs = expected[prefix + name]
+            difference = float((ours - theirs).norm() / theirs.norm()) if ours.shape == theirs.shape else float("inf")
+            differences[prefix + name] = difference
+            known = "computation" in lossy or (prefix and "preprocessing" in lossy)
+            good = difference <= tolerance
+            holds = bool(holds and (good or known))
+            state = "ok    " if good else "lossy " if known else "FAILED"
+            lines.append(f"{state} {name} of {len(images)} {what}: relative difference {difference:.1e}, at most {tolerance:g} is rounding")
+    lines += [f"lossy  {words}" for words in lossy.values()]
+    lines.append(f"{library} {'gives what was trained' if holds and not lossy else 'differs as said above' if holds else 'does NOT give what was trained'} ({precision})")
+    return {"lines": lines, "holds": holds, "differences": differences, "library": library, "precision": precision}
+
+
+def sums(folder):
+    """(SHA-256, file) of each line of SHA256SUMS."""
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ", 1)
+        yield digest, name
+
+
+def wrong_sums(folder):
+    """What is wrong with files."""
+    for digest, name in sums(folder):
+        if not (folder / name).is_file():
+            yield f"{name} is missing"
+            continue
+        found = hashlib.sha256()
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 22):
+                found.update(block)
+        if found.hexdigest() != digest:
+            yield f"{name} does not have its SHA-256 sum: the file is damaged or was changed"
+
+
+# Each loads the export and returns: outputs of images (1, 3, H, W) by name, the view (3, H, W) of a picture, and the library's name
+
+
+def in_timm(folder, about, device, dtype):
+    """As timm loads it."""
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device, dtype)
+    transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+    return timm_outputs(model, dtype), transform, f"timm {timm.__version__}"
+
+
+def timm_outputs(model, dtype):
+    """What a ViT of timm says."""
+
+    @torch.no_grad()
+    def outputs(images_BCHW):
+        tokens_BND = model.forward_features(images_BCHW.to(dtype))
+        features_BD = model.forward_head(tokens_BND, pre_logits=True)
+        found = {"features_BD": features_BD, "tokens_BND": tokens_BND[:, model.num_prefix_tokens :]}
+        return found | ({"logits_BK": model.head(features_BD)} if model.num_classes else {})
+
+    return outputs
+
+
+def npz_in_timm(folder, about, device, dtype):
+    """As timm loads Google's npz; a representation layer, which timm leaves out, is computed here."""
+    import timm
+    from timm.data import create_transform
+
+    model = timm.create_model(about["timm"]["architecture"], num_classes=0, **about["timm"]["model_args"])
+    model.load_pretrained(str(folder / "weights.npz"))
+    model = model.eval().to(device, dtype)
+    transform = create_transform(**about["timm"]["transform"], is_training=False)
+    arrays = np.load(folder / "weights.npz")
+    layers = {}
+    for name in ("pre_logits", "head"):
+        if f"params/{name}/kernel" in arrays:
+            layers[name] = [torch.from_numpy(arrays[f"params/{name}/{part}"]).to(device, dtype) for part in ("kernel", "bias")]
+    inner = timm_outputs(model, dtype)
+
+    @torch.no_grad()
+    def outputs(images_BCHW):
+        found = inner(images_BCHW)
+        if "pre_logits" in layers:
+            found["features_BD"] = torch.tanh(found["features_BD"] @ layers["pre_logits"][0] + layers["pre_logits"][1])
+        if "head" in layers:
+            found["logits_BK"] = found["features_BD"] @ layers["head"][0] + layers["head"][1]
+        return found
+
+    return outputs, transform, f"timm {timm.__version__}, from npz,"
+
+
+def in_transformers(folder, about, device, dtype):
+    """As transformers loads it; every tensor of the file must have found its place, and every one of the model its file."""
+    import transformers
+    from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+    settings = {"output_loading_info": True}
+    if not about["has_head"] and about["model_type"] == "vit":
+        settings["add_pooling_layer"] = about["has_representation"]
+    model, info = (AutoModelForImageClassification if about["has_head"] else AutoModel).from_pretrained(folder, **settings)
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
+        raise SystemExit(f"FAILED transformers {transformers.__version__} does not load {len(wrong)} tensors: {', '.join(map(str, wrong))[:300]}")
+    model = model.eval().to(device, dtype)
+    base = getattr(model, "vit", None) or getattr(model, "vision_model", None) or model
+    # Pillow resizes, as in training: torchvision's own kernels differ by a grey level here and there
+    pillow = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
+    processor = AutoImageProcessor.from_pretrained(folder, **pillow)
+
+    @torch.no_grad()
+    def outputs(images_BCHW):
+        hidden = base(pixel_values=images_BCHW.to(dtype))
+        tokens_BND = hidden.last_hidden_state
+        if about["model_type"] == "vit":
+            features_BD = hidden.pooler_output if about["has_representation"] else tokens_BND[:, 0]
+            found = {"features_BD": features_BD, "tokens_BND": tokens_BND[:, 1:]}
+        else:
+            features_BD = hidden.pooler_output if about["pool"] == "map" else tokens_BND.mean(dim=1)
+            found = {"features_BD": features_BD, "tokens_BND": tokens_BND}
+        return found | ({"logits_BK": model(pixel_values=images_BCHW.to(dtype)).logits} if about["has_head"] else {})
+
+    def view(picture):
+        return torch.as_tensor(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0]))
+
+    return outputs, view, f"transformers {transformers.__version__}"
+
+
+def in_torch(folder, about, device, dtype):
+    """As vit.py computes it, which lies beside: plain torch and nothing else."""
+    sys.path.insert(0, str(folder))
+    try:
+        import vit
+    finally:
+        sys.path.pop(0)
+    model = vit.load(folder, device=device, dtype=dtype)
+    return (lambda images_BCHW: vit.forward(model, images_BCHW.to(dtype))), (lambda picture: vit.view(model, picture)), f"torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main()
