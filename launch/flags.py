@@ -3,14 +3,18 @@
 import contextlib
 import io
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+from tyro.conf import Positional
 
 from data_tools.errors import UserError
 from vitscale.recipes import Recipe, recipe_name
 
 Flags = TypeVar("Flags")
+CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder, or an exported or imported folder."
+Checkpoint = Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT", help=CHECKPOINT)]
+Weights = Annotated[Literal["average", "weight"], tyro.conf.arg(help="The average of the weights where there is one, or the raw weights.")]
 
 
 class UsageError(UserError):

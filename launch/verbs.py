@@ -4,27 +4,23 @@ What a verb needs is imported when it runs, so that `vitscale --help` answers at
 """
 
 import dataclasses
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
-from tyro.conf import Positional
 
 from data_tools.config import MAYBE_BYTES
+from launch.checkpoint_verbs import CHECKPOINT_VERBS
 from launch.data_verbs import DATA_VERBS
-from launch.flags import UsageError, given, parse, take_recipe
+from launch.flags import Checkpoint, UsageError, Weights, given, parse, take_recipe
 from launch.plan_verb import plan
 from launch.run_verbs import RUN_VERBS
 from launch.terminal import Json, Verb, need, print_json, progress_bar
 from vitscale.config import EvalProtocol, FinetuneConfig, TrainConfig, settle_length
 from vitscale.recipes import FINETUNE, PRETRAIN, Recipe, recipe, recipe_name
 
-CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder or an exported folder."
-Checkpoint = Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT", help=CHECKPOINT)]
-Weights = Annotated[Literal["average", "weight"], tyro.conf.arg(help="The average of the weights where there is one, or the raw weights.")]
 Processes = Annotated[int, tyro.conf.arg(help="Processes; 0 starts one a GPU, or one on a machine without.")]
 
 
@@ -158,115 +154,6 @@ def evaluate(words: list[str]) -> None:
     print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}")
 
 
-# -- checkpoint ---------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ShowFlags:
-    """Prints what a checkpoint holds, after checking that it is whole."""
-
-    checkpoint: Checkpoint
-    tensors: bool = False
-    """List every tensor."""
-    json: Json = False
-
-
-def checkpoint_show(words: list[str]) -> None:
-    """What a checkpoint holds."""
-    flags = parse(ShowFlags, words, "checkpoint show")
-    from vitscale.checkpoint import describe, find_checkpoint
-
-    description = describe(find_checkpoint(flags.checkpoint))
-    if flags.json:
-        print_json(dataclasses.asdict(description) | {"path": str(description.path)})
-        return
-    weights = [t for t in description.tensors if t.kind == "weight"]
-    print(f"{description.path}: step {description.step}, {description.samples_seen:,} samples seen; checksums hold")
-    print(f"{len(weights)} tensors, {sum(math.prod(t.shape) for t in weights):,} parameters; kinds: {', '.join(description.kinds)}")
-    for part in (description.model, description.preprocess):
-        print(f"{type(part).__name__}: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(part).items()))
-    if flags.tensors:
-        for tensor in description.tensors:
-            print(f"{tensor.kind:<16} {tensor.name:<40} {' x '.join(map(str, tensor.shape))}")
-
-
-@dataclass(frozen=True)
-class ExportFlags:
-    """Writes a folder that timm loads, or plain safetensors with a JSON description."""
-
-    checkpoint: Checkpoint
-    out: Annotated[Positional[str], tyro.conf.arg(metavar="OUT", help="The folder to write; it must not exist.")]
-    to: Literal["timm", "safetensors"] = "timm"
-    headless: bool = False
-    """Leave out the head."""
-    eval_protocol: EvalProtocol | None = None
-    """Another evaluation preprocessing than the run's (docs/stream.md, "Evaluation")."""
-    weights: Weights = "average"
-    json: Json = False
-
-
-def checkpoint_export(words: list[str]) -> None:
-    """Weights for timm, or as plain safetensors."""
-    flags = parse(ExportFlags, words, "checkpoint export")
-    from vitscale.checkpoint import describe, find_checkpoint
-
-    description = describe(find_checkpoint(flags.checkpoint)).evaluated_by(flags.eval_protocol)
-    need("torch", "safetensors")
-    from vitscale.export import export
-
-    out = export(description, flags.weights, Path(flags.out), to=flags.to, headless=flags.headless)
-    used = description.preferred(flags.weights)
-    if flags.json:
-        print_json({"out": str(out), "to": flags.to, "headless": flags.headless, "weights": used, "from": str(description.path)})
-    else:
-        print(f"{out}: the {used} tensors of {description.path} for {flags.to}{', without head' if flags.headless else ''}")
-
-
-@dataclass(frozen=True)
-class PruneFlags:
-    """Removes checkpoints of a run that are not to be kept. The newest whole one stays, and the best as the run's settings say."""
-
-    run: Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help="Run directory.")]
-    keep: int | None = None
-    """Newest checkpoints to keep; 0 keeps all. As the run has it where it is not given."""
-    keep_every: int | None = None
-    """Keep those of every so many steps, too. As the run has it where it is not given."""
-    dry_run: bool = False
-    """Only tell what would go."""
-    json: Json = False
-
-
-def checkpoint_prune(words: list[str]) -> None:
-    """Remove the checkpoints of a run that are not to be kept."""
-    flags = parse(PruneFlags, words, "checkpoint prune")
-    from vitscale import retention
-    from vitscale.checkpoint import CheckpointError, describe, newest_durable, step_folder, step_of
-    from vitscale.run import read_config, read_metrics
-
-    run = Path(flags.run)
-    policy = retention.policy_of(read_config(run), flags.keep, flags.keep_every)
-    if policy.newest < 0 or policy.every < 0:
-        raise UsageError(f"keep={policy.newest} and keep-every={policy.every} must be at least 0; 0 of keep keeps all")
-    newest, faults = newest_durable(run)
-    if newest is None:
-        raise CheckpointError(f"{run} has no whole checkpoint, so none is removed; {faults[0] if faults else 'none is there'}")
-    sizes = retention.sizes_up_to(run, step_of(newest))
-    settled = {step: size for step, size in sizes.items() if step != step_of(newest) or not describe(newest).in_doubt}
-    steps = retention.superfluous(settled, retention.goodness(read_metrics(run)), policy)
-    if not flags.dry_run:
-        retention.remove(run, steps)
-    for fault in faults:
-        print(f"warning: {fault}; it is left as it is", file=sys.stderr)
-    if flags.json:
-        kept = [step for step in sizes if step not in steps]
-        print_json({"run": flags.run, "removed": steps, "kept": kept, "bytes": sum(sizes[s] for s in steps), "dry_run": flags.dry_run})
-        return
-    for step in steps:
-        print(f"{step_folder(run, step)}: {sizes[step]:,} bytes")
-    would = "would be removed" if flags.dry_run else "removed"
-    print(f"{len(steps)} of {len(sizes)} checkpoints {would}, {sum(sizes[step] for step in steps):,} bytes")
-
-
 def recipe_doc(name: str, recipes: tuple[Recipe[Any], ...]) -> str:
     """The docstring of a recipe."""
     return next(" ".join((function.__doc__ or "").split()) for function in recipes if recipe_name(function) == name)
@@ -280,8 +167,6 @@ VERBS: dict[str, Verb] = (
         "finetune": finetune,
         "plan": plan,
         "evaluate": evaluate,
-        "checkpoint show": checkpoint_show,
-        "checkpoint export": checkpoint_export,
-        "checkpoint prune": checkpoint_prune,
     }
+    | CHECKPOINT_VERBS
 )

@@ -5,7 +5,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
@@ -27,7 +26,7 @@ def origin_of(description: Description, kind: str) -> dict[str, Any]:
         config, record = read_config(run), read_record(run)
     except (UserError, OSError):  # a step's folder that was copied out of its run
         return origin
-    start = next(reversed(record.get("starts", [])), {})
+    start: dict[str, Any] = next(reversed(record.get("starts", [])), {})
     origin |= {
         "recipe": config.recipe,
         "seed": config.seed,
@@ -61,17 +60,21 @@ def model_card(
     header = {"license": licence or "other", "pipeline_tag": "image-classification" if model.num_classes else "image-feature-extraction"}
     header |= {"timm": {"library_name": "timm"}, "hf": {"library_name": "transformers"}}.get(library, {})
     height, width = model.image_size
-    crop = "the whole image, squashed to that size" if preprocess.eval_crop == 1 else f"the central {preprocess.eval_crop:g} of the resized short side"
+    crop = (
+        "the whole image, squashed to that size"
+        if preprocess.eval_crop == 1
+        else f"the central {preprocess.eval_crop:g} of the resized short side"
+    )
     lines = ["---", *(f"{key}: {value}" for key, value in header.items()), "---", "", f"# {name}", ""]
     lines += [
-        f"A Vision Transformer of {model.depth} blocks, {model.width} features and {model.num_heads} heads on patches of {model.patch_size} pixels, "
-        f"trained with vitscale. {_head(model.num_classes, multi_label)}", "",
+        f"A Vision Transformer of {model.depth} blocks, {model.width} features and {model.num_heads} heads on patches of {model.patch_size} "
+        f"pixels, trained with vitscale. {_head(model.num_classes, multi_label)}", "",
         "## Load", "", "```python", *_loading(library, target, name), "```", "",
-        f"Then `python verify.py` here holds that library to what the trained model said of twenty images and of seeded tensors "
-        f"(`certificate/`), and every file to its SHA-256 sum.", "",
+        "Then `python verify.py` here holds that library to what the trained model said of twenty images and of seeded tensors "
+        "(`certificate/`), and every file to its SHA-256 sum.", "",
         "## Preprocessing", "",
-        f"{height} x {width} pixels (height x width): {crop}, {preprocess.interpolation} with antialias, by {preprocess.eval_protocol}'s protocol; "
-        f"then (pixel / 255 - {list(preprocess.mean)}) / {list(preprocess.std)}.", "",
+        f"{height} x {width} pixels (height x width): {crop}, {preprocess.interpolation} with antialias, by {preprocess.eval_protocol}'s "
+        f"protocol; then (pixel / 255 - {list(preprocess.mean)}) / {list(preprocess.std)}.", "",
     ]  # fmt: skip
     if target.losses:
         lines += ["## What is not as it was trained", "", *(f"- {loss.words}" for loss in target.losses), ""]
@@ -79,14 +82,19 @@ def model_card(
     results = origin.get("results", {})
     rows = {
         "recipe": origin.get("recipe"),
-        "trained on": "; ".join(f"{of.get('name')}, {of.get('samples', 0):,} samples, hash {of.get('hash', of.get('names_hash'))}" for of in origin.get("datasets", [])),
+        "trained on": "; ".join(
+            f"{of.get('name')}, {of.get('samples', 0):,} samples, hash {of.get('hash', of.get('names_hash'))}"
+            for of in origin.get("datasets", [])
+        ),
         "initialised from": origin.get("initialised_from"),
         "imported from": origin.get("imported_from"),
         "samples seen": f"{origin['samples_seen']:,} in {origin['step']:,} steps" if "samples_seen" in origin else None,
         "weights": {"average": "the average over training", "weight": "as trained, no average"}.get(origin.get("weights", "")),
         "stored in": dtype,
         "held-out results": ", ".join(f"{key.removeprefix('eval_')} {value:.4g}" for key, value in results.items()),
-        "evaluated on": f"{origin['evaluated_on'].get('name')}, hash {origin['evaluated_on'].get('hash')}" if origin.get("evaluated_on") else None,
+        "evaluated on": f"{origin['evaluated_on'].get('name')}, hash {origin['evaluated_on'].get('hash')}"
+        if origin.get("evaluated_on")
+        else None,
         "commit": origin.get("commit"),
         "versions": ", ".join(f"{key} {value}" for key, value in origin.get("versions", {}).items()),
         "licence": licence or "not stated",
@@ -101,7 +109,7 @@ def _head(num_classes: int, multi_label: bool) -> str:
     if not num_classes:
         return "It has no head: what comes out are features."
     if multi_label:
-        return f"Its {num_classes:,} logits are those of sigmoids: several classes may be right at once, and sigmoid(logit) is the probability of each."
+        return f"Its {num_classes:,} logits are those of sigmoids: several classes may be right, and sigmoid(logit) is the probability of each."
     return f"Its {num_classes:,} logits are those of a softmax: one class is right, and softmax(logits) are the probabilities."
 
 

@@ -1,11 +1,11 @@
 """An export's certificate: inputs, and what the model that was trained says of them, for whoever loads the export to compare with.
 
-    certificate/00.jpg ... 19.jpg       images rendered from a seed, of all sizes, so that preprocessing is proved too; never training images
-    certificate/expected.safetensors    for these (`image_*`) and for seeded tensors (`inputs_BCHW`): logits, what the head sees, patch tokens,
-                                        in fp32; and the pixels that the model sees of each image
+    certificate/00.jpg ... 19.jpg       images rendered from a seed, of all sizes, so that preprocessing is proved too; no training images
+    certificate/expected.safetensors    for these (`image_*`) and for seeded tensors (`inputs_BCHW`): logits, what the head sees, patch
+                                        tokens, in fp32; and the pixels that the model sees of each image
     certificate/certificate.json        which library the export is for, tolerances, what a lossy export is known to change
 
-`replay.py`, which lies in every export as verify.py, holds a library to them.
+`exported/verify.py`, which every export has a copy of, holds a library to them.
 """
 
 import io
@@ -26,7 +26,7 @@ from vitscale.tensorfiles import write_safetensors
 
 FOLDER = "certificate"
 NUM_IMAGES, NUM_INPUTS = 20, 4
-# Relative differences that are rounding, as norm of the difference over the norm: sums in another order, products of TF32 (10 bits) and bf16 (7)
+# Norms of differences over norms that are rounding: sums in another order, products of TF32 (10 bits) and of bf16 (7)
 TOLERANCES = {"fp32": 1e-5, "tf32": 5e-3, "bf16": 5e-2}
 _SIZES = (  # width, height: margins of crops that are even, odd, and odd halves; far from square; smaller than any model's input
     (500, 375), (375, 500), (333, 500), (501, 377), (640, 427), (427, 641), (1024, 768), (200, 200), (64, 64), (97, 61),
@@ -41,7 +41,7 @@ def rendered_images(seed: int) -> list[bytes]:
         y, x = np.mgrid[0:height, 0:width] / max(width, height)
         pixels = np.full((height, width, 3), 128.0)
         for _ in range(4):
-            kx, ky, phase = rng.uniform(-40, 40, 2).tolist() + [rng.uniform(0, 2 * np.pi)]
+            kx, ky, phase = rng.uniform((-40, -40, 0), (40, 40, 2 * np.pi)).tolist()
             pixels += rng.uniform(10, 40, 3) * np.sin(kx * x + ky * y + phase)[..., None]
         for _ in range(6):
             centre_x, centre_y, radius = rng.uniform(0, 1, 3) * (1, height / width, 0.3)
@@ -86,7 +86,7 @@ def outputs(model: ViT, images_BCHW: Tensor) -> dict[str, Tensor]:
     Image by image, so that the numbers are those of each alone and memory does not grow with their number.
     """
     found: list[dict[str, Tensor]] = []
-    for images_1CHW in images_BCHW.split(1):
+    for images_1CHW in torch.split(images_BCHW, 1):
         tokens_1ND = model.tokens(images_1CHW)
         features_1D = model.pool(tokens_1ND)
         one = {"features_BD": features_1D, "tokens_BND": tokens_1ND[:, model.config.num_prefix_tokens :]}

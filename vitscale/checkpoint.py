@@ -115,9 +115,11 @@ class Description:
         """`average` where it is asked for and there is one, else `weight`."""
         return kind if kind in self.kinds else WEIGHT
 
-    def evaluated_by(self, protocol: EvalProtocol | None) -> "Description":
+    def evaluated_by(self, protocol: EvalProtocol | None, crop: float | None = None) -> "Description":
         """The same, with another evaluation preprocessing where one is given."""
-        return replace(self, preprocess=replace(self.preprocess, eval_protocol=protocol)) if protocol else self
+        was = self.preprocess
+        now = replace(was, eval_protocol=protocol or was.eval_protocol, eval_crop=was.eval_crop if crop is None else crop)
+        return replace(self, preprocess=now)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -211,7 +213,10 @@ def find_checkpoint(spec: str) -> Path:
     if not path.exists():
         raise CheckpointError(f"{spec} does not exist; a checkpoint is a run, RUN@STEP, a step's folder or an exported folder")
     if path.is_file():
-        raise CheckpointError(f"{spec} is a file; give the folder that it lies in: {path.parent}")
+        raise CheckpointError(
+            f"{spec} is a file; give the folder that it lies in, {path.parent}, where that is ours, or make it ours: "
+            f"`vitscale checkpoint import {spec} OUT`"
+        )
     if any((path / name).is_file() for name in (EXPORT_DESCRIPTION, "checkpoint.json", "COMMIT.json")):
         if problem := verify(path):
             raise CheckpointError(problem)
@@ -219,10 +224,19 @@ def find_checkpoint(spec: str) -> Path:
     newest, faults = newest_durable(path)
     if newest is None:
         found = f" ({len(faults)} damaged: {faults[0]})" if faults else ""
-        raise CheckpointError(f"{spec} holds no durable checkpoint{found}; give a run that has written one, or an exported folder")
+        raise CheckpointError(
+            f"{spec} holds no durable checkpoint{found}; give a run that has written one, or an exported folder; `vitscale checkpoint "
+            "import` makes one of others' weights"
+        )
     for fault in faults:
         print(f"warning: {fault}; {newest.name} is used", file=sys.stderr)
     return newest
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a path is a file, or a folder that is none of ours: what others wrote, perhaps."""
+    ours = (EXPORT_DESCRIPTION, "checkpoint.json", "COMMIT.json", "run.json", "checkpoints")
+    return path.is_file() or (path.is_dir() and not any((path / name).exists() for name in ours))
 
 
 def describe(folder: Path) -> Description:
@@ -410,23 +424,22 @@ class TensorReader:
 
 
 def _exported_tensors(description: Description) -> "Callable[[str], Tensor]":
-    """The tensors of an export's file by our names. Raises CheckpointError where it does not hold just those of its model."""
+    """The tensors of an export's file by our names. Raises CheckpointError where it does not hold all of its model."""
     from vitscale.formats import file_shapes, from_file
     from vitscale.tensorfiles import open_tensors
 
     assert description.form
-    if not _is_plain(description.path / description.weights):
-        raise CheckpointError(f"{description.path / description.weights} is missing or not a plain file")
-    file, expected = open_tensors(description.path / description.weights), file_shapes(description.form, description.model, description.prefix)
-    missing, extra = sorted(expected.keys() - file.shapes.keys()), sorted(file.shapes.keys() - expected.keys())
-    if missing or extra:
+    weights = description.path / description.weights
+    if not weights.is_file():
+        raise CheckpointError(f"{weights} is missing")
+    file, expected = open_tensors(weights), file_shapes(description.form, description.model, description.prefix)
+    if missing := sorted(expected.keys() - file.shapes.keys()):
         raise CheckpointError(
-            f"{file.path} does not fit the model: {len(missing)} tensors are missing ({_first(missing)}) and {len(extra)} are not the "
-            f"model's ({_first(extra)})"
+            f"{weights} does not fit the model: {len(missing)} of its {len(expected)} tensors are missing ({_first(missing)})"
         )
     for name, shape in expected.items():
         if file.shapes[name] != shape:
-            raise CheckpointError(f"{file.path}: {name} has shape {file.shapes[name]}, the model's has {shape}")
+            raise CheckpointError(f"{weights}: {name} has shape {file.shapes[name]}, the model's has {shape}")
     return from_file(description.form, description.model, description.prefix, file.read)
 
 

@@ -84,8 +84,8 @@ class ViTConfig:
     num_classes: int = 0
     """Outputs of the head; 0 takes the dataset's number."""
     pool: Literal["cls", "mean", "map", "mean_with_cls"] = "cls"
-    """What the head sees: a class token, the mean of the patch tokens, or attention pooling, the last two without a class token; or the mean
-    of the patch tokens beside a class token, as MAE is fine-tuned."""
+    """What the head sees: a class token, the mean of the patch tokens, or attention pooling, the last two without a class token; or the
+    mean of the patch tokens beside a class token, as MAE is fine-tuned."""
     position: Literal["learned_1d", "learned_2d", "relative", "sincos", "none"] = "learned_1d"
     """Position embeddings (the paper's appendix D.4 compares them)."""
     class_position: bool = True
@@ -528,6 +528,31 @@ class FinetuneConfig(RunConfig):
     """How position embeddings go to the new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
     model: NewModelConfig = field(default_factory=NewModelConfig)
     preprocess: ViewConfig = field(default_factory=ViewConfig)
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """What a user says of a file of weights where it does not say it itself, or says something else."""
+
+    num_heads: int | None = None
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels of the images that the position embeddings are for."""
+    layer_norm_eps: float | None = None
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] | None = None
+    """erf GELU, Flax's tanh form of it, or OpenAI's approximation."""
+    pool: Literal["cls", "mean", "map", "mean_with_cls"] | None = None
+    """What the head sees."""
+    prefix: str | None = None
+    """What stands before the names of the model's tensors, where a file holds several models."""
+    headless: bool = False
+    """Leave the head out."""
+    mean: tuple[float, float, float] | None = None
+    """Of each channel of pixels in [0, 1], as of `pretrain`."""
+    std: tuple[float, float, float] | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """As of `pretrain`."""
+    eval_crop: float | None = None
+    """As of `pretrain`."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -59,11 +59,13 @@ def export(
     multi_label = description.objective.kind == "sigmoid"
     wanted = target(to, model, description.preprocess, class_names, multi_label=multi_label, bf16=dtype == "bf16")
     if wanted.losses and not lossy:
-        raise CheckpointError(f"{'; '.join(loss.words for loss in wanted.losses)}. --lossy writes it all the same, and says so in the folder")
+        raise CheckpointError(
+            f"{'; '.join(loss.words for loss in wanted.losses)}. --lossy writes it all the same, and says so in the folder"
+        )
     read = _reader(description, kind, model, wanted)
     about = dataclasses.replace(
-        description, model=wanted.model, class_names=class_names, tensors=(), form=wanted.form, prefix=wanted.prefix, weights=wanted.weights,
-        origin=origin_of(description, kind),
+        description, model=wanted.model, class_names=class_names, tensors=(), form=wanted.form, prefix=wanted.prefix,
+        weights=wanted.weights, origin=origin_of(description, kind),
     )  # fmt: skip
     hidden = out.with_name(f".{out.name}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -77,10 +79,8 @@ def export(
             (hidden / "classes.txt").write_text("".join(f"{name}\n" for name in class_names))
         card = model_card(out.name, to, wanted, about, dtype=dtype, multi_label=multi_label, licence=licence)
         (hidden / "README.md").write_text(card)
-        source = Path(__file__).parent
-        shutil.copyfile(source / "replay.py", hidden / "verify.py")
-        if to == "safetensors":
-            shutil.copyfile(source / "plain_vit.py", hidden / "vit.py")
+        for script in ("verify.py", "vit.py") if to == "safetensors" else ("verify.py",):
+            shutil.copyfile(Path(__file__).parent / "exported" / script, hidden / script)
         _certify(hidden, description, kind, model, wanted, to, dtype)
         files = sorted(path for path in hidden.rglob("*") if path.is_file())
         sums = {str(path.relative_to(hidden)): path for path in files}

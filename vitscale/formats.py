@@ -65,7 +65,7 @@ class Part:
 # Formats of torch: other names, and some tensors in parts
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
-# Our names, or their stems before `.weight` and `.bias`, to theirs; `{}` is the block. Several: rows of ours, divided evenly, one below another.
+# Our names, or their stems before `.weight` and `.bias`, to theirs; `{}` is the block. Several: rows of ours, evenly, one below another.
 Names = Mapping[str, str | tuple[str, ...]]
 
 _DINOV2: Names = {

@@ -70,7 +70,7 @@ def draw_path(
 
 
 def kept_tokens(config: ViTConfig, keys_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-    """Rows (B, N) of the flattened tokens that patch dropout keeps: those before the patches, and the patches of each sample that draw least."""
+    """Rows (B, N) of the flattened tokens that patch dropout keeps: all before the patches, and of each sample those that draw least."""
     patches, prefix = config.grid[0] * config.grid[1], config.num_prefix_tokens
     uniform_BP = keyed_uniform(keys_B[:, None], PATCH_DRAWS + np.arange(patches))
     kept_BP = np.sort(np.argsort(uniform_BP, axis=1, kind="stable")[:, : config.num_train_tokens - prefix], axis=1)

@@ -18,42 +18,22 @@ from typing import Any, Literal, get_args
 
 from vitscale.check import check_model
 from vitscale.checkpoint import CheckpointError
-from vitscale.config import UNREADABLE, Format, PreprocessConfig, ViTConfig
+from vitscale.config import UNREADABLE, Format, ImportConfig, PreprocessConfig, ViTConfig
 from vitscale.formats import Shape, file_shapes, theirs_of
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}
+CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711), "interpolation": "bicubic"}
+CENTRAL = 0.999999  # an eval_crop of all of the short side, which 1, the whole image squashed, is not
+MAE_DECODER = "of MAE's decoder"
 # Heads by width: of ViT (arXiv 2010.11929, table 1), Ti and S (2106.10270), g and G (2106.04560), DINOv2's giant (dinov2/models)
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 _ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
 }  # fmt: skip
 # Names of timm's plain ViTs, whose entry points set nothing that a file does not show but CLIP's epsilon (vision_transformer.py)
-_TIMM_PLAIN = re.compile(r"(vit|deit|deit3)_(tiny|small|medium|base|large|huge|giant|gigantic)_patch\d+(_reg\d)?(_clip)?(_quickgelu)?(_gap)?(_dinov2)?(_\d+)?")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a user says of a file, where it does not say it itself or says something else."""
-
-    num_heads: int | None = None
-    """Attention heads of a block."""
-    image_size: tuple[int, int] | None = None
-    """Height and width in pixels of the images that the position embeddings are for."""
-    layer_norm_eps: float | None = None
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] | None = None
-    pool: Literal["cls", "mean", "map", "mean_with_cls"] | None = None
-    """What the head sees."""
-    prefix: str | None = None
-    """What stands before the names of the model's tensors, where a file holds several models."""
-    headless: bool = False
-    """Leave the head out."""
-    mean: tuple[float, float, float] | None = None
-    """Of each channel of pixels in [0, 1]."""
-    std: tuple[float, float, float] | None = None
-    interpolation: Literal["bilinear", "bicubic"] | None = None
-    eval_crop: float | None = None
-    """As of `pretrain`."""
+_TIMM_PLAIN = re.compile(
+    r"(vit|deit|deit3)_(tiny|small|medium|base|large|huge|giant|gigantic)_patch\d+(_reg\d)?(_clip)?(_quickgelu)?(_gap)?(_dinov2)?(_\d+)?"
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +70,7 @@ def read_sidecars(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], asked: Asked, where: str) -> Weights:
+def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], asked: ImportConfig, where: str) -> Weights:
     """What a file is, by the names and shapes of its tensors and what lies beside it.
 
     Args:
@@ -109,7 +89,8 @@ def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], a
     if asked.headless:
         model = replace(model, num_classes=0, representation_size=0)
     expected = file_shapes(form, model, prefix)
-    left_out, problems = [], []
+    left_out: list[tuple[str, str]] = []
+    problems: list[tuple[str, str]] = []
     for name, shape in shapes.items():
         if name not in expected:
             why = _why_left_out(form, name.removeprefix(prefix), prefix, name, asked.headless, model)
@@ -119,11 +100,16 @@ def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], a
     problems += [(name, f"{_sides(shape)} is missing") for name, shape in expected.items() if name not in shapes]
     if problems:
         fit = sum(name in shapes and shapes[name] == shape for name, shape in expected.items())
-        table = "".join(f"\n  {name:.80} {why}" for name, why in problems[:20]) + (f"\n  and {len(problems) - 20} more" * (len(problems) > 20))
-        raise CheckpointError(f"{where} is {form}'s, but only {fit} of its {len(expected)} tensors fit the model, and nothing is read:{table}")
+        table = "".join(f"\n  {name:.80} {why}" for name, why in problems[:20]) + (
+            f"\n  and {len(problems) - 20} more" * (len(problems) > 20)
+        )
+        raise CheckpointError(
+            f"{where} is {form}'s, but only {fit} of its {len(expected)} tensors fit the model, and nothing is read:{table}"
+        )
     names, multi_label = _classes(said, model)
-    preprocess = _preprocess(form, said, asked)
-    return Weights(form, prefix, model, preprocess, names, multi_label, tuple(left_out), tuple(assumed))
+    is_mae = any(why == MAE_DECODER for _, why in left_out)
+    preprocess, taken = _preprocess(form, is_mae, said, asked)
+    return Weights(form, prefix, model, preprocess, names, multi_label, tuple(left_out), (*assumed, *taken))
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -159,7 +145,9 @@ def find_form(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], p
         begin, form = next(iter(found.items()))
         return form, begin
     if found:
-        raise CheckpointError(f"{where} holds {len(found)} models, whose names begin with {', '.join(map(repr, found))}; --prefix chooses one")
+        raise CheckpointError(
+            f"{where} holds {len(found)} models, whose names begin with {', '.join(map(repr, found))}; --prefix chooses one"
+        )
     some = ", ".join(f"{name:.60}" for name in list(shapes)[:3])
     raise CheckpointError(
         f"{where} is no ViT of timm, Hugging Face, DINOv2, MAE, open_clip or Google's npz: its {len(shapes)} tensors are called {some}, ..."
@@ -196,13 +184,13 @@ def _why_left_out(form: Format, inner: str, prefix: str, name: str, headless: bo
     if inner == "mask_token" or inner == "embeddings.mask_token":
         return "stands for hidden patches in pre-training"
     if form in ("timm", "hf_vit_mae") and re.match(r"decoder[._]|decoder_", name.removeprefix("vit.") if form == "hf_vit_mae" else inner):
-        return "of MAE's decoder"
-    if form in ("open_clip", "hf_clip", "hf_siglip") and not name.startswith(prefix) and prefix:
-        if headless or not name.startswith(("classifier", "visual_projection")):
-            return "not of the image tower"
+        return MAE_DECODER
+    is_head = name.startswith(("classifier", "visual_projection"))
+    if form in ("open_clip", "hf_clip", "hf_siglip") and not name.startswith(prefix) and not is_head:
+        return "not of the image tower"
     if name.endswith("position_ids"):
         return "numbers the positions"
-    if headless and (inner.startswith(("head", "pre_logits", "fc.")) or name.startswith(("classifier", "visual_projection")) or inner == "proj"):
+    if headless and (is_head or inner == "proj" or (inner.startswith(("head", "pre_logits")) and not form.startswith("hf_"))):
         return "of the head, which is not wanted"
     if headless and inner.startswith("pooler."):
         return "of the layer before the head, which is not wanted"
@@ -261,9 +249,12 @@ def _torch_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> _Fac
     if channels != 3 or height != width:
         raise ValueError(f"patches are {height} x {width} pixels of {channels} channels, not square ones of 3")
     depth = next(number for number in range(10_000) if not there(f"blocks.{number}.norm1.weight"))
-    swiglu = there("blocks.0.mlp.w3.weight") or shape_of("blocks.0.mlp.fc2.weight", swiglu=True) is not None and form == "hf_dinov2"
+    swiglu = there("blocks.0.mlp.w3.weight") or (shape_of("blocks.0.mlp.fc2.weight", swiglu=True) is not None and form == "hf_dinov2")
     swiglu = swiglu and not (form == "hf_dinov2" and there("blocks.0.mlp.fc1.weight"))
-    fc1, fc2 = (shape_of(f"blocks.0.mlp.{layer}.weight", swiglu=swiglu or form == "dinov2") or needed(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
+    fc1, fc2 = (
+        shape_of(f"blocks.0.mlp.{layer}.weight", swiglu=swiglu or form == "dinov2") or needed(f"blocks.0.mlp.{layer}.weight")
+        for layer in ("fc1", "fc2")
+    )
     gated = fc1[0] == 2 * fc2[1]
     position, latent = shape_of("pos_embed"), there("attn_pool.latent")
     class_token, pool_norm = there("cls_token"), there("fc_norm.weight") and not there("norm.weight")
@@ -304,7 +295,7 @@ def _npz_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> _Facts
     )  # fmt: skip
 
 
-def _model(form: Format, facts: _Facts, said: Mapping[str, dict[str, Any]], asked: Asked) -> tuple[ViTConfig, list[str]]:
+def _model(form: Format, facts: _Facts, said: Mapping[str, dict[str, Any]], asked: ImportConfig) -> tuple[ViTConfig, list[str]]:
     """The model, and what was taken for granted of it. Raises ValueError where what is needed is not known."""
     assumed: list[str] = []
     told, family = _told(form, said), _family(form)
@@ -321,7 +312,7 @@ def _model(form: Format, facts: _Facts, said: Mapping[str, dict[str, Any]], aske
     heads = facts.num_heads or settle("num_heads", _HEADS.get(facts.width), f"as a width of {facts.width} has", "--num-heads says it")
     eps = settle("layer_norm_eps", family["layer_norm_eps"], f"{form}'s", "--layer-norm-eps says it")
     swiglu = facts.swiglu
-    activation = "gelu" if swiglu else settle("activation", family["activation"], f"{form}'s", "--activation says it")
+    activation: Any = "gelu" if swiglu else settle("activation", family["activation"], f"{form}'s", "--activation says it")
     pool = asked.pool or facts.pool
     registers_placed = form == "timm" and facts.registers > 0
     grid, class_position = _grid(facts, asked.image_size or told.get("image_size"), registers_placed)
@@ -335,7 +326,7 @@ def _model(form: Format, facts: _Facts, said: Mapping[str, dict[str, Any]], aske
         mlp="swiglu" if swiglu else "plain", activation=activation, pre_norm=facts.pre_norm, pool_norm=facts.pool_norm, layer_norm_eps=eps,
     )  # fmt: skip
     if model.class_token != facts.class_token:
-        raise ValueError(f"pool={pool} {'needs' if model.class_token else 'has no place for'} a class token, which the file has {'not' if model.class_token else ''}")
+        raise ValueError(f"pool={pool} needs a class token" if model.class_token else f"pool={pool} has no place for the class token")
     return model, assumed
 
 
@@ -356,10 +347,14 @@ def _grid(facts: _Facts, image_size: tuple[int, int] | None, registers_placed: b
         elif image_size[0] // p * (image_size[1] // p) == patches:
             found.append(((image_size[0] // p, image_size[1] // p), bool(classes)))
     if registers_placed and not found:
-        raise ValueError(f"{facts.positions} position embeddings with {facts.registers} registers: registers with positions are not known here")
+        raise ValueError(
+            f"{facts.positions} position embeddings with {facts.registers} registers: registers with positions are not known here"
+        )
     if len(found) != 1:
         of = f"an image of {image_size[0]}x{image_size[1]}" if image_size else "a square image"
-        raise ValueError(f"{facts.positions} position embeddings are not those of {of} in patches of {p}; --image-size HEIGHT WIDTH says of which")
+        raise ValueError(
+            f"{facts.positions} position embeddings are not those of {of} in patches of {p}; --image-size HEIGHT WIDTH says of which"
+        )
     return found[0][0], found[0][1] or not facts.class_token
 
 
@@ -382,7 +377,11 @@ def _told(form: Format, said: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         if not vision:
             return {}
         heads = vision["vision_cfg"]["width"] // vision["vision_cfg"].get("head_width", 64)
-        return {"num_heads": heads, "activation": "quick_gelu" if vision.get("quick_gelu") else "gelu", "image_size": _pair(vision["vision_cfg"].get("image_size"))}
+        return {
+            "num_heads": heads,
+            "activation": "quick_gelu" if vision.get("quick_gelu") else "gelu",
+            "image_size": _pair(vision["vision_cfg"].get("image_size")),
+        }
     if form.startswith("hf_") and config:
         config = config.get("vision_config", config)
         if config.get("qkv_bias", True) is not True:
@@ -448,36 +447,45 @@ def _classes(said: Mapping[str, dict[str, Any]], model: ViTConfig) -> tuple[tupl
     return names if model.num_classes else None, config.get("problem_type") == "multi_label_classification"
 
 
-def _preprocess(form: Format, said: Mapping[str, dict[str, Any]], asked: Asked) -> PreprocessConfig:
-    """What turns an image into the model's input, as the files beside the weights say, else as the family has it. Raises CheckpointError."""
+def _preprocess(form: Format, is_mae: bool, said: Mapping[str, dict[str, Any]], asked: ImportConfig) -> tuple[PreprocessConfig, list[str]]:
+    """What turns an image into the model's input, as the files beside the weights say, else as the family has it; and what was taken so.
+
+    Raises CheckpointError.
+    """
     of_family: dict[str, dict[str, Any]] = {
-        "dinov2": IMAGENET | {"interpolation": "bicubic"}, "hf_dinov2": IMAGENET | {"interpolation": "bicubic"},
-        "hf_vit_mae": IMAGENET | {"interpolation": "bicubic"},
-        "open_clip": CLIP | {"interpolation": "bicubic", "eval_crop": 1.0}, "hf_clip": CLIP | {"interpolation": "bicubic", "eval_crop": 1.0},
+        "dinov2": IMAGENET, "hf_dinov2": IMAGENET, "hf_vit_mae": IMAGENET,
+        "open_clip": CLIP | {"eval_crop": CENTRAL}, "hf_clip": CLIP | {"eval_crop": CENTRAL},
     }  # fmt: skip
-    told = of_family.get(form, {})
+    told: dict[str, Any] = IMAGENET if is_mae else of_family.get(form, {})
+    assumed = [f"preprocessing ({'MAE' if is_mae else form}'s)"]
     config, processor = said.get("config.json", {}), said.get("preprocessor_config.json", {})
     try:
         if "pretrained_cfg" in config or ("architecture" in config and "mean" in config):
             cfg = config.get("pretrained_cfg", config)
             told = {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"]), "eval_crop": float(cfg.get("crop_pct") or 0.875)}
             told["interpolation"] = cfg.get("interpolation", "bicubic")
-            if cfg.get("crop_mode") == "squash":
-                told["eval_crop"] = 1.0
+            squashed = cfg.get("crop_mode") == "squash"
+            told["eval_crop"] = 1.0 if squashed and told["eval_crop"] == 1 else min(CENTRAL, told["eval_crop"])
+            assumed = []
         elif "image_mean" in processor:
             told = {"mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])}
             told["interpolation"] = {2: "bilinear", 3: "bicubic"}[processor.get("resample", 2)]
             size, crop = processor.get("size"), processor.get("crop_size")
-            told["eval_crop"] = 1.0
+            told["eval_crop"], assumed = 1.0, []
             if processor.get("do_center_crop") and isinstance(size, dict) and "shortest_edge" in size and isinstance(crop, dict):
-                told["eval_crop"] = crop["height"] / size["shortest_edge"]
+                told["eval_crop"] = min(CENTRAL, crop["height"] / size["shortest_edge"])
         told |= {f.name: value for f in fields(PreprocessConfig) if (value := getattr(asked, f.name, None)) is not None}
         found = PreprocessConfig(**told)
-        if not (len(found.mean) == len(found.std) == 3 and min(found.std) > 0 and found.interpolation in ("bilinear", "bicubic") and 0.1 <= found.eval_crop <= 1):
+        if not (
+            len(found.mean) == len(found.std) == 3
+            and min(found.std) > 0
+            and found.interpolation in ("bilinear", "bicubic")
+            and 0.1 <= found.eval_crop <= 1
+        ):
             raise ValueError(f"mean {found.mean}, std {found.std}, {found.interpolation}, crop {found.eval_crop} make no preprocessing")
     except UNREADABLE as error:
         raise CheckpointError(f"what lies beside the weights says no preprocessing ({' '.join(str(error).split())[:200]})") from None
-    return found
+    return found, assumed
 
 
 def _sides(shape: Shape) -> str:

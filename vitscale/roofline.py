@@ -169,8 +169,8 @@ def block_bytes(model: ViTConfig, layout: Layout, share: float = 1.0, *, float8:
 
     Of a token, in numbers: LayerNorm 2D forward and 3D backward, twice; residual additions 3D forward and 3D of gradients, twice; GELU 2M
     forward and 3M backward; gradients of biases read 5D + M. Compiled, an addition is part of the LayerNorm that follows: 6D less; and
-    the bias's sum is part of GELU's backward pass: M less. Normalised queries and keys: 4D and 6D. SwiGLU reads and writes a half more than GELU
-    does: M and 2M; LayerScale 2D and 2D twice.
+    the bias's sum is part of GELU's backward pass: M less. Normalised queries and keys: 4D and 6D. SwiGLU reads and writes a half more than
+    GELU does: M and 2M; LayerScale 2D and 2D twice.
 
     Where only a `share` of the samples is computed, an addition is a copy of all (2D), and a sum of all (4D) backward, and of the rows
     that are computed they are gathered, multiplied and added (7D), and the same backward (6D). In float8 the inputs of four layers and the

@@ -100,7 +100,8 @@ def _refuse(library: str, model: ViTConfig, *, lacks: dict[str, bool]) -> None:
 
 def _timm(model: ViTConfig, preprocess: PreprocessConfig, class_names: Sequence[str] | None) -> Target:
     _refuse("timm", model, lacks={
-        f"representation layer (this model's has {model.representation_size} features), so the head trained behind it cannot be exported": model.representation_size > 0,
+        f"representation layer (this model's has {model.representation_size} features, and its head was trained behind it)":
+            model.representation_size > 0,
         "relative position bias in its VisionTransformer": model.position == "relative",
         "SwiGLU with attention pooling": model.mlp == "swiglu" and model.pool == "map",
     })  # fmt: skip
@@ -190,7 +191,8 @@ def _hugging_face(
         "mean beside a class token in its ViT": model.pool == "mean_with_cls",
         "head behind attention pooling": model.pool == "map" and model.num_classes > 0,
         "LayerNorm of what is pooled": model.pool_norm,
-        "registers in its ViT": model.registers > 0, "LayerScale in its ViT": model.layer_scale > 0, "SwiGLU in its ViT": model.mlp == "swiglu",
+        "registers in its ViT": model.registers > 0, "LayerScale in its ViT": model.layer_scale > 0,
+        "SwiGLU in its ViT": model.mlp == "swiglu",
         "normalised queries and keys in its ViT": model.qk_norm, "norm before the blocks of its ViT": model.pre_norm,
         "relative position bias in its ViT": model.position == "relative",
         "rectangular images without a class token (its SigLIP)": siglip and model.image_size[0] != model.image_size[1],
@@ -252,7 +254,9 @@ def _hf_processor(size: tuple[int, int], preprocess: PreprocessConfig) -> tuple[
     if height != width:
         words = "transformers resizes the short side for a central crop, which for a rectangle is another crop than this model's"
     else:
-        words = "transformers rounds the place of a central crop down, so where the margin is an odd number of pixels it may lie one pixel off"
+        words = (
+            "transformers rounds the place of a central crop down, so where the margin is an odd number of pixels it may lie one pixel off"
+        )
     remedy = "an eval_crop of 1, the whole image squashed, is the same everywhere (--eval-crop 1 exports for that, with other figures)"
     return processor, (Loss("preprocessing", f"{words}; {remedy}"),)
 
@@ -265,14 +269,17 @@ def _hf_processor(size: tuple[int, int], preprocess: PreprocessConfig) -> tuple[
 def _npz(model: ViTConfig, preprocess: PreprocessConfig, *, bf16: bool) -> Target:
     _refuse("big_vision's ViT", model, lacks={
         "registers": model.registers > 0, "LayerScale": model.layer_scale > 0, "SwiGLU": model.mlp == "swiglu",
-        "normalised queries and keys": model.qk_norm, "norm before the blocks": model.pre_norm, "LayerNorm of what is pooled": model.pool_norm,
+        "normalised queries and keys": model.qk_norm, "norm before the blocks": model.pre_norm,
+        "LayerNorm of what is pooled": model.pool_norm,
         "mean beside a class token": model.pool == "mean_with_cls", "relative position bias": model.position == "relative",
     })  # fmt: skip
     if bf16:
         raise CheckpointError("numpy's npz has no bf16; --dtype fp32 is what big_vision writes, too")
     losses = []
     if model.activation != "gelu_tanh":
-        losses.append(Loss("computation", f"big_vision computes the tanh form of GELU (Flax's), this model was trained with {model.activation}"))
+        losses.append(
+            Loss("computation", f"big_vision computes the tanh form of GELU (Flax's), this model was trained with {model.activation}")
+        )
     if model.layer_norm_eps != 1e-6:
         losses.append(Loss("computation", f"big_vision's LayerNorm has an epsilon of 1e-6, this model's is {model.layer_norm_eps:g}"))
     after = replace(model, position="learned_1d", class_position=False)

@@ -1,7 +1,7 @@
 """Files of tensors, read and written one tensor at a time: safetensors, numpy's npz, torch's pickles.
 
-Where it stands: below `formats.py`, which knows what names mean. What is read may have been written by anybody: sizes are checked against the
-file before anything is allocated, no code of a file is run, and whatever is wrong with one is a CheckpointError of one line. What is
+Where it stands: below `formats.py`, which knows what names mean. What is read may have been written by anybody: sizes are checked against
+the file before anything is allocated, no code of a file is run, and whatever is wrong with one is a CheckpointError of one line. What is
 written holds one tensor in memory, for a ViT-H/14 is no reason to ask for a large machine.
 """
 
@@ -154,12 +154,17 @@ def read_into(path: Path, entry: Entry, first: int, out: Tensor) -> None:
     """
     with open(path, "rb", buffering=0) as file:
         file.seek(entry.offset + first * out.itemsize)
-        room = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        room = _bytes_of(out)
         while room:  # Linux reads 2 GiB at once, at most
             read = file.readinto(room)
             if not read:
                 raise ValueError("the file ends before it")
             room = room[read:]
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -187,7 +192,7 @@ def write_safetensors(file: Path, shapes: Mapping[str, Shape], value: Callable[[
         for name, shape in shapes.items():
             tensor = value(name).to(dtype).contiguous()
             assert tuple(tensor.shape) == shape, f"{name} has shape {tuple(tensor.shape)}, not {shape}"
-            out.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            out.write(_bytes_of(tensor))
 
 
 def _open_shards(index: Path) -> TensorFile:
@@ -290,7 +295,7 @@ def write_npz(file: Path, shapes: Mapping[str, Shape], value: Callable[[str], Te
 
 
 def _open_pickle(path: Path) -> TensorFile:
-    """What torch.save wrote. torch's own unpickler makes tensors and plain values alone (`weights_only`), and here argparse's settings, too."""
+    """What torch.save wrote. torch's own unpickler makes tensors and plain values alone (`weights_only`), here argparse's settings too."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -306,7 +311,12 @@ def _open_pickle(path: Path) -> TensorFile:
     wraps += tuple(str(name) for name in loaded if name not in tensors)
     if not tensors:
         raise ValueError(f"it holds no tensors by name, but {', '.join(wraps)[:100] or 'nothing'}")
-    return TensorFile(path, {name: tuple(of.shape) for name, of in tensors.items()}, lambda name, at: _dense(tensors[name] if at is None else tensors[name][at]), wraps)
+    return TensorFile(
+        path,
+        {name: tuple(of.shape) for name, of in tensors.items()},
+        lambda name, at: _dense(tensors[name] if at is None else tensors[name][at]),
+        wraps,
+    )
 
 
 def _dense(tensor: Tensor) -> Tensor:

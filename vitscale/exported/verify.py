@@ -54,7 +54,9 @@ def replay(folder, device="cpu", precision="fp32"):
     if differences["pixels"]:
         known = "preprocessing" in lossy
         holds = holds and known
-        lines.append(f"{'lossy ' if known else 'FAILED'} {int((off > 0).sum())} of {len(paths)} images are seen otherwise, by {off.max():.0f} of 255")
+        lines.append(
+            f"{'lossy ' if known else 'FAILED'} {int((off > 0).sum())} of {len(paths)} images are seen otherwise, by {off.max():.0f} of 255"
+        )
     else:
         lines.append(f"ok     the pixels of {len(paths)} images, to the bit")
     tolerance = about["tolerances"][precision]
@@ -71,7 +73,8 @@ def replay(folder, device="cpu", precision="fp32"):
             state = "ok    " if good else "lossy " if known else "FAILED"
             lines.append(f"{state} {name} of {len(images)} {what}: relative difference {difference:.1e}, at most {tolerance:g} is rounding")
     lines += [f"lossy  {words}" for words in lossy.values()]
-    lines.append(f"{library} {'gives what was trained' if holds and not lossy else 'differs as said above' if holds else 'does NOT give what was trained'} ({precision})")
+    verdict = "does NOT give what was trained" if not holds else "differs as said above" if lossy else "gives what was trained"
+    lines.append(f"{library} {verdict} ({precision})")
     return {"lines": lines, "holds": holds, "differences": differences, "library": library, "precision": precision}
 
 
@@ -160,7 +163,9 @@ def in_transformers(folder, about, device, dtype):
         settings["add_pooling_layer"] = about["has_representation"]
     model, info = (AutoModelForImageClassification if about["has_head"] else AutoModel).from_pretrained(folder, **settings)
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-        raise SystemExit(f"FAILED transformers {transformers.__version__} does not load {len(wrong)} tensors: {', '.join(map(str, wrong))[:300]}")
+        raise SystemExit(
+            f"FAILED transformers {transformers.__version__} does not load {len(wrong)} tensors: {', '.join(map(str, wrong))[:300]}"
+        )
     model = model.eval().to(device, dtype)
     base = getattr(model, "vit", None) or getattr(model, "vision_model", None) or model
     # Pillow resizes, as in training: torchvision's own kernels differ by a grey level here and there
@@ -193,7 +198,11 @@ def in_torch(folder, about, device, dtype):
     finally:
         sys.path.pop(0)
     model = vit.load(folder, device=device, dtype=dtype)
-    return (lambda images_BCHW: vit.forward(model, images_BCHW.to(dtype))), (lambda picture: vit.view(model, picture)), f"torch {torch.__version__}"
+    return (
+        (lambda images_BCHW: vit.forward(model, images_BCHW.to(dtype))),
+        (lambda picture: vit.view(model, picture)),
+        f"torch {torch.__version__}",
+    )
 
 
 if __name__ == "__main__":

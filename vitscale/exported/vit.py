@@ -61,9 +61,15 @@ def forward(model, images_BCHW):
         x_BHNd = F.scaled_dot_product_attention(q_BHNd, k_BHNd, v_BHNd, attn_mask=bias_HNN)
         return linear(x_BHNd.transpose(1, 2).flatten(2), f"{name}.proj")
 
-    x_BND = F.conv2d(images_BCHW, w["patch_embed.proj.weight"], w.get("patch_embed.proj.bias"), stride=said["patch_size"]).flatten(2).transpose(1, 2)
+    x_BND = (
+        F.conv2d(images_BCHW, w["patch_embed.proj.weight"], w.get("patch_embed.proj.bias"), stride=said["patch_size"])
+        .flatten(2)
+        .transpose(1, 2)
+    )
     if said["position"] == "learned_2d":
-        grid_hwD = torch.cat([w["pos_embed_rows"][:, None].expand(-1, columns, -1), w["pos_embed_columns"][None].expand(rows, -1, -1)], dim=-1)
+        grid_hwD = torch.cat(
+            [w["pos_embed_rows"][:, None].expand(-1, columns, -1), w["pos_embed_columns"][None].expand(rows, -1, -1)], dim=-1
+        )
         x_BND = x_BND + grid_hwD.flatten(0, 1)
     if said["position"] == "sincos":
         x_BND = x_BND + sincos(rows, columns, D).to(x_BND)

@@ -1,0 +1,62 @@
+"""Whether an export gives what was trained: in this program, and in the library that it is for, where that is installed."""
+
+import importlib.util
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from vitscale.certificate import FOLDER, outputs
+from vitscale.checkpoint import CheckpointError, Description
+from vitscale.evaluate import load_model
+from vitscale.exported.verify import replay
+from vitscale.images import evaluation_view
+from vitscale.model import normalize
+
+LIBRARIES = {"timm": "timm", "npz": "timm", "hf": "transformers", "safetensors": "torch"}
+
+
+def verify_export(description: Description, device: str, precision: str) -> list[dict[str, Any]]:
+    """What is found, by each that loads it: `lines` for people, whether it `holds`, and the relative `differences`.
+
+    Args:
+        device: that the library computes on; this program computes on the CPU, in fp32.
+        precision: fp32, tf32 or bf16.
+
+    Raises CheckpointError where the export has no certificate.
+    """
+    folder = description.path
+    file = folder / FOLDER / "certificate.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} has no certificate; export the checkpoint again, and it will have one")
+    about = json.loads(file.read_text())
+    found = [_ours(description, about)]
+    library = LIBRARIES[about["library"]]
+    if importlib.util.find_spec(library) is None:
+        found.append(
+            {"lines": [f"{library} is not installed here: `python {folder}/verify.py` where it is"], "holds": True, "differences": {}}
+        )
+    else:
+        found.append(replay(folder, device, precision))
+    return found
+
+
+@torch.no_grad()
+def _ours(description: Description, about: dict[str, Any]) -> dict[str, Any]:
+    """This program reads the export's own files, the images as well, and computes them anew."""
+    expected = load_file(description.path / FOLDER / "expected.safetensors")
+    model, size = load_model(description, "weight"), description.model.image_size
+    paths = sorted((description.path / FOLDER).glob("*.jpg"))
+    views_BHWC = torch.from_numpy(np.stack([evaluation_view(path.read_bytes(), size, description.preprocess) for path in paths]))
+    differences = {"pixels": float((views_BHWC.float() - expected["image_views_BHWC"]).abs().max())}
+    for images_BCHW, prefix in ((expected["inputs_BCHW"], ""), (normalize(views_BHWC, description.preprocess), "image_")):
+        for name, value in outputs(model, images_BCHW).items():
+            theirs = expected[prefix + name]
+            differences[prefix + name] = float((value - theirs).norm() / theirs.norm())
+    lossy = any(loss["what"] == "computation" for loss in about["losses"])
+    worst = max(value for name, value in differences.items() if name != "pixels")
+    holds = differences["pixels"] == 0 and (worst <= about["tolerances"]["fp32"] or lossy)
+    said = f"vitscale: {len(paths)} images {'to the bit' if not differences['pixels'] else 'otherwise'}, outputs within {worst:.1e}"
+    return {"lines": [said], "holds": holds, "differences": differences, "library": "vitscale"}
