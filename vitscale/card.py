@@ -67,7 +67,7 @@ def model_card(
     )
     lines = ["---", *(f"{key}: {value}" for key, value in header.items()), "---", "", f"# {name}", ""]
     lines += [
-        f"A Vision Transformer of {model.depth} blocks, {model.width} features and {model.num_heads} heads on patches of {model.patch_size} "
+        f"A Vision Transformer of {model.depth} blocks, {model.width} features, {model.num_heads} heads and patches of {model.patch_size} "
         f"pixels, trained with vitscale. {_head(model.num_classes, multi_label)}", "",
         "## Load", "", "```python", *_loading(library, target, name), "```", "",
         "Then `python verify.py` here holds that library to what the trained model said of twenty images and of seeded tensors "
@@ -109,7 +109,7 @@ def _head(num_classes: int, multi_label: bool) -> str:
     if not num_classes:
         return "It has no head: what comes out are features."
     if multi_label:
-        return f"Its {num_classes:,} logits are those of sigmoids: several classes may be right, and sigmoid(logit) is the probability of each."
+        return f"Its {num_classes:,} logits are those of sigmoids: several classes may be right, sigmoid(logit) is the probability of each."
     return f"Its {num_classes:,} logits are those of a softmax: one class is right, and softmax(logits) are the probabilities."
 
 

@@ -149,8 +149,8 @@ def check_model(model: ViTConfig) -> None:
         )
     if model.registers and model.position == "relative":
         raise ConfigError(
-            f"model.registers={model.registers} have no place in the bias table of position=relative; learned_1d, learned_2d, sincos and none "
-            "work"
+            f"model.registers={model.registers} have no place in the bias table of position=relative; learned_1d, learned_2d, sincos and "
+            "none work"
         )
     if model.mlp == "swiglu" and model.activation != "gelu":
         raise ConfigError(f"model.activation={model.activation} means nothing under mlp=swiglu, whose gate is SiLU; leave it out")
