@@ -103,6 +103,9 @@ def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], a
         table = "".join(f"\n  {name:.80} {why}" for name, why in problems[:20]) + (
             f"\n  and {len(problems) - 20} more" * (len(problems) > 20)
         )
+        heads = ("head", "classifier", "pre_logits", "pooler", "visual_projection", "proj")
+        if not asked.headless and all(name.removeprefix(prefix).startswith(heads) for name, _ in problems):
+            table += "\n  these are of the head; --headless takes up the rest without it"
         raise CheckpointError(
             f"{where} is {form}'s, but only {fit} of its {len(expected)} tensors fit the model, and nothing is read:{table}"
         )
