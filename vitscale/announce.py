@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from data_tools.cache import cache_advice
+from data_tools.dataset import Dataset
 from vitscale import checkpoint
 from vitscale.config import TrainConfig, ViTConfig, grad_accum_steps
 from vitscale.evaluate import Evaluation
@@ -68,6 +69,12 @@ def data_warnings(dataset: Mixture | Tars, config: TrainConfig) -> list[str]:
     if config.cache_bytes and isinstance(dataset, Mixture):
         said += cache_advice(config.cache_bytes, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1)
     return said
+
+
+def holdout_line(held_out: Dataset, share: float) -> str:
+    """What is held out of the training split."""
+    of = held_out.num_samples - held_out.overlay.num_removed
+    return f"held out: {held_out.num_kept:,} of {of:,} samples (holdout {share:g}); the run is evaluated on them and never trains on them"
 
 
 def overlays_in_use(dataset: Mixture | Tars) -> tuple[list[str], str]:

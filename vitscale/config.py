@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -239,6 +240,10 @@ class OptimizerConfig:
     """Decay a step of an average of the weights (EMA, Polyak), which evaluation and export then use; 0 keeps none."""
     layer_decay: float = 1.0
     """A layer's learning rate is this times that of the layer above it: of fine-tuning, 0.65 to 0.85; 1 gives all the same (BEiT)."""
+    freeze: Literal["nothing", "backbone"] = "nothing"
+    """backbone: train the head, and a representation layer, alone; nothing else changes, and no backward pass goes through it."""
+    freeze_blocks: int = 0
+    """Leave the embeddings and so many of the first blocks as they are, likewise; 0 trains all."""
 
     def moments(self, *, muon: bool = False) -> tuple[str, ...]:
         """The tensors that the optimizer keeps for a parameter, which Muon updates or not, by their names in torch's state of it."""
@@ -410,6 +415,9 @@ class RunConfig:
     """Of each dataset of several: how many samples of a step are its own, as a share of the sum; empty: as many as it has samples."""
     eval_data: str = ""
     """Directory or URL of the held-out split; empty takes the sibling `val` of the (first) training split; `none` evaluates nothing."""
+    holdout: float = 0.0
+    """Share of the training split, 0.01 say, that the run never trains on and evaluates on in place of `eval_data`; chosen by the images'
+    bytes, so that it is the same for every run and seed (docs/finetuning.md)."""
     stage: str = ""
     """Folder on each machine's own disk that the datasets' indices are copied to and mapped from; empty maps them where they are, and of
     a URL copies them to $VITSCALE_CACHE or ~/.cache/vitscale."""
@@ -512,6 +520,25 @@ def settle_length(config: Config, given: set[str]) -> Config:
     if given == {"steps"}:
         return dataclasses.replace(config, epochs=0.0)
     return config
+
+
+_AFTER_BLOCKS = ("norm.", "attn_pool.", "pre_logits.", "head.")
+_HEAD = ("pre_logits.", "head.")
+
+
+def frozen(parameters: Iterable[str], config: OptimizerConfig) -> frozenset[str]:
+    """The names of the parameters that are not trained."""
+    still = {name: config.freeze == "backbone" and not name.startswith(_HEAD) for name in parameters}
+    if config.freeze_blocks:
+        still |= {name: still[name] or layer <= config.freeze_blocks for name, layer in layers_of(still).items()}
+    return frozenset(name for name, is_still in still.items() if is_still)
+
+
+def layers_of(parameters: Iterable[str]) -> dict[str, int]:
+    """The layer of each parameter: embeddings 0, blocks from 1 on, what follows the last (BEiT, get_num_layer_for_vit)."""
+    block = {name: int(name.split(".")[1]) + 1 for name in parameters if name.startswith("blocks.")}
+    last = max(block.values(), default=0) + 1
+    return {name: block.get(name, last if name.startswith(_AFTER_BLOCKS) else 0) for name in parameters}
 
 
 DROP_PATH_SUBSET_ABOVE = 0.1  # up to here leaving samples out gains nothing (a CPU, 32 images: 1.02 x at 0.1, 1.13 x at 0.15, 2 x at 0.6)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from data_tools.dataset import Dataset
 from vitscale import checkpoint, keyed, stopping
 from vitscale.agreement import Agreement
-from vitscale.announce import cost_line, data_warnings, eval_line, headline, origin_line, overlays_in_use, size_and_work
+from vitscale.announce import cost_line, data_warnings, eval_line, headline, holdout_line, origin_line, overlays_in_use, size_and_work
 from vitscale.checkpoint import CheckpointError
 from vitscale.compute import Compiling
 from vitscale.config import TrainConfig, grad_accum_steps
@@ -138,6 +138,8 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         metrics.say(stream.describe())
         for warning in data_warnings(dataset, config):
             metrics.say(warning)
+        if config.holdout and held_out:
+            metrics.say(holdout_line(held_out, config.holdout))
         overlays, what_they_do = overlays_in_use(dataset)
         if overlays:
             metrics.log({"step": step, "samples_seen": samples_seen, "overlays": overlays}, what_they_do)
