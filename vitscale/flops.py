@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Mapping
 
-from vitscale.config import OptimizerConfig, ViTConfig, drop_path_rows
+from vitscale.config import OptimizerConfig, ViTConfig, drop_path_rows, frozen
 from vitscale.gpus import gpu_of
 
 # Of `muon.py`, which imports torch
@@ -77,14 +77,20 @@ def checkpoint_bytes(model: ViTConfig, optimizer: OptimizerConfig) -> int:
 
 
 def moment_elements(model: ViTConfig, optimizer: OptimizerConfig) -> int:
-    """How many numbers an optimizer keeps of a model beside its weights."""
-    muons = matrices(model) if optimizer.name == "muon" else 0
-    return muons * len(optimizer.moments(muon=True)) + (parameters(model) - muons) * len(optimizer.moments())
+    """How many numbers an optimizer keeps of a model beside its weights: none of what is frozen."""
+    sizes = tensor_sizes(model)
+    trained = {name: size for name, size in sizes.items() if name not in frozen(sizes, optimizer)}
+    muons = sum(size for name, size in trained.items() if _is_matrix(name)) if optimizer.name == "muon" else 0
+    return muons * len(optimizer.moments(muon=True)) + (sum(trained.values()) - muons) * len(optimizer.moments())
 
 
 def matrices(model: ViTConfig) -> int:
     """How many of the parameters lie in the matrices of blocks, which Muon updates."""
-    return sum(size for name, size in tensor_sizes(model).items() if name.startswith("blocks.") and is_kernel(name))
+    return sum(size for name, size in tensor_sizes(model).items() if _is_matrix(name))
+
+
+def _is_matrix(name: str) -> bool:
+    return name.startswith("blocks.") and is_kernel(name)
 
 
 def forward_flops(model: ViTConfig) -> int:
