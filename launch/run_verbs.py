@@ -300,7 +300,7 @@ def _fine_tuning_asked(config: TrainConfig) -> FinetuneConfig:
     init = config.init
     return FinetuneConfig(
         **shared, init=init.checkpoint, init_weights=init.weights, position_interpolation=init.position_interpolation, model=model,
-        preprocess=view,
+        preprocess=view, sweep=recipe(config.recipe, FINETUNE).sweep,
     )  # fmt: skip
 
 

@@ -492,17 +492,28 @@ class NewModelConfig:
 
 
 @dataclass(frozen=True)
+class SweepConfig:
+    """What `--sweep` does where nothing else is said: a recipe's own, and no setting of a run."""
+
+    peak_lrs: tuple[float, ...] = ()
+    """The rates that are tried."""
+    holdout: float = 0.02
+    """The share of the training split that they are compared on: of 50,000 images 1,000, whose top-1 is known to a percent or so."""
+
+
+@dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """What a fine-tuning recipe returns; `resolve.resolve` makes a TrainConfig of it with what the checkpoint says."""
 
     init: str = ""
-    """The checkpoint to start from: a run (its newest durable one), RUN@STEP, a step's folder or an exported folder."""
+    """The checkpoint to start from: a run (its newest durable one), RUN@STEP, RUN@best, a step's folder or an exported folder."""
     init_weights: Literal["average", "weight"] = "average"
     """The average of the weights where the checkpoint holds one, or the raw weights."""
     position_interpolation: PositionInterpolation = "timm"
     """How position embeddings go to the new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
     model: NewModelConfig = field(default_factory=NewModelConfig)
     preprocess: ViewConfig = field(default_factory=ViewConfig)
+    sweep: Annotated[SweepConfig, tyro.conf.Suppress] = field(default_factory=SweepConfig)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -131,7 +131,9 @@ def open_held_out(config: TrainConfig) -> Dataset | None:
 def _with_checkpoint(asked: FinetuneConfig, num_classes: int) -> TrainConfig:
     """The run that fine-tuning makes of a checkpoint. One that was started before has it written down, and needs the checkpoint no more."""
     if not asked.init:
-        raise ConfigError("no checkpoint is given; --init CHECKPOINT names a run, RUN@STEP, a step's folder or an exported folder")
+        raise ConfigError(
+            "no checkpoint is given; --init CHECKPOINT names a run, RUN@STEP, RUN@best, a step's folder or an exported folder"
+        )
     run = Path(asked.out)
     base: TrainConfig | checkpoint.Description
     if (run / "run.json").is_file() and (started := read_config(run)).init is not None:

@@ -256,6 +256,8 @@ def test_fine_tuning_is_table_4(name: str) -> None:
     assert (config.optimizer.name, config.optimizer.momentum, config.optimizer.grad_clip) == ("sgd", 0.9, 1.0)
     assert (config.optimizer.weight_decay, config.optimizer.average_decay) == (0.0, average)
     assert config.optimizer.peak_lr in grid
+    assert set(config.sweep.peak_lrs) == (grid if len(grid) > 1 else set())
+    assert config.sweep.holdout == {"imagenet": 0.01, "cifar10": 0.02, "cifar100": 0.02, "vtab": 0.2}.get(name.split("-")[1], 0.1)
     assert (config.schedule.kind, config.schedule.warmup_steps, config.schedule.end_lr) == ("cosine", warmup, 0.0)
     assert (config.objective.kind, config.model.image_size) == ("softmax", (side, side))
     assert config.preprocess.eval_crop == 1.0, "vision_transformer resizes to the model's size, without a crop"
