@@ -290,6 +290,8 @@ def located(asked: Any, datasets: dict[str, str]) -> Any:
     }
     if isinstance(asked, FinetuneConfig):
         changed["init"] = absolute(asked.init)
+    elif asked.init:
+        changed["init"] = dataclasses.replace(asked.init, checkpoint=absolute(asked.init.checkpoint))
     return dataclasses.replace(asked, **changed)
 
 

@@ -19,7 +19,16 @@ from launch.flags import UsageError, given, parse, take_recipe
 from launch.plan_verb import plan
 from launch.run_verbs import RUN_VERBS
 from launch.terminal import Json, Verb, need, print_json, progress_bar
-from vitscale.config import EngineConfig, EvalProtocol, FinetuneConfig, TrainConfig, settle_length
+from vitscale.config import (
+    BODY,
+    EngineConfig,
+    EvalProtocol,
+    FinetuneConfig,
+    InitConfig,
+    PositionInterpolation,
+    TrainConfig,
+    settle_length,
+)
 from vitscale.recipes import FINETUNE, PRETRAIN, Recipe, recipe, recipe_name
 
 CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, RUN@best, a step's folder or an exported folder."
@@ -44,6 +53,12 @@ class PretrainFlags:
     """Flags of `vitscale pretrain`."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    init: str = ""
+    """The checkpoint to begin from in place of random weights: its body as it is, at the recipe's image size; its head where the dataset
+    has as many classes of the same names. A run, RUN@STEP, RUN@best, a step's folder or an exported folder."""
+    init_weights: Weights = "average"
+    position_interpolation: PositionInterpolation = "timm"
+    """As of `finetune`."""
     nproc: Processes = 0
     json: Json = False
 
@@ -59,7 +74,12 @@ def pretrain_flags(words: list[str]) -> PretrainFlags:
     name, rest = take_recipe(words, "pretrain", PRETRAIN)
     default = recipe(name, PRETRAIN)
     flags = parse(PretrainFlags, rest, f"pretrain {name}", PretrainFlags(default), f"Recipe {name}. {recipe_doc(name, PRETRAIN)}")
-    return dataclasses.replace(flags, config=settle_length(flags.config, given(rest, "epochs", "steps")))
+    config = settle_length(flags.config, given(rest, "epochs", "steps"))
+    if flags.init:
+        if fixed := given(rest, *(f"model.{setting.replace('_', '-')}" for setting in BODY)):
+            raise UsageError(f"--{min(fixed)} is the checkpoint's, which --init {flags.init} takes; leave it out")
+        config = dataclasses.replace(config, init=InitConfig(flags.init, flags.init_weights, flags.position_interpolation))
+    return dataclasses.replace(flags, config=config)
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,11 @@ def size_and_work(span: Span, model: ViTConfig, world_size: int) -> tuple[str, s
     return f"{_pixels(at_size)} in {at_size.num_tokens} tokens", work
 
 
-def origin_line(source: checkpoint.Description, model: ViTConfig) -> str:
-    """What fine-tuning makes of a checkpoint, in a line."""
+def origin_line(source: checkpoint.Description, model: ViTConfig, *, keep_head: bool) -> str:
+    """What a run makes of the checkpoint that it begins from, in a line."""
     grids = " -> ".join("x".join(map(str, m.grid)) for m in (source.model, model))
-    head = f"a new head of {model.num_classes} classes in place of {source.model.num_classes or 'none'}"
+    new = f"a new head of {model.num_classes} classes in place of {source.model.num_classes or 'none'}"
+    head = f"the head of {model.num_classes} classes is kept" if keep_head else new
     return f"from {source.path}: {_pixels(source.model)} -> {_pixels(model)}, {grids} patches, {head}"
 
 

@@ -394,13 +394,15 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Where the weights of a fine-tuning run come from: what `FinetuneConfig` says, and what that was found to be."""
+    """Where the weights of a run come from that begins with another's: what was asked for, and what that was found to be."""
 
     checkpoint: str
     weights: Literal["average", "weight"]
     position_interpolation: PositionInterpolation
-    folder: str
-    """The folder that `checkpoint` named when the run started: a run's newest one may be another by now."""
+    folder: str = ""
+    """The folder that `checkpoint` named when the run started: a run's newest one may be another by now. Empty: not looked for yet."""
+    keep_head: bool = False
+    """Whether head and representation layer are the checkpoint's, too."""
 
 
 @dataclass(frozen=True)
@@ -472,7 +474,7 @@ class TrainConfig(RunConfig):
     model: ViTConfig = field(default_factory=ViTConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     init: Annotated[InitConfig | None, tyro.conf.Suppress] = None
-    """Weights to start from; set by fine-tuning."""
+    """Weights to start from; set by `finetune`, and by `--init` of `pretrain`."""
 
 
 @dataclass(frozen=True)
@@ -489,6 +491,14 @@ class NewModelConfig:
     """Share of a training image's patches that the model is not shown."""
     head_bias: float = 0.0
     """What the new head's biases start from."""
+
+
+# What a run that begins from a checkpoint has of it; all else of a model is the run's own
+BODY = tuple(
+    of.name
+    for of in dataclasses.fields(ViTConfig)
+    if of.name not in ("num_classes", "representation_size", *(new.name for new in dataclasses.fields(NewModelConfig)))
+)
 
 
 @dataclass(frozen=True)
@@ -534,12 +544,12 @@ def settle_length(config: Config, given: set[str]) -> Config:
 
 
 _AFTER_BLOCKS = ("norm.", "attn_pool.", "pre_logits.", "head.")
-_HEAD = ("pre_logits.", "head.")
+HEAD = ("pre_logits.", "head.")
 
 
 def frozen(parameters: Iterable[str], config: OptimizerConfig) -> frozenset[str]:
     """The names of the parameters that are not trained."""
-    still = {name: config.freeze == "backbone" and not name.startswith(_HEAD) for name in parameters}
+    still = {name: config.freeze == "backbone" and not name.startswith(HEAD) for name in parameters}
     if config.freeze_blocks:
         still |= {name: still[name] or layer <= config.freeze_blocks for name, layer in layers_of(still).items()}
     return frozenset(name for name, is_still in still.items() if is_still)
@@ -591,6 +601,24 @@ def fine_tuning_run(
     preprocess = PreprocessConfig(**dataclasses.asdict(asked.preprocess), mean=trained_with.mean, std=trained_with.std)
     init = InitConfig(asked.init, asked.init_weights, asked.position_interpolation, folder)
     return TrainConfig(**shared, model=fine_tuned_model(base, asked.model, num_classes), preprocess=preprocess, init=init)
+
+
+def continued_run(
+    asked: TrainConfig, base: ViTConfig, trained_with: PreprocessConfig, folder: str, num_classes: int, *, keep_head: bool
+) -> TrainConfig:  # fmt: skip
+    """The run that pre-training makes of a checkpoint in `folder`: its body, at the image size and with all else that was asked for.
+
+    Where the head is kept the representation layer is, too; where it is new that is as asked.
+    """
+    assert asked.init is not None
+    new = NewModelConfig(**{f.name: getattr(asked.model, f.name) for f in dataclasses.fields(NewModelConfig)})
+    before_head = (base if keep_head else asked.model).representation_size
+    return dataclasses.replace(
+        asked,
+        model=dataclasses.replace(fine_tuned_model(base, new, num_classes), representation_size=before_head),
+        preprocess=dataclasses.replace(asked.preprocess, mean=trained_with.mean, std=trained_with.std),
+        init=dataclasses.replace(asked.init, folder=folder, keep_head=keep_head),
+    )
 
 
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.

@@ -15,7 +15,7 @@ from data_tools.holdout import part_of
 from data_tools.storage import Location, Url, exists, location
 from vitscale import checkpoint, unindexed
 from vitscale.check import check_classes, check_config, check_schedule
-from vitscale.config import ConfigError, FinetuneConfig, StreamConfig, TrainConfig, fine_tuning_run
+from vitscale.config import ConfigError, FinetuneConfig, StreamConfig, TrainConfig, continued_run, fine_tuning_run
 from vitscale.locality import choose_order, run_locality
 from vitscale.mixture import Mixture, class_difference
 from vitscale.run import RunError, has_begun, is_of_tars, overlay_fields, read_config, read_record, trained_datasets, used_overlays
@@ -36,7 +36,7 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
         return _resolve_tars(asked, tars, world_size)
     part = part_of(asked.holdout, held_out=False)
     dataset = Mixture([Dataset.open_checked(path, stage=stage, cache=cache, part=part) for path in asked.datasets])
-    config = _with_checkpoint(asked, dataset.num_classes) if isinstance(asked, FinetuneConfig) else asked
+    config = _with_checkpoint(asked, dataset.num_classes, dataset.class_names)
     check_config(config, world_size)
     classes = check_classes(config, dataset.num_classes)
     for component in dataset.components:
@@ -75,6 +75,8 @@ def _resolve_tars(asked: TrainConfig | FinetuneConfig, tars: Tars, world_size: i
         raise ConfigError(f"{named} that tells how long {asked.epochs:g} epochs are; give --steps, or {instead}")
     if without := next((name for name in ("data_weights", "cache", "holdout") if getattr(asked, name)), ""):
         raise ConfigError(f"{named}, which {without} needs; leave it out, or {instead}")
+    asked = _with_checkpoint(asked, asked.model.num_classes, None)
+    check_config(asked, world_size)
     check_schedule(asked, timeline_of(asked, 0).total_steps)
     held_out = "none"
     if asked.eval_data not in ("", "none"):
@@ -128,8 +130,13 @@ def open_held_out(config: TrainConfig) -> Dataset | None:
     )
 
 
-def _with_checkpoint(asked: FinetuneConfig, num_classes: int) -> TrainConfig:
-    """The run that fine-tuning makes of a checkpoint. One that was started before has it written down, and needs the checkpoint no more."""
+def _with_checkpoint(asked: TrainConfig | FinetuneConfig, num_classes: int, class_names: tuple[str, ...] | None) -> TrainConfig:
+    """The run that is made of a checkpoint: fine-tuning, or pre-training that begins from one, and keeps its head where classes agree.
+
+    A run that was started before has it written down, and needs the checkpoint no more.
+    """
+    if isinstance(asked, TrainConfig) and (asked.init is None or asked.init.folder):
+        return asked
     if not asked.init:
         raise ConfigError(
             "no checkpoint is given; --init CHECKPOINT names a run, RUN@STEP, RUN@best, a step's folder or an exported folder"
@@ -137,11 +144,15 @@ def _with_checkpoint(asked: FinetuneConfig, num_classes: int) -> TrainConfig:
     run = Path(asked.out)
     base: TrainConfig | checkpoint.Description
     if (run / "run.json").is_file() and (started := read_config(run)).init is not None:
-        base, folder = started, started.init.folder
+        base, folder, keep_head = started, started.init.folder, started.init.keep_head
     else:
-        base = checkpoint.describe(checkpoint.find_checkpoint(asked.init))
-        folder = str(base.path)
-    return fine_tuning_run(asked, base.model, base.preprocess, folder, num_classes)
+        named = asked.init if isinstance(asked, FinetuneConfig) else asked.init.checkpoint
+        base = checkpoint.describe(checkpoint.find_checkpoint(named))
+        folder, keep_head = str(base.path), (base.model.num_classes, base.class_names) == (num_classes, class_names)
+    if isinstance(asked, FinetuneConfig):
+        return fine_tuning_run(asked, base.model, base.preprocess, folder, num_classes)
+    check_classes(asked, num_classes)
+    return continued_run(asked, base.model, base.preprocess, folder, num_classes, keep_head=keep_head)
 
 
 def stage_at(folder: str) -> Path | None:

@@ -85,7 +85,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
     timeline = timeline_of(config, dataset.num_samples)
     last_step = timeline.total_steps
 
-    # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------
+    # -- Weights: this run's newest durable checkpoint, another's to go on from, or random ----------------------------------------------
     folder, faults, evaluated, skipped = take_up(config)
     sizes = {span.image_size for span in timeline.spans}
     model = ViT(config.model, config.engine.keeps, sizes)
@@ -96,8 +96,9 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         model.load_state_dict(checkpoint.read_weights(resumed, checkpoint.WEIGHT, shapes))
     elif init := config.init:
         source = checkpoint.describe(Path(init.folder))  # rank 0 has checked that it is whole
-        origin = f"\n{origin_line(source, config.model)}"
-        model.load_state_dict(fine_tuned_weights(source, init.weights, config.model, init.position_interpolation, config.seed))
+        origin = f"\n{origin_line(source, config.model, keep_head=init.keep_head)}"
+        how = init.position_interpolation, config.seed
+        model.load_state_dict(fine_tuned_weights(source, init.weights, config.model, *how, keep_head=init.keep_head))
     else:
         initialize(model, config.seed)
 
