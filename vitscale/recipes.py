@@ -2,7 +2,8 @@
 
 Numbers come from "An Image is Worth 16x16 Words" (arXiv 2010.11929: table 3 for pre-training, table 4 and appendix B.1 for fine-tuning)
 and, where the paper is silent, from google-research/vision_transformer and google-research/big_vision, as each docstring says; those with
-more augmentation from arXiv 2106.10270 and 2205.01580, and fine-tuning as it is done today from MAE's and BEiT's code. Results named here are the papers', not ours. The `tiny` ones train on a CPU.
+more augmentation from arXiv 2106.10270 and 2205.01580; fine-tuning as it is done today from MAE's and BEiT's code. Results named here are
+the papers', not ours. The `tiny` ones train on a CPU.
 
 A recipe's name is its function's with dashes. Imports no torch.
 """
