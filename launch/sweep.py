@@ -3,7 +3,8 @@
     RUN/sweep/lr-0.003/     a trial: a run of its own, which trains on all but the held-out part and is evaluated on that
     RUN/sweep/sweep.json    what each trial came to; written anew after each
 
-Where it stands: over `local.start`, as a single run does; then the best rate trains RUN on the whole training split.
+Where it stands: over `local.start`, as a single run does; then the best rate trains RUN on the whole training split. `submit.py` makes jobs
+of the trials and of the run, whose tasks ask `at_best` for the rate.
 
 Invariants: what is known of a trial lies in its own directory alone, so that the same command goes on wherever it was stopped and makes no
 finished trial again; all trials and RUN begin from the same weights; a trial that diverges is a result, anything else that ends one ends
@@ -11,6 +12,7 @@ the sweep.
 """
 
 import dataclasses
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -25,7 +27,7 @@ from launch.terminal import LaunchError, print_json
 from vitscale.config import FinetuneConfig, TrainConfig
 from vitscale.ending import Cause
 from vitscale.resolve import resolve
-from vitscale.run import check_directory, is_finished, read_metrics, write_json
+from vitscale.run import check_directory, has_begun, is_finished, read_config, read_metrics, write_json
 from vitscale.status import status
 from vitscale.verdict import read_history
 
@@ -183,6 +185,35 @@ def check_alike(configs: Sequence[TrainConfig]) -> None:
 
 
 def note(run: Path, trials: Sequence[Trial], share: float, best: Trial | None = None) -> None:
-    """Writes sweep.json."""
+    """Writes RUN/sweep/sweep.json."""
     values = {"holdout": share, "trials": [vars(trial) for trial in trials], "best": best.peak_lr if best else None}
     write_json(run / "sweep" / "sweep.json", values)
+
+
+# -- As jobs of SLURM ---------------------------------------------------------------------------------------------------------------------
+
+
+def note_trials(submission: Path, trials: Sequence[FinetuneConfig]) -> None:
+    """Writes down in a run's submission which trials its rate is to be the best of."""
+    runs = [{"peak_lr": trial.optimizer.peak_lr, "run": trial.out} for trial in trials]
+    write_json(submission / "sweep.json", {"holdout": trials[0].holdout, "trials": runs})
+
+
+def at_best(config: TrainConfig, submission: Path) -> TrainConfig:
+    """A submitted run at the rate that was best, where its submission names trials; one that has begun keeps its own.
+
+    Raises SweepError.
+    """
+    if not (submission / "sweep.json").is_file():
+        return config
+    run = Path(config.out)
+    if (run / "run.json").is_file() and has_begun(run):
+        peak_lr = read_config(run).optimizer.peak_lr
+    else:
+        noted = json.loads((submission / "sweep.json").read_bytes())
+        trials = [trial_at(Path(of["run"]), of["peak_lr"]) for of in noted["trials"]]
+        best = best_of(trials)
+        note(run, trials, noted["holdout"], best)
+        print(table(trials, noted["holdout"]), flush=True)
+        peak_lr = best.peak_lr
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, peak_lr=peak_lr))
