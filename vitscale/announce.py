@@ -1,11 +1,13 @@
 """What a run says of itself to people: at its start, where its steps change, and of an evaluation. Strings alone; `train.py` says them."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from data_tools.cache import cache_advice
 from data_tools.dataset import Dataset
 from vitscale import checkpoint
-from vitscale.config import TrainConfig, ViTConfig, grad_accum_steps
+from vitscale.config import TrainConfig, ViTConfig, frozen, grad_accum_steps
 from vitscale.evaluate import Evaluation
 from vitscale.flops import measured_flops, peak_flops
 from vitscale.metrics import counted
@@ -14,21 +16,26 @@ from vitscale.timeline import Span, Timeline
 from vitscale.unindexed import Tars
 
 
-def headline(config: TrainConfig, step: int, timeline: Timeline, world_size: int, parameters: int, device_name: str) -> str:
+def headline(
+    config: TrainConfig, step: int, timeline: Timeline, world_size: int, shapes: Mapping[str, tuple[int, ...]], device_name: str
+) -> str:  # fmt: skip
     """Where a start begins, and what is trained on what."""
+    parameters = f"{sum(map(math.prod, shapes.values())):,} parameters"
+    if still := frozen(shapes, config.optimizer):
+        parameters += f", {sum(math.prod(shape) for name, shape in shapes.items() if name not in still):,} of them trained"
     begins = f"resumes at step {step}" if step else "starts"
     span, *others = (of for of, end in zip(timeline.spans, timeline.ends, strict=True) if end > step or end == timeline.total_steps)
     size, work = size_and_work(span, config.model, world_size)
     later = "".join(f"; from step {of.first_step + 1} on {' and '.join(size_and_work(of, config.model, world_size))}" for of in others)
     return (
-        f"{config.recipe} {begins} on {device_name}: {parameters:,} parameters, {size}, {timeline.total_steps} steps of {work}{later}, "
+        f"{config.recipe} {begins} on {device_name}: {parameters}, {size}, {timeline.total_steps} steps of {work}{later}, "
         f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, run directory {config.out}"
     )
 
 
 def cost_line(config: TrainConfig, span: Span, device_name: str) -> str:
     """What a step computes, and what MFU is held against."""
-    image, of = span.train_flops(config.model), (device_name, config.engine.precision)
+    image, of = span.train_flops(config.model, config.optimizer), (device_name, config.engine.precision)
     ceilings = {"by datasheet": peak_flops(*of), "measured": measured_flops(*of)}
     known = " and ".join(f"{ceiling / 1e12:,.0f} TFLOP/s {kind}" for kind, ceiling in ceilings.items() if ceiling)
     label = f"{config.engine.precision}{', float8 products too' if config.engine.float8 else ''}"

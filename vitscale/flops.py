@@ -101,14 +101,21 @@ def forward_flops(model: ViTConfig) -> int:
     return ends_flops(model, model.num_tokens) + model.depth * sum(branch_flops(model, model.num_tokens))
 
 
-def train_flops(model: ViTConfig) -> int:
+def train_flops(model: ViTConfig, optimizer: OptimizerConfig | None = None) -> int:
     """FLOPs of one image's forward and backward pass in training, in expectation over what stochastic depth drops.
 
     Three forward passes by convention: each product's backward pass is two products, of the gradients of its inputs and its weights.
-    The images want no gradient, so what is run is less by `embed_flops`.
+    What the first layer is given wants no gradient, so what is run is less by `embed_flops`. What is frozen has the forward pass alone.
+
+    Args:
+        optimizer: says what is frozen; None: nothing is.
     """
-    kept = sum(1 - rate for rate in model.drop_path_rates)
-    return round(3 * (ends_flops(model, model.num_train_tokens) + kept * sum(branch_flops(model, model.num_train_tokens))))
+    N, alone = model.num_train_tokens, optimizer is not None and optimizer.freeze == "backbone"
+    still = model.depth if alone else optimizer.freeze_blocks if optimizer else 0
+    passes = sum((1 if block < still else 3) * (1 - rate) for block, rate in enumerate(model.drop_path_rates))
+    embed, head = embed_flops(model), head_flops(model)
+    pooling = ends_flops(model, N) - embed - head
+    return round((1 if still else 3) * embed + passes * sum(branch_flops(model, N)) + (1 if alone else 3) * pooling + 3 * head)
 
 
 def computed_share(rate: float, micro_batch_size: int) -> float:
@@ -142,9 +149,12 @@ def ends_flops(model: ViTConfig, num_tokens: int) -> int:
     pooling = 0
     if model.pool == "map":  # q of one token, k and v of all, the products with the one query, projection, MLP
         pooling = D * D + 2 * N * D * D + 2 * N * D + D * D + 2 * D * M
-    head_input = model.representation_size or D
-    head = head_input * model.num_classes + D * model.representation_size
-    return embed_flops(model) + 2 * (pooling + head)
+    return embed_flops(model) + 2 * pooling + head_flops(model)
+
+
+def head_flops(model: ViTConfig) -> int:
+    """FLOPs of one image's forward pass through the representation layer and the head."""
+    return 2 * ((model.representation_size or model.width) * model.num_classes + model.width * model.representation_size)
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

@@ -132,8 +132,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
     if metrics:
         for fault in faults:
             metrics.say(f"warning: {fault}; {f'{folder.name} is used' if folder else 'the run starts anew'}")
-        parameters = sum(math.prod(shape) for shape in shapes.values())
-        metrics.say(headline(config, step, timeline, world_size, parameters, _device_name()) + origin)
+        metrics.say(headline(config, step, timeline, world_size, shapes, _device_name()) + origin)
         metrics.say(cost_line(config, span, _device_name()))
         metrics.say(engine.computes)
         metrics.say(stream.describe())
@@ -247,7 +246,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         if profile.between(step):
             reason = hear(all_=True)
             beat(step, samples_seen, SAVING)
-            told = profile.write(span.train_flops(config.model) * span.global_batch_size / world_size)
+            told = profile.write(span.train_flops(config.model, config.optimizer) * span.global_batch_size / world_size)
             dist.barrier()  # for those that write, where the waiting counts into no share
             if metrics and told:
                 metrics.say(told)
@@ -367,7 +366,8 @@ def _outlook(images_per_second: float, step: int, timeline: Timeline, config: Tr
     of = (_device_name(), config.engine.precision)
     for name, ceiling in (("mfu", peak_flops(*of)), ("mfu_of_measured", measured_flops(*of))):
         if ceiling:
-            found[name] = timeline.at_step(step - 1).train_flops(config.model) * images_per_second / world_size / ceiling
+            flops = timeline.at_step(step - 1).train_flops(config.model, config.optimizer)
+            found[name] = flops * images_per_second / world_size / ceiling
     return found
 
 

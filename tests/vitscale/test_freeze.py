@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.distributed import run_on_ranks
 from tests.runs import STOP, TOLERANCE, case, check_alike, losses_of, state, variant
@@ -21,7 +23,7 @@ from vitscale import checkpoint
 from vitscale.check import check_config
 from vitscale.config import ConfigError, EngineConfig, InitConfig, OptimizerConfig, TrainConfig, ViTConfig, frozen
 from vitscale.engine import Engine
-from vitscale.flops import moment_elements
+from vitscale.flops import head_flops, moment_elements, train_flops
 from vitscale.model import ViT
 from vitscale.optim import build_optimizer
 
@@ -153,6 +155,23 @@ def test_moments_are_kept_of_what_is_trained_alone() -> None:
         of_group = build_optimizer(ViT(MODEL), optimizer).param_groups
         kept = sum(p.numel() * len(optimizer.moments(muon=group.get("muon", False))) for group in of_group for p in group["params"])
         assert moment_elements(MODEL, optimizer) == kept
+
+
+@pytest.mark.parametrize("pool", ["cls", "map"])
+@pytest.mark.parametrize(
+    "optimizer", [OptimizerConfig(freeze_blocks=1), OptimizerConfig(freeze_blocks=2), OptimizerConfig(freeze="backbone")]
+)
+def test_flops_are_those_that_autograd_runs(optimizer: OptimizerConfig, pool: str) -> None:
+    """But for the gradient of what the head is given, where it alone is trained."""
+    model_config = dataclasses.replace(MODEL, pool=pool)
+    model = random_vit(model_config).train()
+    for name in frozen([name for name, _ in model.named_parameters()], optimizer):
+        model.get_parameter(name).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(1, 3, 8, 8)).sum().backward()
+    less = head_flops(model_config) if optimizer.freeze == "backbone" else 0
+    assert train_flops(model_config, optimizer) == counter.get_total_flops() + less
+    assert train_flops(model_config, optimizer) < train_flops(model_config)
 
 
 @pytest.mark.parametrize(
