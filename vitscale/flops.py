@@ -76,10 +76,12 @@ def checkpoint_bytes(model: ViTConfig, optimizer: OptimizerConfig) -> int:
     return 4 * (parameters(model) * (1 + bool(optimizer.average_decay)) + moment_elements(model, optimizer))
 
 
+@functools.lru_cache(maxsize=256)  # a plan asks for each of thousands of layouts
 def moment_elements(model: ViTConfig, optimizer: OptimizerConfig) -> int:
     """How many numbers an optimizer keeps of a model beside its weights: none of what is frozen."""
     sizes = tensor_sizes(model)
-    trained = {name: size for name, size in sizes.items() if name not in frozen(sizes, optimizer)}
+    still = frozen(sizes, optimizer)
+    trained = {name: size for name, size in sizes.items() if name not in still}
     muons = sum(size for name, size in trained.items() if _is_matrix(name)) if optimizer.name == "muon" else 0
     return muons * len(optimizer.moments(muon=True)) + (sum(trained.values()) - muons) * len(optimizer.moments())
 
