@@ -32,6 +32,7 @@ import xxhash
 
 from data_tools.cache import Cache
 from data_tools.errors import UserError
+from data_tools.holdout import Part
 from data_tools.overlay import LabelLists, Overlay, overlay_file, overlay_names, read_overlays
 from data_tools.ranges import TarRanges
 from data_tools.stage import copied, default_folder, staged
@@ -272,16 +273,17 @@ class Dataset:
 
     `path` is where it lies, a folder or a URL. `name, split, num_samples, num_classes, class_names, content_hash, max_labels` are
     dataset.json's; `shard_names` and `shard_sizes` (int64, samples a shard) and `first_samples` (int64) are the manifest's. `overlay` is
-    what the overlays in use say; labels are given as they say, and a sample that they remove is not read.
+    what the overlays in use say; labels are given as they say, and a sample that they remove is not read. Opened as one of the two `Part`s
+    that a held-out share makes, it keeps its numbering, and what is in the other counts as removed.
     """
 
     def __init__(
         self, path: Location, header: dict[str, Any], overlays: tuple[str, ...] | None = None, stage: Path | None = None,
-        cache: Cache | None = None, check_index: bool = False,
+        cache: Cache | None = None, check_index: bool = False, part: Part | None = None,
     ) -> None:  # fmt: skip
         """For `open`, which has checked the files."""
         self.path = path
-        self._stage, self._cache = stage, cache
+        self._stage, self._cache, self._part = stage, cache, part
         self._entries: dict[str, dict[str, Any]] = header["files"]
         copies = stage or default_folder()
         self._folder = copies / header["content_hash"][:16] if isinstance(path, Url) else path  # of all files but index and tars
@@ -320,23 +322,26 @@ class Dataset:
         for name in names:
             overlay_file(path, name, self._folder)
         self.overlay: Overlay = read_overlays(self._folder, names, self.content_hash, self.num_samples, self.num_classes)
+        if part:
+            self.overlay = self.overlay.within(part.outside(self.hash_batches(), self.num_samples))
         self.max_labels = max(self.max_labels, int(np.diff(self.overlay.lists.label_starts).max(initial=0)))
         self._tars = TarRanges(path, self.shard_names, self.shard_bytes, self.content_hash, cache)
         self._keys = functools.lru_cache(16)(_read_keys)
 
     @classmethod
     def open_checked(
-        cls, path: str | Location, *, stage: Path | None = None, cache: Cache | None = None, check_shards: bool = True
+        cls, path: str | Location, *, stage: Path | None = None, cache: Cache | None = None, check_shards: bool = True,
+        part: Part | None = None,
     ) -> Dataset:  # fmt: skip
         """Opens a split with its labels known to be as they were packed, where hashing the index takes seconds (below 1 GiB)."""
         path = location(str(path))
         index = read_header(path)["files"]["index.arrow"]
-        return cls.open(path, stage=stage, cache=cache, check_index=index["bytes"] < 2**30, check_shards=check_shards)
+        return cls.open(path, stage=stage, cache=cache, check_index=index["bytes"] < 2**30, check_shards=check_shards, part=part)
 
     @classmethod
     def open(
         cls, path: str | Location, *, overlays: tuple[str, ...] | None = None, stage: Path | None = None, cache: Cache | None = None,
-        check_index: bool = False, check_shards: bool = True,
+        check_index: bool = False, check_shards: bool = True, part: Part | None = None,
     ) -> Dataset:  # fmt: skip
         """Opens a split where it lies: a directory, or a URL (s3://, gs://, az://, https://).
 
@@ -345,7 +350,7 @@ class Dataset:
         `overlays` are the names of those to use, as `overlay.names` has them; None takes all there are (on the web, where nothing can be
         listed, none), () gives it as it was packed. `stage` is a folder on this machine's own disk that the index is copied to, if it is
         not there yet, and mapped from; of a URL all files but the tars go there, when they are needed (None: `stage.default_folder`).
-        Tars are read through `cache`.
+        Tars are read through `cache`. Of a `part` all other samples count as removed; to tell which, all hashes of the index are read.
 
         Always checked: dataset.json, the hashes of manifest.parquet and classes.txt, and the sizes of all other files; what is copied is
         hashed then. `check_index` also hashes index.arrow and samples/ (of a URL: the copy of the index), over 10 GB at 300 M samples, so
@@ -363,7 +368,7 @@ class Dataset:
             if isinstance(path, Path) and (check_index or name in HASHED) and file_entry(path / name) != entry:
                 raise DatasetError(f"{path / name} was changed: its SHA-256 is not dataset.json's; restore it or pack again")
         try:
-            dataset = cls(path, header, overlays, stage, cache, check_index)
+            dataset = cls(path, header, overlays, stage, cache, check_index, part)
         except UserError:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:  # all of which pyarrow raises on damaged bytes
@@ -483,7 +488,7 @@ class Dataset:
             places = np.arange(len(samples))
             places[changed] = len(samples) + np.arange(len(changed))
             lists = lists.append(self.overlay.lists.take(of_overlay)).take(places)
-        if self.overlay.num_removed:
+        if self.overlay.bits is not None:
             kept = np.flatnonzero(~self.overlay.removed(samples))
             samples, sizes, lists = samples[kept], sizes[kept], lists.take(kept)
         scores = np.ones(len(lists.labels), np.float32)
@@ -511,8 +516,8 @@ class Dataset:
 
     @property
     def num_kept(self) -> int:
-        """How many samples no overlay removes."""
-        return self.num_samples - self.overlay.num_removed
+        """How many samples no overlay removes, in the part in use."""
+        return self.num_samples - self.overlay.num_removed - self.overlay.num_outside
 
     def shard_counts(self) -> np.ndarray:
         """Samples of each shard that are not removed (int64)."""
@@ -596,7 +601,7 @@ class Dataset:
         return self.num_samples
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.path, self.content_hash, self.overlay.names, self._stage, self._cache)
+        return _reopen, (self.path, self.content_hash, self.overlay.names, self._stage, self._cache, self._part)
 
     def _shard_number(self, sample: int) -> int:
         self._check_sample(sample)
@@ -646,8 +651,10 @@ def _size(path: Location, name: str, there: dict[str, int] | None, told: int) ->
     return file.stat().st_size if file.is_file() else None
 
 
-def _reopen(path: Location, content_hash: str, overlays: tuple[str, ...], stage: Path | None, cache: Cache | None) -> Dataset:
-    dataset = Dataset.open(path, overlays=overlays, stage=stage, cache=cache, check_shards=False)
+def _reopen(
+    path: Location, content_hash: str, overlays: tuple[str, ...], stage: Path | None, cache: Cache | None, part: Part | None
+) -> Dataset:  # fmt: skip
+    dataset = Dataset.open(path, overlays=overlays, stage=stage, cache=cache, check_shards=False, part=part)
     if dataset.content_hash != content_hash:
         raise DatasetError(f"{path} is now dataset {dataset.content_hash}, it was {content_hash}; start again")
     return dataset

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,12 +79,20 @@ class Overlay:
     names: tuple[str, ...]
     """Of the files, in their order; each holds a hash of the file, so these name what was used."""
     num_removed: int
+    """Samples that they remove."""
     bits: np.ndarray | None
     """A bit a sample (uint8, lowest first), set where it is removed; None where none is."""
     samples: np.ndarray
     """Those with other labels than in the index: int64, ascending."""
     lists: LabelLists
     """Their labels and scores."""
+    num_outside: int = 0
+    """Samples that count as removed, though no overlay removes them, because they are not in the part in use."""
+
+    def within(self, outside: np.ndarray) -> Overlay:
+        """The same of a part of the dataset, given the bits of the samples outside it."""
+        bits = outside if self.bits is None else self.bits | outside
+        return replace(self, bits=bits, num_outside=int(np.bitwise_count(bits).sum(dtype=np.int64)) - self.num_removed)
 
     def removed(self, samples: np.ndarray) -> np.ndarray:
         """Whether each of the samples is removed (bool)."""

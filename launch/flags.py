@@ -12,7 +12,7 @@ from data_tools.errors import UserError
 from vitscale.recipes import Recipe, recipe_name
 
 Flags = TypeVar("Flags")
-CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, a step's folder, or an exported or imported folder."
+CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, RUN@best, a step's folder, or an exported or imported folder."
 Checkpoint = Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT", help=CHECKPOINT)]
 Weights = Annotated[Literal["average", "weight"], tyro.conf.arg(help="The average of the weights where there is one, or the raw weights.")]
 

@@ -26,7 +26,7 @@ from vitscale.checkpoint import committed
 from vitscale.config import TrainConfig
 from vitscale.ending import EXIT_FINISHED, EXIT_STOPPED, Cause, End, killed_by, read_ends, write_end
 from vitscale.machine import this_host
-from vitscale.run import log_file, newest_start, open_run, reached
+from vitscale.run import locked, log_file, newest_start, open_run, reached
 from vitscale.verdict import Verdict, conclude
 
 _EXIT_INTERRUPTED = 130  # as a shell has it
@@ -43,6 +43,14 @@ def visible_gpus() -> int:
         return 0
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
     return listed.stdout.count("GPU ")
+
+
+def start(config: TrainConfig, nproc: int, terminal: TextIO) -> int:
+    """Starts or resumes the run of a resolved config on this machine and waits for its end, as `run_to_end` does."""
+    run = Path(config.out)
+    with locked(run) as lock:
+        (run / "stop").unlink(missing_ok=True)  # who starts a run wants it to go on
+        return run_to_end(config, nproc, lock, terminal)
 
 
 def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO) -> int:

@@ -17,10 +17,10 @@ from tyro.conf import Positional
 
 from launch.flags import UsageError, given, parse
 from launch.terminal import Json, Verb, print_json, progress_bar
-from vitscale.config import FinetuneConfig, NewModelConfig, RunConfig, TrainConfig, ViewConfig, flatten, settle_length, to_dict
+from vitscale.config import BODY, FinetuneConfig, NewModelConfig, RunConfig, TrainConfig, ViewConfig, flatten, settle_length, to_dict
 from vitscale.ending import Cause
 from vitscale.metrics import SHARES, counted, duration, share_name
-from vitscale.recipes import FINETUNE, PRETRAIN, recipe
+from vitscale.recipes import FINETUNE, PRETRAIN, recipe, recipe_name
 
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help="Run directory.")]
 _DRAW_EVERY = 2.0
@@ -271,11 +271,15 @@ def run_fork(words: list[str]) -> None:
 
 def command_of(config: TrainConfig) -> list[str]:
     """The words after `vitscale` that start or resume the run of a config."""
-    name = config.recipe
-    default: RunConfig = recipe(name, FINETUNE) if config.init else recipe(name, PRETRAIN)
-    asked = _fine_tuning_asked(config) if config.init else config
+    name, init = config.recipe, config.init
+    fine_tunes = name in map(recipe_name, FINETUNE)
+    default: RunConfig = recipe(name, FINETUNE) if fine_tunes else recipe(name, PRETRAIN)
+    asked = _fine_tuning_asked(config) if fine_tunes else _pretraining_asked(config)
     before, now = flatten(to_dict(default)), flatten(to_dict(asked))
-    words = ["finetune" if config.init else "pretrain", name]
+    words = ["finetune" if fine_tunes else "pretrain", name]
+    if init and not fine_tunes:
+        words += [*_flag("init", init.checkpoint), *_flag("init-weights", init.weights)]
+        words += _flag("position-interpolation", init.position_interpolation)
     for setting, value in now.items():
         if value != before.get(setting) and setting != "recipe":
             words += _flag(setting, value)
@@ -291,6 +295,14 @@ def _flag(setting: str, value: Any) -> list[str]:
     return [name, *(shlex.quote(str(one)) for one in values)]
 
 
+def _pretraining_asked(config: TrainConfig) -> TrainConfig:
+    """What a user asked of `pretrain` beside --init to get this config."""
+    if not config.init:
+        return config
+    body = {name: getattr(recipe(config.recipe, PRETRAIN).model, name) for name in BODY}
+    return dataclasses.replace(config, init=None, model=dataclasses.replace(config.model, **body))
+
+
 def _fine_tuning_asked(config: TrainConfig) -> FinetuneConfig:
     """What a user asked of `finetune` to get this config."""
     assert config.init is not None
@@ -300,7 +312,7 @@ def _fine_tuning_asked(config: TrainConfig) -> FinetuneConfig:
     init = config.init
     return FinetuneConfig(
         **shared, init=init.checkpoint, init_weights=init.weights, position_interpolation=init.position_interpolation, model=model,
-        preprocess=view,
+        preprocess=view, sweep=recipe(config.recipe, FINETUNE).sweep,
     )  # fmt: skip
 
 

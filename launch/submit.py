@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,8 +33,9 @@ from launch.batch import Job, train_script, words_script
 from launch.data_verbs import PackFlags
 from launch.flags import UsageError, given, parse
 from launch.site import Site, check_extra, check_time, minutes, read_site
+from launch.sweep import check_alike, final_run, grid_of, note_trials, trial_at, trials_of
 from launch.terminal import Json, VerbError, print_json
-from launch.verbs import EvaluateFlags, finetune_flags, pretrain_flags
+from launch.verbs import EvaluateFlags, FinetuneFlags, finetune_flags, pretrain_flags
 from vitscale.checkpoint import describe, find_checkpoint
 from vitscale.config import FinetuneConfig, TrainConfig, grad_accum_steps, to_dict
 from vitscale.flops import checkpoint_bytes
@@ -171,18 +173,76 @@ def with_python(site: Site) -> Site:
 # -- pretrain, finetune -------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run that is to be submitted, after everything that can be known was checked; nothing is written yet."""
+
+    config: TrainConfig
+    folder: Path
+    """Of the submission."""
+    script: str
+    plan: Plan
+
+    @property
+    def run(self) -> Path:
+        """The run's directory."""
+        return Path(self.config.out)
+
+
 def submit_run(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
-    """A job of all ranks of a run, or a chain of them."""
+    """A job of all ranks of a run, or a chain of them; of a sweep one of each trial, and the run behind them all."""
     if given(verb, "nproc", "json"):
         raise UsageError(f"--nproc and --json of {verb[0]} are for this machine; --nodes and --json before the -- are submit's own")
-    asked = (pretrain_flags if verb[0] == "pretrain" else finetune_flags)(verb[1:]).config
+    asked = (pretrain_flags if verb[0] == "pretrain" else finetune_flags)(verb[1:])
+    check_lead(flags.time or site.time, site.signal_lead_seconds)
+    if isinstance(asked, FinetuneFlags) and asked.sweep is not None:
+        submit_sweep(flags, site, located(asked.config, site.datasets), asked.sweep)
+        return
+    prepared = prepare(flags, site, located(asked.config, site.datasets))
+    plan = dataclasses.asdict(prepared.plan)
+    if flags.dry_run:
+        tell(flags, prepared.script, {"plan": plan})
+        return
+    jobs, run, folder = send(flags, prepared), prepared.run, prepared.folder
+    if flags.json:
+        print_json({"jobs": jobs, "folder": str(folder), "plan": plan})
+        return
+    print(f"submitted job {', '.join(jobs)}; the code and the config are in {folder}")
+    print(f"watch: vitscale run status {run}; squeue -j {','.join(jobs)}; tail -f {folder}/job-{jobs[0]}.log; a log a node in {run}/logs")
+    print(f"stop: vitscale run stop {run} saves first; scancel {' '.join(jobs)} gives it KillWait seconds (`scontrol show config`) to save")
+
+
+def submit_sweep(flags: SubmitFlags, site: Site, asked: FinetuneConfig, rates: Sequence[float]) -> None:
+    """Jobs of the trials that are not finished, beside each other, and of the run behind them all, which takes its rate when it starts."""
+    grid = grid_of(asked, rates)
+    wanted = [trial for trial, lr in zip(trials_of(asked, grid), grid, strict=True) if trial_at(Path(trial.out), lr).state == "unfinished"]
+    begun = Path(asked.out) / "run.json"
+    rate = read_config(begun.parent).optimizer.peak_lr if begun.is_file() and has_begun(begun.parent) else grid[0]
+    trials, final = [prepare(flags, site, trial) for trial in wanted], prepare(flags, site, final_run(asked, rate))
+    check_alike([resolve(trial, final.plan.world_size) for trial in trials_of(asked, grid)] + [final.config])
+    plans = [dataclasses.asdict(prepared.plan) for prepared in (*trials, final)]
+    if flags.dry_run:
+        tell(flags, "\n".join(prepared.script for prepared in (*trials, final)), {"plans": plans})
+        return
+    of_trials = [send(flags, prepared) for prepared in trials]
+    jobs = send(flags, final, [chain[-1] for chain in of_trials], trials_of(asked, grid))
+    if flags.json:
+        print_json({"trials": of_trials, "jobs": jobs, "folder": str(final.folder), "plans": plans})
+        return
+    everything = [job for chain in (*of_trials, jobs) for job in chain]
+    for prepared, chain in zip(trials, of_trials, strict=True):
+        print(f"submitted job {', '.join(chain)}: {prepared.run}")
+    print(f"submitted job {', '.join(jobs)}: {final.run}, which waits for them and takes the best rate")
+    print(f"watch: vitscale run ls {final.run}/sweep; squeue -j {','.join(everything)}; stop: scancel {' '.join(everything)}")
+
+
+def prepare(flags: SubmitFlags, site: Site, asked: TrainConfig | FinetuneConfig) -> Prepared:
+    """Checks a run and makes its script; its plan is printed."""
     tasks_per_node = gpus(flags, site) or flags.tasks_per_node or 1
-    asked = located(asked, site.datasets)
     run = Path(asked.out)
     check_name(asked.out)
     check_directory(run)
     check_ranks(asked, flags.nodes, tasks_per_node)
-    check_lead(flags.time or site.time, site.signal_lead_seconds)
     config = resolve(asked, flags.nodes * tasks_per_node)
     record, *_ = check_start(config)
     if not flags.dry_run and (waiting := jobs_under_way(run)):
@@ -197,16 +257,28 @@ def submit_run(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     plan = make_plan(config, flags, site, tasks_per_node, timeline, ask_slurm(script, flags.nodes))
     if not flags.json:
         print_plan(plan)
-    if flags.dry_run:
-        tell(flags, script, {"plan": dataclasses.asdict(plan)})
-        return
+    return Prepared(config, folder, script, plan)
+
+
+def send(
+    flags: SubmitFlags, prepared: Prepared, after: Sequence[str] = (), trials: Sequence[FinetuneConfig] = ()
+) -> list[str]:  # fmt: skip
+    """Submits a run; its job, or the jobs of its chain, behind those that it is to wait for.
+
+    Args:
+        trials: whose best rate the run is to take when it starts.
+    """
+    folder, run = prepared.folder, prepared.run
     with submission(folder):
-        write_snapshot(folder, config)
+        write_snapshot(folder, prepared.config)
+        if trials:
+            note_trials(folder, trials)
         jobs: list[str] = []
         for _ in range(max(1, flags.chain)):
-            waits = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+            before = jobs[-1:] or after
+            waits = [f"--dependency=afterany:{':'.join(before)}"] if before else []
             try:
-                jobs.append(Submitter(folder, script, waits, jobs[-1:]).send())
+                jobs.append(Submitter(folder, prepared.script, waits, jobs[-1:]).send())
             except VerbError as error:
                 if not jobs:
                     raise
@@ -214,12 +286,7 @@ def submit_run(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
                 break
     (folder / "jobs").write_text("".join(f"{job}\n" for job in jobs))
     (run / "stop").unlink(missing_ok=True)  # who submits a run wants it to go on
-    if flags.json:
-        print_json({"jobs": jobs, "folder": str(folder), "plan": dataclasses.asdict(plan)})
-        return
-    print(f"submitted job {', '.join(jobs)}; the code and the config are in {folder}")
-    print(f"watch: vitscale run status {run}; squeue -j {','.join(jobs)}; tail -f {folder}/job-{jobs[0]}.log; a log a node in {run}/logs")
-    print(f"stop: vitscale run stop {run} saves first; scancel {' '.join(jobs)} gives it KillWait seconds (`scontrol show config`) to save")
+    return jobs
 
 
 def check_name(path: str) -> None:
@@ -290,6 +357,8 @@ def located(asked: Any, datasets: dict[str, str]) -> Any:
     }
     if isinstance(asked, FinetuneConfig):
         changed["init"] = absolute(asked.init)
+    elif asked.init:
+        changed["init"] = dataclasses.replace(asked.init, checkpoint=absolute(asked.init.checkpoint))
     return dataclasses.replace(asked, **changed)
 
 

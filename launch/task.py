@@ -19,6 +19,7 @@ def main() -> None:
     """The entry of a task."""
     stopping.listen()  # before anything else is imported: a stop that comes meanwhile is heard at the first step
     from data_tools.errors import UserError
+    from launch.sweep import at_best
     from vitscale.config import TrainConfig, from_dict
     from vitscale.ending import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
     from vitscale.rank import leave, run_rank
@@ -34,7 +35,7 @@ def main() -> None:
         if place["RANK"] == "0":
             try:
                 start.enter_context(locked(run, LOCK_SECONDS))
-                finished = open_run(config, int(place["WORLD_SIZE"]))
+                finished = open_run(at_best(config, submission), int(place["WORLD_SIZE"]))
             except (UserError, OSError) as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 sys.exit(EXIT_FAILED)

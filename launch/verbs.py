@@ -18,10 +18,27 @@ from launch.flags import Checkpoint, UsageError, Weights, given, parse, take_rec
 from launch.plan_verb import plan
 from launch.run_verbs import RUN_VERBS
 from launch.terminal import Json, Verb, need, print_json, progress_bar
-from vitscale.config import EvalProtocol, FinetuneConfig, TrainConfig, settle_length
+from vitscale.config import (
+    BODY,
+    EngineConfig,
+    EvalProtocol,
+    FinetuneConfig,
+    InitConfig,
+    PositionInterpolation,
+    TrainConfig,
+    settle_length,
+)
 from vitscale.recipes import FINETUNE, PRETRAIN, Recipe, recipe, recipe_name
 
 Processes = Annotated[int, tyro.conf.arg(help="Processes; 0 starts one a GPU, or one on a machine without.")]
+
+_RATES = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="[LR ...]",
+    instance_from_str=lambda words: None if words == ["None"] else tuple(map(float, words)),
+    is_instance=lambda value: value is None or isinstance(value, tuple),
+    str_from_instance=lambda value: ["None"] if value is None else list(map(str, value)),
+)
 
 
 # -- pretrain, finetune -------------------------------------------------------------------------------------------------------------------
@@ -32,6 +49,12 @@ class PretrainFlags:
     """Flags of `vitscale pretrain`."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    init: str = ""
+    """The checkpoint to begin from in place of random weights: its body as it is, at the recipe's image size; its head where the dataset
+    has as many classes of the same names. A run, RUN@STEP, RUN@best, a step's folder or an exported folder."""
+    init_weights: Weights = "average"
+    position_interpolation: PositionInterpolation = "timm"
+    """As of `finetune`."""
     nproc: Processes = 0
     json: Json = False
 
@@ -47,7 +70,12 @@ def pretrain_flags(words: list[str]) -> PretrainFlags:
     name, rest = take_recipe(words, "pretrain", PRETRAIN)
     default = recipe(name, PRETRAIN)
     flags = parse(PretrainFlags, rest, f"pretrain {name}", PretrainFlags(default), f"Recipe {name}. {recipe_doc(name, PRETRAIN)}")
-    return dataclasses.replace(flags, config=settle_length(flags.config, given(rest, "epochs", "steps")))
+    config = settle_length(flags.config, given(rest, "epochs", "steps"))
+    if flags.init:
+        if fixed := given(rest, *(f"model.{setting.replace('_', '-')}" for setting in BODY)):
+            raise UsageError(f"--{min(fixed)} is the checkpoint's, which --init {flags.init} takes; leave it out")
+        config = dataclasses.replace(config, init=InitConfig(flags.init, flags.init_weights, flags.position_interpolation))
+    return dataclasses.replace(flags, config=config)
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,9 @@ class FinetuneFlags:
     """Flags of `vitscale finetune`."""
 
     config: Annotated[FinetuneConfig, tyro.conf.arg(name="")]
+    sweep: Annotated[tuple[float, ...] | None, _RATES] = None
+    """Peak learning rates to try on a held-out part of the training split before the run, with the best, trains on all of it; none after
+    the flag takes the recipe's own grid, and --holdout sets the share (docs/finetuning.md). None: no sweep."""
     nproc: Processes = 0
     json: Json = False
 
@@ -62,7 +93,13 @@ class FinetuneFlags:
 def finetune(words: list[str]) -> None:
     """Train on from a checkpoint, with a new head, at another resolution."""
     flags = finetune_flags(words)
-    train(flags.config, flags.nproc, flags.json)
+    if flags.sweep is None:
+        train(flags.config, flags.nproc, flags.json)
+        return
+    from launch.sweep import sweep
+
+    if ended := sweep(flags.config, flags.sweep, ranks_here(flags.nproc, flags.config.engine), as_json=flags.json):
+        sys.exit(ended)
 
 
 def finetune_flags(words: list[str]) -> FinetuneFlags:
@@ -70,34 +107,39 @@ def finetune_flags(words: list[str]) -> FinetuneFlags:
     name, rest = take_recipe(words, "finetune", FINETUNE)
     default = recipe(name, FINETUNE)
     flags = parse(FinetuneFlags, rest, f"finetune {name}", FinetuneFlags(default), f"Recipe {name}. {recipe_doc(name, FINETUNE)}")
+    if flags.sweep is not None and given(rest, "optimizer.peak-lr"):
+        raise UsageError("--sweep chooses the peak learning rate; leave out --optimizer.peak-lr")
     return dataclasses.replace(flags, config=settle_length(flags.config, given(rest, "epochs", "steps")))
 
 
 def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> None:
     """Starts or resumes a run on this machine and waits for its end."""
-    from launch.local import run_to_end, visible_gpus
-    from vitscale.check import check_on_cpu
+    from launch.local import start
     from vitscale.resolve import resolve
-    from vitscale.run import locked
     from vitscale.status import status
+
+    nproc = ranks_here(nproc, asked.engine)
+    config = resolve(asked, nproc)
+    ended = start(config, nproc, terminal=sys.stderr if as_json else sys.stdout)
+    if as_json:
+        print_json(status(Path(config.out)))
+    if ended:
+        sys.exit(ended)
+
+
+def ranks_here(nproc: int, engine: EngineConfig) -> int:
+    """How many ranks a run has on this machine, where so many are asked for. Raises UsageError, VerbError, ConfigError where none can."""
+    from launch.local import visible_gpus
+    from vitscale.check import check_on_cpu
 
     gpus = visible_gpus()
     if nproc < 0 or (gpus and nproc > gpus):
         most = f" and at most {gpus}, the visible GPUs" if gpus else ""
         raise UsageError(f"nproc={nproc} must be at least 1{most}; 0 starts one a GPU")
     need("torch", "deepspeed", "safetensors")
-    nproc = nproc or max(1, gpus)
-    config = resolve(asked, nproc)
     if not gpus and not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd")):  # else torch is asked, by each rank
-        check_on_cpu(config.engine)
-    run = Path(config.out)
-    with locked(run) as lock:
-        (run / "stop").unlink(missing_ok=True)  # who starts a run wants it to go on
-        ended = run_to_end(config, nproc, lock, terminal=sys.stderr if as_json else sys.stdout)
-    if as_json:
-        print_json(status(run))
-    if ended:
-        sys.exit(ended)
+        check_on_cpu(engine)
+    return nproc or max(1, gpus)
 
 
 # -- evaluate -----------------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """What a run says of itself to people: at its start, where its steps change, and of an evaluation. Strings alone; `train.py` says them."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from data_tools.cache import cache_advice
+from data_tools.dataset import Dataset
 from vitscale import checkpoint
-from vitscale.config import TrainConfig, ViTConfig, grad_accum_steps
+from vitscale.config import TrainConfig, ViTConfig, frozen, grad_accum_steps
 from vitscale.evaluate import Evaluation
 from vitscale.flops import measured_flops, peak_flops
 from vitscale.metrics import counted
@@ -13,21 +16,26 @@ from vitscale.timeline import Span, Timeline
 from vitscale.unindexed import Tars
 
 
-def headline(config: TrainConfig, step: int, timeline: Timeline, world_size: int, parameters: int, device_name: str) -> str:
+def headline(
+    config: TrainConfig, step: int, timeline: Timeline, world_size: int, shapes: Mapping[str, tuple[int, ...]], device_name: str
+) -> str:  # fmt: skip
     """Where a start begins, and what is trained on what."""
+    parameters = f"{sum(map(math.prod, shapes.values())):,} parameters"
+    if still := frozen(shapes, config.optimizer):
+        parameters += f", {sum(math.prod(shape) for name, shape in shapes.items() if name not in still):,} of them trained"
     begins = f"resumes at step {step}" if step else "starts"
     span, *others = (of for of, end in zip(timeline.spans, timeline.ends, strict=True) if end > step or end == timeline.total_steps)
     size, work = size_and_work(span, config.model, world_size)
     later = "".join(f"; from step {of.first_step + 1} on {' and '.join(size_and_work(of, config.model, world_size))}" for of in others)
     return (
-        f"{config.recipe} {begins} on {device_name}: {parameters:,} parameters, {size}, {timeline.total_steps} steps of {work}{later}, "
+        f"{config.recipe} {begins} on {device_name}: {parameters}, {size}, {timeline.total_steps} steps of {work}{later}, "
         f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, run directory {config.out}"
     )
 
 
 def cost_line(config: TrainConfig, span: Span, device_name: str) -> str:
     """What a step computes, and what MFU is held against."""
-    image, of = span.train_flops(config.model), (device_name, config.engine.precision)
+    image, of = span.train_flops(config.model, config.optimizer), (device_name, config.engine.precision)
     ceilings = {"by datasheet": peak_flops(*of), "measured": measured_flops(*of)}
     known = " and ".join(f"{ceiling / 1e12:,.0f} TFLOP/s {kind}" for kind, ceiling in ceilings.items() if ceiling)
     label = f"{config.engine.precision}{', float8 products too' if config.engine.float8 else ''}"
@@ -43,10 +51,11 @@ def size_and_work(span: Span, model: ViTConfig, world_size: int) -> tuple[str, s
     return f"{_pixels(at_size)} in {at_size.num_tokens} tokens", work
 
 
-def origin_line(source: checkpoint.Description, model: ViTConfig) -> str:
-    """What fine-tuning makes of a checkpoint, in a line."""
+def origin_line(source: checkpoint.Description, model: ViTConfig, *, keep_head: bool) -> str:
+    """What a run makes of the checkpoint that it begins from, in a line."""
     grids = " -> ".join("x".join(map(str, m.grid)) for m in (source.model, model))
-    head = f"a new head of {model.num_classes} classes in place of {source.model.num_classes or 'none'}"
+    new = f"a new head of {model.num_classes} classes in place of {source.model.num_classes or 'none'}"
+    head = f"the head of {model.num_classes} classes is kept" if keep_head else new
     return f"from {source.path}: {_pixels(source.model)} -> {_pixels(model)}, {grids} patches, {head}"
 
 
@@ -68,6 +77,12 @@ def data_warnings(dataset: Mixture | Tars, config: TrainConfig) -> list[str]:
     if config.cache_bytes and isinstance(dataset, Mixture):
         said += cache_advice(config.cache_bytes, dataset.num_bytes, dataset.bytes_per_sample, full_shuffle=config.stream.lanes == 1)
     return said
+
+
+def holdout_line(held_out: Dataset, share: float) -> str:
+    """What is held out of the training split."""
+    of = held_out.num_samples - held_out.overlay.num_removed
+    return f"held out: {held_out.num_kept:,} of {of:,} samples (holdout {share:g}); the run is evaluated on them and never trains on them"
 
 
 def overlays_in_use(dataset: Mixture | Tars) -> tuple[list[str], str]:

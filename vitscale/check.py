@@ -43,6 +43,7 @@ def check_config(config: TrainConfig, world_size: int) -> None:
     """Everything that can be said of a config without data or devices. Raises ConfigError."""
     check_model(config.model)
     _check_ranges(config)
+    _check_holdout(config)
     if (config.epochs > 0) == (config.steps > 0):
         raise ConfigError(f"epochs={config.epochs:g} and steps={config.steps}: set exactly one above 0")
     _check_batch(config.global_batch_size, config.micro_batch_size, world_size, config.mix.is_on)
@@ -61,6 +62,7 @@ def check_config(config: TrainConfig, world_size: int) -> None:
         for ours, instead in DEEPSPEED_OURS.items():
             if f"{name}.".startswith(f"{ours}."):
                 raise ConfigError(f"engine.deepspeed sets {name}, which vitscale sets itself; {instead}")
+    _check_freeze(config)
     if config.objective.kind == "softmax" and config.model.head_bias:
         raise ConfigError(f"head_bias={config.model.head_bias:g} does nothing under softmax; set it to 0 or use --objective.kind sigmoid")
 
@@ -161,6 +163,30 @@ def check_model(model: ViTConfig) -> None:
             raise ConfigError(f"model.{name}={getattr(model, name)} must be at least 0")
 
 
+def _check_freeze(config: TrainConfig) -> None:
+    """Something is left to train, and to be updated as asked. Raises ConfigError."""
+    optimizer, depth = config.optimizer, config.model.depth
+    if optimizer.freeze_blocks > depth:
+        raise ConfigError(f"optimizer.freeze_blocks={optimizer.freeze_blocks} of the model's {depth} blocks; {depth} freezes all of them")
+    if optimizer.name == "muon" and (optimizer.freeze == "backbone" or optimizer.freeze_blocks == depth):
+        raise ConfigError("optimizer.name=muon updates the blocks' matrices, and all of them are frozen; adamw and sgd update the head")
+    if optimizer.freeze == "backbone" and not config.init:
+        raise ConfigError("optimizer.freeze=backbone would train a head on a random backbone; --init CHECKPOINT gives it one")
+
+
+def _check_holdout(config: TrainConfig) -> None:
+    """A part of one dataset can be held out, in place of another. Raises ConfigError."""
+    if config.holdout and len(config.datasets) > 1:
+        raise ConfigError(
+            f"holdout={config.holdout:g} holds out a part of one dataset, and --data names {len(config.datasets)}; --eval-data works"
+        )
+    if config.holdout and config.eval_data not in ("", "none", *config.datasets):
+        raise ConfigError(
+            f"holdout={config.holdout:g} evaluates on a part of the training split, and eval_data={config.eval_data} on something else; "
+            "leave one out"
+        )
+
+
 def _check_batch(global_batch_size: int, micro_batch_size: int, world_size: int, mixes: bool) -> None:
     """A step's images divide into micro-batches, which have pairs where they are mixed. Raises ConfigError."""
     grad_accum_steps(global_batch_size, micro_batch_size, world_size)
@@ -213,7 +239,7 @@ def _check_ranges(config: TrainConfig) -> None:
         "guard.hang_seconds": 0, "guard.max_restarts": 0, "profile.steps": 0, "profile.first_step": 0,
         "epochs": 0, "steps": 0, "seed": 0, "stream.lanes": 0, "stream.window": 0, "stream.workers": 0, "stream.prefetch": 1,
         "stream.buffer_bytes": 0, "stream.read_threads": 1, "stream.read_timeout": 1, "stream.max_unusable": 0,
-        "stream.max_unusable_per_shard": 0, "optimizer.peak_lr": 0,
+        "stream.max_unusable_per_shard": 0, "optimizer.peak_lr": 0, "optimizer.freeze_blocks": 0,
         "optimizer.weight_decay": 0, "optimizer.grad_clip": 0, "schedule.warmup_steps": 0,
         "schedule.cooldown_steps": 0, "schedule.end_lr": 0, "schedule.timescale": 1, "engine.checkpoint_every_n_blocks": 0,
         "mix.mixup_alpha": 0, "mix.cutmix_alpha": 0, "preprocess.randaugment_layers": 0,
@@ -243,7 +269,7 @@ def _check_ranges(config: TrainConfig) -> None:
     for name, high in (("preprocess.flip", 1), ("mix.prob", 1), ("mix.switch_prob", 1), ("preprocess.randaugment_magnitude", 30)):
         if not 0 <= _lookup(config, name) <= high:
             raise ConfigError(f"{name}={_lookup(config, name):g} must lie in [0, {high}]")
-    for name in ("objective.label_smoothing", "optimizer.average_decay", "optimizer.momentum"):
+    for name in ("holdout", "objective.label_smoothing", "optimizer.average_decay", "optimizer.momentum"):
         if not 0 <= _lookup(config, name) < 1:
             raise ConfigError(f"{name}={_lookup(config, name):g} must lie in [0, 1)")
     for name, most in (("crop_scale", 1.0), ("crop_ratio", 1000.0)):

@@ -199,19 +199,21 @@ def _fault(folder: Path, name: str, size: int, checksum: str) -> str | None:
 
 
 def find_checkpoint(spec: str) -> Path:
-    """The folder that a CHECKPOINT names: a run (its newest durable one), RUN@STEP, a step's folder or an exported folder.
+    """The folder that a CHECKPOINT names: a run (its newest durable one), RUN@STEP, RUN@best, a step's folder or an exported folder.
 
-    Checks that it is whole. Raises CheckpointError.
+    Checks that it is whole. Raises CheckpointError, and RunError where metrics.jsonl, which tells the best, cannot be read.
     """
     path = Path(spec)
     run, at, step = spec.rpartition("@")
+    if not path.exists() and step == "best" and Path(run).is_dir():
+        path = _best(Path(run))
     if not path.exists() and at and step.isdigit():
         path = step_folder(Path(run), int(step))
         if not path.exists():
             steps = [folder.name.removeprefix("step-").lstrip("0") or "0" for folder in committed(Path(run))]
             raise CheckpointError(f"{run} has no checkpoint of step {int(step)}; {_there_are(steps)}")
     if not path.exists():
-        raise CheckpointError(f"{spec} does not exist; a checkpoint is a run, RUN@STEP, a step's folder or an exported folder")
+        raise CheckpointError(f"{spec} does not exist; a checkpoint is a run, RUN@STEP, RUN@best, a step's folder or an exported folder")
     if path.is_file():
         raise CheckpointError(
             f"{spec} is a file; give the folder that it lies in, {path.parent}, where that is ours, or make it ours: "
@@ -237,6 +239,24 @@ def is_foreign(path: Path) -> bool:
     """Whether a path is a file, or a folder that is none of ours: what others wrote, perhaps."""
     ours = (EXPORT_DESCRIPTION, "checkpoint.json", "COMMIT.json", "run.json", "checkpoints")
     return path.is_file() or (path.is_dir() and not any((path / name).exists() for name in ours))
+
+
+def _best(run: Path) -> Path:
+    """The checkpoint of a run that was best on its held-out split, of those that are there. Raises CheckpointError."""
+    from vitscale.retention import best_of, goodness  # which know of runs, and runs of checkpoints
+    from vitscale.run import read_metrics
+
+    there, evaluated = [step_of(folder) for folder in committed(run)], goodness(read_metrics(run))
+    best, ever = best_of(there, evaluated), best_of(evaluated, evaluated)
+    if not there or ever is None:
+        lacks = "was never evaluated on a held-out split" if there else "holds no checkpoint"
+        raise CheckpointError(f"{run} {lacks}, so that none is its best; {run}@STEP names one: {_there_are(list(map(str, there)))}")
+    if best is None or evaluated[best] < evaluated[ever]:
+        gone = f"the best of {run} was step {ever} (top-1 {evaluated[ever]:.2%}), whose checkpoint is gone"
+        if best is None:
+            raise CheckpointError(f"{gone}; {_there_are(list(map(str, there)))}, never evaluated")
+        print(f"warning: {gone}; step {best} ({evaluated[best]:.2%}) is used", file=sys.stderr)
+    return step_folder(run, best)
 
 
 def describe(folder: Path) -> Description:

@@ -134,7 +134,7 @@ def compile_blocks(model: ViT, *, graphs: bool = False, backend: str = "inductor
     for block in model.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, mode="reduce-overhead" if graphs else None, backend=backend)
         if graphs:
-            for parameter in block.parameters():
+            for parameter in filter(lambda parameter: parameter.requires_grad, block.parameters()):
                 parameter.register_hook(torch.clone)  # type: ignore[no-untyped-call]
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -272,6 +273,10 @@ class OptimizerConfig:
     """Decay a step of an average of the weights (EMA, Polyak), which evaluation and export then use; 0 keeps none."""
     layer_decay: float = 1.0
     """A layer's learning rate is this times that of the layer above it: of fine-tuning, 0.65 to 0.85; 1 gives all the same (BEiT)."""
+    freeze: Literal["nothing", "backbone"] = "nothing"
+    """backbone: train the head, and a representation layer, alone; nothing else changes, and no backward pass goes through it."""
+    freeze_blocks: int = 0
+    """Leave the embeddings and so many of the first blocks as they are, likewise; 0 trains all."""
 
     def moments(self, *, muon: bool = False) -> tuple[str, ...]:
         """The tensors that the optimizer keeps for a parameter, which Muon updates or not, by their names in torch's state of it."""
@@ -422,13 +427,15 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Where the weights of a fine-tuning run come from: what `FinetuneConfig` says, and what that was found to be."""
+    """Where the weights of a run come from that begins with another's: what was asked for, and what that was found to be."""
 
     checkpoint: str
     weights: Literal["average", "weight"]
     position_interpolation: PositionInterpolation
-    folder: str
-    """The folder that `checkpoint` named when the run started: a run's newest one may be another by now."""
+    folder: str = ""
+    """The folder that `checkpoint` named when the run started: a run's newest one may be another by now. Empty: not looked for yet."""
+    keep_head: bool = False
+    """Whether head and representation layer are the checkpoint's, too."""
 
 
 @dataclass(frozen=True)
@@ -443,6 +450,9 @@ class RunConfig:
     """Of each dataset of several: how many samples of a step are its own, as a share of the sum; empty: as many as it has samples."""
     eval_data: str = ""
     """Directory or URL of the held-out split; empty takes the sibling `val` of the (first) training split; `none` evaluates nothing."""
+    holdout: float = 0.0
+    """Share of the training split, 0.01 say, that the run never trains on and evaluates on in place of `eval_data`; chosen by the images'
+    bytes, so that it is the same for every run and seed (docs/finetuning.md)."""
     stage: str = ""
     """Folder on each machine's own disk that the datasets' indices are copied to and mapped from; empty maps them where they are, and of
     a URL copies them to $VITSCALE_CACHE or ~/.cache/vitscale."""
@@ -497,7 +507,7 @@ class TrainConfig(RunConfig):
     model: ViTConfig = field(default_factory=ViTConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     init: Annotated[InitConfig | None, tyro.conf.Suppress] = None
-    """Weights to start from; set by fine-tuning."""
+    """Weights to start from; set by `finetune`, and by `--init` of `pretrain`."""
 
 
 @dataclass(frozen=True)
@@ -516,18 +526,37 @@ class NewModelConfig:
     """What the new head's biases start from."""
 
 
+# What a run that begins from a checkpoint has of it; all else of a model is the run's own
+BODY = tuple(
+    of.name
+    for of in dataclasses.fields(ViTConfig)
+    if of.name not in ("num_classes", "representation_size", *(new.name for new in dataclasses.fields(NewModelConfig)))
+)
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What `--sweep` does where nothing else is said: a recipe's own, and no setting of a run."""
+
+    peak_lrs: tuple[float, ...] = ()
+    """The rates that are tried."""
+    holdout: float = 0.02
+    """The share of the training split that they are compared on: of 50,000 images 1,000, whose top-1 is known to a percent or so."""
+
+
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """What a fine-tuning recipe returns; `resolve.resolve` makes a TrainConfig of it with what the checkpoint says."""
 
     init: str = ""
-    """The checkpoint to start from: a run (its newest durable one), RUN@STEP, a step's folder or an exported folder."""
+    """The checkpoint to start from: a run (its newest durable one), RUN@STEP, RUN@best, a step's folder or an exported folder."""
     init_weights: Literal["average", "weight"] = "average"
     """The average of the weights where the checkpoint holds one, or the raw weights."""
     position_interpolation: PositionInterpolation = "timm"
     """How position embeddings go to the new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned."""
     model: NewModelConfig = field(default_factory=NewModelConfig)
     preprocess: ViewConfig = field(default_factory=ViewConfig)
+    sweep: Annotated[SweepConfig, tyro.conf.Suppress] = field(default_factory=SweepConfig)
 
 
 @dataclass(frozen=True)
@@ -572,6 +601,25 @@ def settle_length(config: Config, given: set[str]) -> Config:
     return config
 
 
+_AFTER_BLOCKS = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.", "head.")
+HEAD = ("pre_logits.", "head.")
+
+
+def frozen(parameters: Iterable[str], config: OptimizerConfig) -> frozenset[str]:
+    """The names of the parameters that are not trained."""
+    still = {name: config.freeze == "backbone" and not name.startswith(HEAD) for name in parameters}
+    if config.freeze_blocks:
+        still |= {name: still[name] or layer <= config.freeze_blocks for name, layer in layers_of(still).items()}
+    return frozenset(name for name, is_still in still.items() if is_still)
+
+
+def layers_of(parameters: Iterable[str]) -> dict[str, int]:
+    """The layer of each parameter: embeddings 0, blocks from 1 on, what follows the last (BEiT, get_num_layer_for_vit)."""
+    block = {name: int(name.split(".")[1]) + 1 for name in parameters if name.startswith("blocks.")}
+    last = max(block.values(), default=0) + 1
+    return {name: block.get(name, last if name.startswith(_AFTER_BLOCKS) else 0) for name in parameters}
+
+
 DROP_PATH_SUBSET_ABOVE = 0.1  # up to here leaving samples out gains nothing (a CPU, 32 images: 1.02 x at 0.1, 1.13 x at 0.15, 2 x at 0.6)
 
 
@@ -611,6 +659,24 @@ def fine_tuning_run(
     preprocess = PreprocessConfig(**dataclasses.asdict(asked.preprocess), mean=trained_with.mean, std=trained_with.std)
     init = InitConfig(asked.init, asked.init_weights, asked.position_interpolation, folder)
     return TrainConfig(**shared, model=fine_tuned_model(base, asked.model, num_classes), preprocess=preprocess, init=init)
+
+
+def continued_run(
+    asked: TrainConfig, base: ViTConfig, trained_with: PreprocessConfig, folder: str, num_classes: int, *, keep_head: bool
+) -> TrainConfig:  # fmt: skip
+    """The run that pre-training makes of a checkpoint in `folder`: its body, at the image size and with all else that was asked for.
+
+    Where the head is kept the representation layer is, too; where it is new that is as asked.
+    """
+    assert asked.init is not None
+    new = NewModelConfig(**{f.name: getattr(asked.model, f.name) for f in dataclasses.fields(NewModelConfig)})
+    before_head = (base if keep_head else asked.model).representation_size
+    return dataclasses.replace(
+        asked,
+        model=dataclasses.replace(fine_tuned_model(base, new, num_classes), representation_size=before_head),
+        preprocess=dataclasses.replace(asked.preprocess, mean=trained_with.mean, std=trained_with.std),
+        init=dataclasses.replace(asked.init, folder=folder, keep_head=keep_head),
+    )
 
 
 # What a run may change when it is resumed: where things lie and how the work is laid out, never what is learned.

@@ -42,7 +42,7 @@ from deepspeed.utils import logger as deepspeed_logger
 
 from vitscale import compute
 from vitscale.checkpoint import AVERAGE, WEIGHT
-from vitscale.config import EngineConfig, OptimizerConfig
+from vitscale.config import EngineConfig, OptimizerConfig, frozen
 from vitscale.exchange import Exchange, cut
 from vitscale.gradients import Gradients, flatten
 from vitscale.model import ViT
@@ -135,10 +135,15 @@ class Engine:
         self.parameters = dict(model.named_parameters())
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
         muons = {name for name, p in self.parameters.items() if optimizer.name == "muon" and is_muons(name, p)}
-        self.moments = {name: optimizer.moments(muon=name in muons) for name in self.parameters}
+        still = frozen(self.parameters, optimizer)
+        self.moments = {name: () if name in still else optimizer.moments(muon=name in muons) for name in self.parameters}
+        for name in still:
+            self.parameters[name].requires_grad_(False)
         self.updates = 0  # made so far, those of the run's earlier starts included; steps left out do not count
         self._grad_norm = float("nan")
         exact = {name: p.detach().flatten().clone() for name, p in self.parameters.items()}
+        # What is frozen DeepSpeed only computes with; its fp32 weights, which checkpoints hold, stay on the host, a share on each rank
+        self._frozen = {self.parameters[name]: _share_of(exact[name]) for name in still}
         self._attention, self._graphs = ExitStack(), config.compile == "graphs"
         self.computes = compute.prepare(model, config, device(), micro_batch_size=micro_batch_size, attention=self._attention)
         on_gpu = torch.cuda.is_available()
@@ -263,9 +268,7 @@ class Engine:
         Stretches of consecutive ranks are adjacent and cover the parameter, at every stage; without ZeRO each parameter is cut evenly.
         """
         if self.stage == 0:
-            rank, ranks = dist.get_rank(), dist.get_world_size()
-            cuts = {name: (rank * shape.numel() // ranks, (rank + 1) * shape.numel() // ranks) for name, shape in self.shapes.items()}
-            return {name: (start, end - start) for name, (start, end) in cuts.items()}
+            return {name: _even_share(shape.numel()) for name, shape in self.shapes.items()}
         fragments = {name: self._fragment(parameter) for name, parameter in self.parameters.items()}
         return {name: (fragment.start, fragment.length) if fragment else (0, 0) for name, fragment in fragments.items()}
 
@@ -285,7 +288,8 @@ class Engine:
         """
         self.updates = updates
         fragments = {name: self._fragment(parameter) for name, parameter in self.parameters.items()}
-        for name, flat in {id(f.flat): (name, f.flat) for name, f in fragments.items() if f}.values():
+        trained = {name: f for name, f in fragments.items() if f and self.parameters[name] not in self._frozen}
+        for name, flat in {id(f.flat): (name, f.flat) for name, f in trained.items()}.values():
             state: dict[str, Tensor] = {moment: torch.zeros_like(flat) for moment in self.moments[name]}
             if "exp_avg" in state:  # AdamW's bias correction counts steps; fused, on the device
                 state["step"] = torch.tensor(float(updates), device=flat.device)
@@ -332,6 +336,8 @@ class Engine:
         if not self._averages or self.stage == 0:  # there the model's weights are the only copy
             return
         for name, parameter in self.parameters.items():
+            if parameter in self._frozen:
+                continue
             whole = self.gather(name, WEIGHT)
             if self.stage < 3:
                 parameter.data.copy_(whole)
@@ -363,7 +369,7 @@ class Engine:
     def _flat_weights(self) -> list[Tensor]:
         """The tensors that hold this rank's fp32 weights, which are also the keys of the optimizer's state."""
         if self.stage == 0:
-            return list(self.parameters.values())
+            return [parameter for parameter in self.parameters.values() if parameter not in self._frozen]
         for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
             if hasattr(self._zero, attribute):  # of stage 3, of stages 1 and 2
                 return list(getattr(self._zero, attribute))
@@ -375,6 +381,8 @@ class Engine:
         """The stretch of a parameter that this rank holds, or None where it holds nothing of it."""
         if self.stage == 0:
             return Fragment(parameter, 0, parameter.numel(), 0)
+        if parameter in self._frozen:
+            return self._frozen[parameter]
         if self.stage == 3:  # each parameter is cut evenly over the ranks, the last piece padded
             group, flat_start, padded = self._zero.grad_position[self._zero.get_param_id(parameter)]
             start = dist.get_rank() * padded
@@ -389,13 +397,26 @@ class Engine:
     def _view(self, fragment: Fragment, kind: str) -> Tensor:
         flat = fragment.flat
         if kind != WEIGHT:
-            flat = self._average_of[id(flat)] if kind == AVERAGE else self._moment(flat, kind)
+            flat = self._average_of.get(id(flat), flat) if kind == AVERAGE else self._moment(flat, kind)  # what is frozen is its average
         return flat.detach().view(-1)[fragment.flat_start : fragment.flat_start + fragment.length]
 
     def _moment(self, flat: Tensor, kind: str) -> Tensor:
         """A moment of a flat tensor; before the first update, when the optimizer has none yet, zeros as it will begin with."""
         moment = self._optimizer.state.get(flat, {}).get(kind)
         return torch.zeros_like(flat) if moment is None else moment
+
+
+def _even_share(length: int) -> tuple[int, int]:
+    """The (start, length) of this rank's stretch of something that is cut evenly."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    start = rank * length // ranks
+    return start, (rank + 1) * length // ranks - start
+
+
+def _share_of(weight: Tensor) -> Fragment:
+    """This rank's stretch of a flattened weight, and nothing kept of the rest."""
+    start, length = _even_share(weight.numel())
+    return Fragment(weight[start : start + length].clone(), 0, length, start)
 
 
 def _time_collectives(clock: Clock) -> Callable[[], None]:

@@ -34,7 +34,7 @@ class Evaluation:
     skipped: int
     """That could not be used: damaged, or not decodable."""
     removed: int
-    """That an overlay removes."""
+    """That an overlay removes; where a part is evaluated, in the whole dataset."""
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def evaluate(
         sums += torch.stack([torch.where(batch.valid_B, values_B.double(), 0.0).sum() for values_B in of_each])
         done += len(batch.valid_B)
         if progress:
-            progress(min(done, -(-dataset.num_samples // world_size)), -(-dataset.num_samples // world_size))
+            progress(min(done, -(-dataset.num_kept // world_size)), -(-dataset.num_kept // world_size))
     if grouped:
         dist.all_reduce(sums)
     samples, top1, top5, loss = sums.tolist()
@@ -77,8 +77,8 @@ def evaluate(
             f"none of the {dataset.num_samples} samples of {dataset.path} can be read ({removed} are removed by overlays); pack it again"
         )
     return Evaluation(
-        top1 / samples, top5 / samples, loss / samples, int(samples), skipped=dataset.num_samples - removed - int(samples), removed=removed
-    )
+        top1 / samples, top5 / samples, loss / samples, int(samples), skipped=dataset.num_kept - int(samples), removed=removed
+    )  # fmt: skip
 
 
 def load_model(description: Description, kind: str) -> ViT:

@@ -1,7 +1,8 @@
-"""Fine-tuning's start: the weights of a checkpoint, made to fit a new image size and a new head (arXiv 2010.11929, section 3.2).
+"""The start from a checkpoint's weights, made to fit a new image size and a new head (arXiv 2010.11929, section 3.2).
 
-The representation layer is dropped, the head is new and zero, position embeddings are interpolated in two dimensions. Grids are compared by
-their height and width, never by their number of tokens: 14 x 14 and 7 x 28 have equally many.
+In fine-tuning the representation layer is dropped and the head is new and zero; pre-training that goes on may keep both. Position
+embeddings are interpolated in two dimensions. Grids are compared by their height and width, never by their number of tokens: 14 x 14 and
+7 x 28 have equally many.
 
 Axes: N tokens, D width, h and w sides of a grid of patches.
 """
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitscale.checkpoint import CheckpointError, Description, read_weights
-from vitscale.config import ViTConfig
+from vitscale.config import HEAD, ViTConfig
 from vitscale.model import initialize_parameter, parameter_shapes
 
 # By whose code: how it resamples. Norm kept from 16x16 to 37x37 differs by up to 20% between them, so a name is part of a recipe.
@@ -23,8 +24,10 @@ METHODS: dict[str, dict[str, object]] = {
 }
 
 
-def fine_tuned_weights(description: Description, kind: str, model: ViTConfig, method: str, seed: int) -> dict[str, Tensor]:
-    """Every weight of the model to fine-tune, from a checkpoint's.
+def fine_tuned_weights(
+    description: Description, kind: str, model: ViTConfig, method: str, seed: int, *, keep_head: bool = False
+) -> dict[str, Tensor]:  # fmt: skip
+    """Every weight of the model to train on, from a checkpoint's: head and representation layer too where they are kept, else new ones.
 
     Raises CheckpointError where a tensor of the checkpoint is missing, extra or of another shape.
     """
@@ -32,7 +35,7 @@ def fine_tuned_weights(description: Description, kind: str, model: ViTConfig, me
     before, wanted = read_weights(description, kind, parameter_shapes(old)), parameter_shapes(model)
     weights = {}
     for name, shape in wanted.items():
-        if name.startswith("head."):
+        if name.startswith(HEAD) and not keep_head:
             weights[name] = torch.empty(shape)
             initialize_parameter(name, weights[name], seed, model)
         else:

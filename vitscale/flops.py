@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Mapping
 
-from vitscale.config import OptimizerConfig, ViTConfig, drop_path_rows
+from vitscale.config import OptimizerConfig, ViTConfig, drop_path_rows, frozen
 from vitscale.gpus import gpu_of
 
 # Of `muon.py`, which imports torch
@@ -89,15 +89,23 @@ def checkpoint_bytes(model: ViTConfig, optimizer: OptimizerConfig) -> int:
     return 4 * (parameters(model) * (1 + bool(optimizer.average_decay)) + moment_elements(model, optimizer))
 
 
+@functools.lru_cache(maxsize=256)  # a plan asks for each of thousands of layouts
 def moment_elements(model: ViTConfig, optimizer: OptimizerConfig) -> int:
-    """How many numbers an optimizer keeps of a model beside its weights."""
-    muons = matrices(model) if optimizer.name == "muon" else 0
-    return muons * len(optimizer.moments(muon=True)) + (parameters(model) - muons) * len(optimizer.moments())
+    """How many numbers an optimizer keeps of a model beside its weights: none of what is frozen."""
+    sizes = tensor_sizes(model)
+    still = frozen(sizes, optimizer)
+    trained = {name: size for name, size in sizes.items() if name not in still}
+    muons = sum(size for name, size in trained.items() if _is_matrix(name)) if optimizer.name == "muon" else 0
+    return muons * len(optimizer.moments(muon=True)) + (sum(trained.values()) - muons) * len(optimizer.moments())
 
 
 def matrices(model: ViTConfig) -> int:
     """How many of the parameters lie in the matrices of blocks, which Muon updates."""
-    return sum(size for name, size in tensor_sizes(model).items() if name.startswith("blocks.") and is_kernel(name))
+    return sum(size for name, size in tensor_sizes(model).items() if _is_matrix(name))
+
+
+def _is_matrix(name: str) -> bool:
+    return name.startswith("blocks.") and is_kernel(name)
 
 
 def forward_flops(model: ViTConfig) -> int:
@@ -108,14 +116,21 @@ def forward_flops(model: ViTConfig) -> int:
     return ends_flops(model, model.num_tokens) + model.depth * sum(branch_flops(model, model.num_tokens))
 
 
-def train_flops(model: ViTConfig) -> int:
+def train_flops(model: ViTConfig, optimizer: OptimizerConfig | None = None) -> int:
     """FLOPs of one image's forward and backward pass in training, in expectation over what stochastic depth drops.
 
     Three forward passes by convention: each product's backward pass is two products, of the gradients of its inputs and its weights.
-    The images want no gradient, so what is run is less by `embed_flops`.
+    What the first layer is given wants no gradient, so what is run is less by `embed_flops`. What is frozen has the forward pass alone.
+
+    Args:
+        optimizer: says what is frozen; None: nothing is.
     """
-    kept = sum(1 - rate for rate in model.drop_path_rates)
-    return round(3 * (ends_flops(model, model.num_train_tokens) + kept * sum(branch_flops(model, model.num_train_tokens))))
+    N, alone = model.num_train_tokens, optimizer is not None and optimizer.freeze == "backbone"
+    still = model.depth if alone else optimizer.freeze_blocks if optimizer else 0
+    passes = sum((1 if block < still else 3) * (1 - rate) for block, rate in enumerate(model.drop_path_rates))
+    embed, head = embed_flops(model), head_flops(model)
+    pooling = ends_flops(model, N) - embed - head
+    return round((1 if still else 3) * embed + passes * sum(branch_flops(model, N)) + (1 if alone else 3) * pooling + 3 * head)
 
 
 def computed_share(rate: float, micro_batch_size: int) -> float:
@@ -155,9 +170,12 @@ def ends_flops(model: ViTConfig, num_tokens: int) -> int:
     if model.pool == "map":  # q of one token, k and v of all, the products with the one query, projection, MLP
         N -= model.num_prefix_tokens
         pooling = D * D + 2 * N * D * D + 2 * N * D + D * D + 2 * D * M
-    head_input = model.representation_size or D
-    head = head_input * model.num_classes + D * model.representation_size
-    return embed_flops(model) + 2 * (pooling + head)
+    return embed_flops(model) + 2 * pooling + head_flops(model)
+
+
+def head_flops(model: ViTConfig) -> int:
+    """FLOPs of one image's forward pass through the representation layer and the head."""
+    return 2 * ((model.representation_size or model.width) * model.num_classes + model.width * model.representation_size)
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:

@@ -32,6 +32,8 @@ _FIXED = {
     "stream.lanes": "they give the order of samples, of which a part is used up",
     "stream.window": "it gives the order of samples, of which a part is used up",
     "optimizer.name": "the checkpoint holds the moments of this one",
+    "optimizer.freeze": "the checkpoint holds the moments of what was trained",
+    "optimizer.freeze_blocks": "the checkpoint holds the moments of what was trained",
     "init": "the weights come from the checkpoint",
     "recipe": "the command that goes on names it",
 }

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from data_tools.cache import Cache
 from data_tools.dataset import Dataset, DatasetError, Located, Place
+from data_tools.holdout import Part
 from vitscale.locality import Size
 
 Int64 = npt.NDArray[np.int64]
@@ -65,18 +66,23 @@ class Mixture:
     @classmethod
     def open(
         cls, paths: Sequence[str | Path], overlays: Sequence[tuple[str, ...] | None] | None = None, stage: Path | None = None,
-        cache: Cache | None = None,
+        cache: Cache | None = None, part: Part | None = None,
     ) -> Mixture:  # fmt: skip
         """Opens the datasets, each with its overlays (None: all there are), as `Dataset.open` does, without asking for every tar."""
-        of_each = overlays or [None] * len(paths)
-        return cls(
-            [Dataset.open(path, overlays=of, stage=stage, cache=cache, check_shards=False) for path, of in zip(paths, of_each, strict=True)]
-        )
+        return cls([
+            Dataset.open(path, overlays=of, stage=stage, cache=cache, check_shards=False, part=part)
+            for path, of in zip(paths, overlays or [None] * len(paths), strict=True)
+        ])  # fmt: skip
 
     @property
     def num_removed(self) -> int:
         """Samples that overlays remove."""
         return sum(of.overlay.num_removed for of in self.components)
+
+    @property
+    def num_kept(self) -> int:
+        """Samples that no overlay removes, in the part in use."""
+        return sum(of.num_kept for of in self.components)
 
     @property
     def is_local(self) -> bool:
@@ -119,7 +125,7 @@ class Mixture:
         return labels, scores
 
     def removed(self, samples: Int64) -> npt.NDArray[np.bool_]:
-        """Whether overlays remove each of the samples."""
+        """Whether overlays remove each of the samples, or it is not in the part in use."""
         found = np.zeros(len(samples), dtype=np.bool_)
         for c, places, own in self._split(samples):
             found[places] = self.components[c].overlay.removed(own)
@@ -132,7 +138,7 @@ class Mixture:
         return found
 
     def is_removed(self, sample: int) -> bool:
-        """Whether an overlay removes the sample."""
+        """Whether an overlay removes the sample, or it is not in the part in use."""
         dataset, own = self.find(sample)
         return dataset.overlay.is_removed(own)
 

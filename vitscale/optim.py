@@ -1,25 +1,24 @@
 """The optimizer and the learning rate. Knows nothing of ranks: DeepSpeed partitions what is built here."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitscale.config import OptimizerConfig, ScheduleConfig
+from vitscale.config import OptimizerConfig, ScheduleConfig, frozen, layers_of
 from vitscale.muon import Muon, is_muons, num_parts
-
-_AFTER_BLOCKS = ("norm.", "fc_norm.", "attn_pool.", "pre_logits.", "head.")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """torch's AdamW or SGD, or Muon, over the groups of `param_groups`.
+    """torch's AdamW or SGD, or Muon, over the groups of `param_groups`, without what is `frozen`.
 
     Fused: one pass over memory. The default on a CPU takes a pass for each operation, on temporaries that are new pages every step.
     """
     parameters = dict(model.named_parameters())
-    groups = param_groups(parameters, config)
+    still = frozen(parameters, config)
+    groups = param_groups({name: p for name, p in parameters.items() if name not in still}, config)
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, fused=True)
     settings: dict[str, Any] = {"lr": config.peak_lr, "betas": config.betas, "eps": config.eps, "fused": True}
@@ -52,13 +51,6 @@ def param_groups(parameters: Mapping[str, Tensor], config: OptimizerConfig) -> l
             if config.name == "muon":
                 groups[-1] |= {"muon": muon, "momentum": config.momentum}
     return groups
-
-
-def layers_of(parameters: Iterable[str]) -> dict[str, int]:
-    """The layer of each parameter: embeddings 0, blocks from 1 on, what follows the last (BEiT, get_num_layer_for_vit)."""
-    block = {name: int(name.split(".")[1]) + 1 for name in parameters if name.startswith("blocks.")}
-    last = max(block.values(), default=0) + 1
-    return {name: block.get(name, last if name.startswith(_AFTER_BLOCKS) else 0) for name in parameters}
 
 
 def split_by_decay(parameters: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:

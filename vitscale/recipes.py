@@ -2,7 +2,8 @@
 
 Numbers come from "An Image is Worth 16x16 Words" (arXiv 2010.11929: table 3 for pre-training, table 4 and appendix B.1 for fine-tuning)
 and, where the paper is silent, from google-research/vision_transformer and google-research/big_vision, as each docstring says; those with
-more augmentation from arXiv 2106.10270 and 2205.01580. Results named here are the papers', not ours. The `tiny` ones train on a CPU.
+more augmentation from arXiv 2106.10270 and 2205.01580; fine-tuning as it is done today from MAE's and BEiT's code. Results named here are
+the papers', not ours. The `tiny` ones train on a CPU.
 
 A recipe's name is its function's with dashes. Imports no torch.
 """
@@ -22,6 +23,7 @@ from vitscale.config import (
     OptimizerConfig,
     PreprocessConfig,
     ScheduleConfig,
+    SweepConfig,
     TrainConfig,
     ViewConfig,
     ViTConfig,
@@ -313,7 +315,16 @@ def vit_l16_imagenet21k_augreg() -> TrainConfig:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _finetune(*, steps: int, peak_lr: float, warmup_steps: int, image_size: int = 384, average_decay: float = 0.0) -> FinetuneConfig:
+_IMAGENET_SWEEP = SweepConfig((0.003, 0.01, 0.03, 0.06), holdout=0.01)  # rates: table 4; shares: appendix B.1.1
+_CIFAR_SWEEP = SweepConfig((0.001, 0.003, 0.01, 0.03), holdout=0.02)
+_SMALL_SWEEP = replace(_CIFAR_SWEEP, holdout=0.1)
+_VTAB_SWEEP = SweepConfig(holdout=0.2)  # of a task's 1,000 examples the 200 that VTAB itself sets aside (arXiv 1910.04867)
+
+
+def _finetune(
+    *, steps: int, peak_lr: float, warmup_steps: int, sweep: SweepConfig = _IMAGENET_SWEEP, image_size: int = 384,
+    average_decay: float = 0.0,
+) -> FinetuneConfig:  # fmt: skip
     """Warm-up lengths and evaluation at the full, squashed image: vision_transformer, vit_jax/configs/common.py and input_pipeline.py."""
     return FinetuneConfig(
         steps=steps,
@@ -327,11 +338,12 @@ def _finetune(*, steps: int, peak_lr: float, warmup_steps: int, image_size: int 
         objective=ObjectiveConfig("softmax"),
         optimizer=OptimizerConfig("sgd", peak_lr=peak_lr, average_decay=average_decay),
         schedule=ScheduleConfig("cosine", warmup_steps=warmup_steps),
+        sweep=sweep,
     )
 
 
 def finetune_imagenet_384() -> FinetuneConfig:
-    """ImageNet-1k at 384 px, 20 k steps; the paper's grid of peak lr is 0.003, 0.01, 0.03, 0.06 (table 4)."""
+    """ImageNet-1k at 384 px, 20 k steps; the paper's grid of peak lr is 0.003, 0.01, 0.03, 0.06 (table 4), which --sweep tries."""
     return _finetune(steps=20_000, peak_lr=0.03, warmup_steps=500)
 
 
@@ -347,27 +359,117 @@ def finetune_imagenet_518() -> FinetuneConfig:
 
 def finetune_cifar10() -> FinetuneConfig:
     """CIFAR-10 at 384 px, 10 k steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4)."""
-    return _finetune(steps=10_000, peak_lr=0.01, warmup_steps=500)
+    return _finetune(steps=10_000, peak_lr=0.01, warmup_steps=500, sweep=_CIFAR_SWEEP)
 
 
 def finetune_cifar100() -> FinetuneConfig:
     """CIFAR-100 at 384 px, 10 k steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4; H/14 JFT: 94.55)."""
-    return _finetune(steps=10_000, peak_lr=0.01, warmup_steps=500)
+    return _finetune(steps=10_000, peak_lr=0.01, warmup_steps=500, sweep=_CIFAR_SWEEP)
 
 
 def finetune_pets() -> FinetuneConfig:
     """Oxford-IIIT Pets at 384 px, 500 steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4)."""
-    return _finetune(steps=500, peak_lr=0.01, warmup_steps=100)
+    return _finetune(steps=500, peak_lr=0.01, warmup_steps=100, sweep=_SMALL_SWEEP)
 
 
 def finetune_flowers() -> FinetuneConfig:
     """Oxford Flowers-102 at 384 px, 500 steps; grid of peak lr 0.001, 0.003, 0.01, 0.03 (table 4)."""
-    return _finetune(steps=500, peak_lr=0.01, warmup_steps=100)
+    return _finetune(steps=500, peak_lr=0.01, warmup_steps=100, sweep=_SMALL_SWEEP)
 
 
 def finetune_vtab() -> FinetuneConfig:
     """A VTAB task of 1,000 examples at 384 px, 2,500 steps, lr 0.01 for every task (table 4 and appendix B.1.1)."""
-    return _finetune(steps=2_500, peak_lr=0.01, warmup_steps=100)
+    return _finetune(steps=2_500, peak_lr=0.01, warmup_steps=100, sweep=_VTAB_SWEEP)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Fine-tuning on ImageNet-1k as it is done today: AdamW, a learning rate that falls from layer to layer, drop-path, RandAugment, at 224 px.
+#
+# What differs from the sources: RandAugment(2, 9) draws from big_vision's operations and its magnitude has no noise; there is no random
+# erasing (whose effect FINETUNE.md of MAE calls smaller than random variance); each pair of images is mixed by a lambda of its own, not
+# a whole batch by one; the head starts from zeros. The pool is the checkpoint's: the sources take the mean of the patches. Warm-ups
+# are epochs there, and here the steps of as many epochs of ImageNet-1k.
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _finetune_by_layers(
+    *, epochs: float, batch: int, peak_lr: float, layer_decay: float, drop_path_rate: float, weight_decay: float, mix: MixConfig,
+    micro_batch_size: int, warmup_epochs: int = 5,
+) -> FinetuneConfig:  # fmt: skip
+    epoch = 1_281_167 / batch
+    return FinetuneConfig(
+        epochs=epochs,
+        global_batch_size=batch,
+        micro_batch_size=micro_batch_size,
+        eval_every=round(5 * epoch),
+        checkpoint_every=round(epoch),
+        model=NewModelConfig(image_size=(224, 224), drop_path_rate=drop_path_rate),
+        preprocess=ViewConfig("bicubic", crop_scale=(0.08, 1.0), randaugment_layers=2, randaugment_magnitude=9),
+        mix=mix,
+        objective=ObjectiveConfig("softmax", label_smoothing=0.1),
+        optimizer=OptimizerConfig(peak_lr=peak_lr, weight_decay=weight_decay, grad_clip=0.0, layer_decay=layer_decay),
+        schedule=ScheduleConfig("cosine", warmup_steps=round(warmup_epochs * epoch), end_lr=1e-6),
+        position_interpolation="deit",
+        sweep=SweepConfig(holdout=0.01),
+    )
+
+
+def _mae(*, epochs: float, base_lr: float, layer_decay: float, drop_path_rate: float, micro_batch_size: int) -> FinetuneConfig:
+    """facebookresearch/mae, FINETUNE.md and main_finetune.py: batch 1024, lr = base_lr x 1024 / 256, mixup 0.8 and CutMix 1."""
+    return _finetune_by_layers(
+        epochs=epochs, batch=1024, peak_lr=4 * base_lr, layer_decay=layer_decay, drop_path_rate=drop_path_rate, weight_decay=0.05,
+        mix=MixConfig(mixup_alpha=0.8, cutmix_alpha=1.0), micro_batch_size=micro_batch_size,
+    )  # fmt: skip
+
+
+def finetune_imagenet_mae_b16() -> FinetuneConfig:
+    """ImageNet-1k at 224 px as MAE (arXiv 2111.06377) fine-tunes ViT-B/16, 100 epochs, lr 2e-3 x 0.65 a layer; theirs reached 83.66.
+
+    `vitscale finetune finetune-imagenet-mae-b16 --init CHECKPOINT --data DATA`; theirs took 7 hours on 32 V100 (FINETUNE.md).
+    """
+    return _mae(epochs=100, base_lr=5e-4, layer_decay=0.65, drop_path_rate=0.1, micro_batch_size=128)
+
+
+def finetune_imagenet_mae_l16() -> FinetuneConfig:
+    """ImageNet-1k at 224 px as MAE (arXiv 2111.06377) fine-tunes ViT-L/16, 50 epochs, lr 4e-3 x 0.75 a layer; theirs reached 85.95.
+
+    `vitscale finetune finetune-imagenet-mae-l16 --init CHECKPOINT --data DATA`; theirs took 9 hours on 32 V100 (FINETUNE.md).
+    """
+    return _mae(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path_rate=0.2, micro_batch_size=64)
+
+
+def finetune_imagenet_mae_h14() -> FinetuneConfig:
+    """ImageNet-1k at 224 px as MAE (arXiv 2111.06377) fine-tunes ViT-H/14, 50 epochs, lr 4e-3 x 0.75 a layer; theirs reached 86.93.
+
+    `vitscale finetune finetune-imagenet-mae-h14 --init CHECKPOINT --data DATA`; theirs took 13 hours on 64 V100 (FINETUNE.md).
+    """
+    return _mae(epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path_rate=0.3, micro_batch_size=32)
+
+
+def _beit(*, layer_decay: float, drop_path_rate: float, micro_batch_size: int) -> FinetuneConfig:
+    """microsoft/unilm, beit/get_started_for_image_classification.md, of models fine-tuned on ImageNet-22k before: batch 512, no mixing."""
+    return _finetune_by_layers(
+        epochs=30, batch=512, peak_lr=2e-5, layer_decay=layer_decay, drop_path_rate=drop_path_rate, weight_decay=1e-8, mix=MixConfig(),
+        micro_batch_size=micro_batch_size,
+    )  # fmt: skip
+
+
+def finetune_imagenet_beit_b16() -> FinetuneConfig:
+    """ImageNet-1k at 224 px as BEiT (arXiv 2106.08254) goes on from labels of ImageNet-22k: ViT-B/16, 30 epochs, lr 2e-5 x 0.85 a layer.
+
+    `vitscale finetune finetune-imagenet-beit-b16 --init CHECKPOINT --data DATA`, of a checkpoint trained on ImageNet-21k, say. Theirs, with
+    relative positions and LayerScale, reached 86.82 at 384 px.
+    """
+    return _beit(layer_decay=0.85, drop_path_rate=0.1, micro_batch_size=64)
+
+
+def finetune_imagenet_beit_l16() -> FinetuneConfig:
+    """ImageNet-1k at 224 px as BEiT (arXiv 2106.08254) goes on from labels of ImageNet-22k: ViT-L/16, 30 epochs, lr 2e-5 x 0.9 a layer.
+
+    `vitscale finetune finetune-imagenet-beit-l16 --init CHECKPOINT --data DATA`. Theirs, with relative positions and LayerScale, reached
+    87.40 at 224 px and 88.60 at 512.
+    """
+    return _beit(layer_decay=0.9, drop_path_rate=0.4, micro_batch_size=32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -423,6 +525,7 @@ def tiny_finetune() -> FinetuneConfig:
         optimizer=OptimizerConfig("sgd", peak_lr=0.06),
         schedule=ScheduleConfig("cosine", warmup_steps=10),
         engine=EngineConfig(precision="fp32"),
+        sweep=SweepConfig((0.01, 0.03, 0.06), holdout=0.1),
     )
 
 
@@ -440,7 +543,8 @@ PRETRAIN: tuple[Recipe[TrainConfig], ...] = (
 )  # fmt: skip
 FINETUNE: tuple[Recipe[FinetuneConfig], ...] = (
     finetune_imagenet_384, finetune_imagenet_512, finetune_imagenet_518, finetune_cifar10, finetune_cifar100, finetune_pets,
-    finetune_flowers, finetune_vtab, tiny_finetune,
+    finetune_flowers, finetune_vtab, finetune_imagenet_mae_b16, finetune_imagenet_mae_l16, finetune_imagenet_mae_h14,
+    finetune_imagenet_beit_b16, finetune_imagenet_beit_l16, tiny_finetune,
 )  # fmt: skip
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from data_tools.cache import Cache
 from data_tools.dataset import Dataset, DatasetError
+from data_tools.holdout import part_of
 from data_tools.storage import Location, Url, exists, location
 from vitscale import checkpoint, unindexed
 from vitscale.check import check_classes, check_config, check_schedule
-from vitscale.config import ConfigError, FinetuneConfig, StreamConfig, TrainConfig, fine_tuning_run
+from vitscale.config import ConfigError, FinetuneConfig, StreamConfig, TrainConfig, continued_run, fine_tuning_run
 from vitscale.locality import choose_order, run_locality
 from vitscale.mixture import Mixture, class_difference
 from vitscale.run import RunError, has_begun, is_of_tars, overlay_fields, read_config, read_record, trained_datasets, used_overlays
@@ -33,13 +34,15 @@ def resolve(asked: TrainConfig | FinetuneConfig, world_size: int) -> TrainConfig
     stage, cache = stage_at(asked.stage), cache_at(asked.cache, asked.cache_bytes)
     if tars := named_tars(asked.datasets):
         return _resolve_tars(asked, tars, world_size)
-    dataset = Mixture([Dataset.open_checked(path, stage=stage, cache=cache) for path in asked.datasets])
-    config = _with_checkpoint(asked, dataset.num_classes) if isinstance(asked, FinetuneConfig) else asked
+    part = part_of(asked.holdout, held_out=False)
+    dataset = Mixture([Dataset.open_checked(path, stage=stage, cache=cache, part=part) for path in asked.datasets])
+    config = _with_checkpoint(asked, dataset.num_classes, dataset.class_names)
     check_config(config, world_size)
     classes = check_classes(config, dataset.num_classes)
     for component in dataset.components:
         if not component.num_kept:
             why = " that its overlays leave" if len(component) else ""
+            why += f" and holdout={config.holdout:g} does not hold out" if config.holdout else ""
             raise DatasetError(f"{component.path} holds no samples{why}; a run needs at least one")
         if not isinstance(component.path, Url) and Path(config.out).resolve().is_relative_to(component.path.resolve()):
             raise ConfigError(f"out={config.out} lies inside the dataset {component.path}; --out runs/{config.recipe} works")
@@ -70,8 +73,10 @@ def _resolve_tars(asked: TrainConfig | FinetuneConfig, tars: Tars, world_size: i
         raise ConfigError(f"{named} that tells its classes; give --model.num-classes, or {instead}")
     if not asked.steps:
         raise ConfigError(f"{named} that tells how long {asked.epochs:g} epochs are; give --steps, or {instead}")
-    if asked.data_weights or asked.cache:
-        raise ConfigError(f"{named}, which {'data_weights' if asked.data_weights else 'cache'} needs; leave it out, or {instead}")
+    if without := next((name for name in ("data_weights", "cache", "holdout") if getattr(asked, name)), ""):
+        raise ConfigError(f"{named}, which {without} needs; leave it out, or {instead}")
+    asked = _with_checkpoint(asked, asked.model.num_classes, None)
+    check_config(asked, world_size)
     check_schedule(asked, timeline_of(asked, 0).total_steps)
     held_out = "none"
     if asked.eval_data not in ("", "none"):
@@ -101,7 +106,8 @@ def open_data(config: TrainConfig) -> Mixture | Tars:
         return tars
     overlays = used_overlays(run)
     of_each = [overlays[name] for name in overlay_fields(len(config.datasets))]
-    mixture = Mixture.open(config.datasets, of_each, stage_at(config.stage), cache_at(config.cache, config.cache_bytes))
+    cache, part = cache_at(config.cache, config.cache_bytes), part_of(config.holdout, held_out=False)
+    mixture = Mixture.open(config.datasets, of_each, stage_at(config.stage), cache, part)
     for component, before in zip(mixture.components, begun_with, strict=True):
         if component.content_hash != before["hash"]:
             raise RunError(f"{component.path} is another dataset than when the run started a moment ago; start it again")
@@ -120,21 +126,33 @@ def open_held_out(config: TrainConfig) -> Dataset | None:
         stage=stage_at(config.stage),
         cache=cache_at(config.cache, config.cache_bytes),
         check_shards=False,
+        part=part_of(config.holdout, held_out=True),
     )
 
 
-def _with_checkpoint(asked: FinetuneConfig, num_classes: int) -> TrainConfig:
-    """The run that fine-tuning makes of a checkpoint. One that was started before has it written down, and needs the checkpoint no more."""
+def _with_checkpoint(asked: TrainConfig | FinetuneConfig, num_classes: int, class_names: tuple[str, ...] | None) -> TrainConfig:
+    """The run that is made of a checkpoint: fine-tuning, or pre-training that begins from one, and keeps its head where classes agree.
+
+    A run that was started before has it written down, and needs the checkpoint no more.
+    """
+    if isinstance(asked, TrainConfig) and (asked.init is None or asked.init.folder):
+        return asked
     if not asked.init:
-        raise ConfigError("no checkpoint is given; --init CHECKPOINT names a run, RUN@STEP, a step's folder or an exported folder")
+        raise ConfigError(
+            "no checkpoint is given; --init CHECKPOINT names a run, RUN@STEP, RUN@best, a step's folder or an exported folder"
+        )
     run = Path(asked.out)
     base: TrainConfig | checkpoint.Description
     if (run / "run.json").is_file() and (started := read_config(run)).init is not None:
-        base, folder = started, started.init.folder
+        base, folder, keep_head = started, started.init.folder, started.init.keep_head
     else:
-        base = checkpoint.describe(checkpoint.find_checkpoint(asked.init))
-        folder = str(base.path)
-    return fine_tuning_run(asked, base.model, base.preprocess, folder, num_classes)
+        named = asked.init if isinstance(asked, FinetuneConfig) else asked.init.checkpoint
+        base = checkpoint.describe(checkpoint.find_checkpoint(named))
+        folder, keep_head = str(base.path), (base.model.num_classes, base.class_names) == (num_classes, class_names)
+    if isinstance(asked, FinetuneConfig):
+        return fine_tuning_run(asked, base.model, base.preprocess, folder, num_classes)
+    check_classes(asked, num_classes)
+    return continued_run(asked, base.model, base.preprocess, folder, num_classes, keep_head=keep_head)
 
 
 def stage_at(folder: str) -> Path | None:
@@ -161,6 +179,12 @@ def _begun_order(config: TrainConfig) -> StreamConfig:
 def _eval_data(config: TrainConfig, dataset: Mixture, stage: Path | None) -> str:
     if config.eval_data == "none":
         return "none"
+    if config.holdout:
+        (within,) = config.datasets
+        part = Dataset.open(within, stage=stage, check_shards=False, part=part_of(config.holdout, held_out=True))
+        if not part.num_kept:
+            raise DatasetError(f"holdout={config.holdout:g} holds out none of the {len(part):,} samples of {within}; a larger share does")
+        return within
     trained_on = [location(of) for of in config.datasets]
     path = location(config.eval_data) if config.eval_data else trained_on[0].parent / "val"
     if not config.eval_data and (not _is_there(path / "dataset.json") or _resolved(path) in map(_resolved, trained_on)):

@@ -44,9 +44,8 @@ def superfluous(sizes: Mapping[int, int], goodness: Mapping[int, float], policy:
     """
     steps = sorted(sizes)
     safe = set(steps[-1:])
-    evaluated = [step for step in steps if step in goodness]
-    if policy.best and evaluated:
-        safe.add(max(evaluated, key=lambda step: (goodness[step], step)))
+    if policy.best and (best := best_of(steps, goodness)) is not None:
+        safe.add(best)
     older = max(0, len(steps) + (coming is not None) - policy.newest) if policy.newest else 0  # than the newest
     of_newest = set(steps[older:])
     for_good = {step for step in steps if policy.every and step % policy.every == 0}
@@ -64,6 +63,11 @@ def superfluous(sizes: Mapping[int, int], goodness: Mapping[int, float], policy:
 def goodness(lines: Iterable[dict[str, Any]]) -> dict[int, float]:
     """How good each evaluated step was, from the lines of metrics.jsonl: its top-1."""
     return {line["step"]: line["eval_top1"] for line in lines if _is_number(line.get("eval_top1"))}
+
+
+def best_of(steps: Iterable[int], goodness: Mapping[int, float]) -> int | None:
+    """The best of these steps, the newest of equally good ones; None where none of them was evaluated."""
+    return max((step for step in steps if step in goodness), key=lambda step: (goodness[step], step), default=None)
 
 
 def _is_number(value: Any) -> bool:

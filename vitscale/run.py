@@ -272,8 +272,8 @@ def locked(run: Path, seconds: float = 1.0) -> Iterator[TextIO]:
 def check_directory(run: Path) -> None:
     """Raises RunError where a run's directory is something else."""
     foreign = run.exists() and not (run / "run.json").is_file()
-    # What a start that was killed leaves, and what is there before the first start of a run that was submitted
-    ours = {"run.lock", "config.json", ".config.json.partial", ".run.json.partial", "submissions", "logs", "stop"}
+    # What a start that was killed leaves, and what is there before the first start of a run that was submitted, or is swept for
+    ours = {"run.lock", "config.json", ".config.json.partial", ".run.json.partial", "submissions", "logs", "stop", "sweep"}
     if foreign and (not run.is_dir() or {entry.name for entry in run.iterdir()} - ours):
         raise RunError(f"{run} exists and is not a run; give another --out")
 

@@ -15,6 +15,7 @@ Axes: B batch, H height, W width, C channels, L labels of a sample.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,7 @@ from vitscale.timeline import Timeline
 from vitscale.workers import Rows, WorkerPool, chunks, worker_count
 
 T = TypeVar("T")
+_BLOCK = 2**20  # samples that evaluation looks through at once
 
 
 class StreamError(UserError):
@@ -162,7 +164,7 @@ class TrainStream:
         for sample in kept_candidates(self.order, self._dataset, position):
             return sample
         raise StreamError(
-            f"overlays remove all of the {MAX_DRAWS} samples drawn for position {position}; too little of the dataset is left"
+            f"all of the {MAX_DRAWS} samples drawn for position {position} are removed or held out; too little of the dataset is left"
         )
 
 
@@ -170,24 +172,34 @@ def evaluation_batches(
     dataset: Mixture, image_size: tuple[int, int], preprocess: PreprocessConfig, config: StreamConfig, *, batch_size: int, rank: int,
     world_size: int,
 ) -> Iterator[Batch]:  # fmt: skip
-    """A rank's share of the whole dataset, each sample exactly once over all ranks.
+    """A rank's share of the whole dataset, each sample that is not removed exactly once over all ranks.
 
     All ranks see equally many batches; where a rank has no sample, or one that cannot be used, `valid_B` is False.
     """
-    per_rank = -(-dataset.num_samples // world_size)
-    first, end = rank * per_rank, min((rank + 1) * per_rank, dataset.num_samples)
+    per_rank = -(-dataset.num_kept // world_size)
+    kept = _kept_samples(dataset, rank * per_rank, (rank + 1) * per_rank)
 
     def jobs() -> Iterator[_Job]:
-        for start in range(first, first + per_rank, batch_size):
-            samples = np.arange(start, start + batch_size, dtype=np.int64)
-            samples[samples >= end] = -1
-            samples[samples >= 0] = np.where(dataset.removed(samples[samples >= 0]), -1, samples[samples >= 0])
+        for _ in range(0, per_rank, batch_size):
+            samples = np.fromiter(itertools.chain(itertools.islice(kept, batch_size), itertools.repeat(-1)), np.int64, batch_size)
             yield _Job(samples, samples, np.zeros(batch_size, dtype=np.uint64), image_size)
 
     reader = Reader(
         dataset, None, lambda positions: np.zeros(len(positions), np.bool_), shared=config.processes, threads=config.read_threads
     )
     return _prepare_ahead(jobs(), Decoder(dataset, View(preprocess, "exact", training=False), None), reader, config, None)
+
+
+def _kept_samples(dataset: Mixture, first: int, end: int) -> Iterator[int]:
+    """The samples that are not removed, from the `first` of them up to the `end`, counted from 0; memory takes a block."""
+    passed = 0
+    for start in range(0, dataset.num_samples, _BLOCK):
+        if passed >= end:
+            return
+        block = np.arange(start, min(start + _BLOCK, dataset.num_samples), dtype=np.int64)
+        block = block[~dataset.removed(block)]
+        yield from block[max(0, first - passed) : max(0, end - passed)].tolist()
+        passed += len(block)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from vitscale.config import ConfigError, FinetuneConfig, TrainConfig, ViTConfig
+from vitscale.config import ConfigError, FinetuneConfig, OptimizerConfig, TrainConfig, ViTConfig
 from vitscale.flops import train_flops
 
 
@@ -33,9 +33,9 @@ class Span:
         """Images a step, and those that a rank handles at once."""
         return self.global_batch_size, self.micro_batch_size
 
-    def train_flops(self, model: ViTConfig) -> int:
+    def train_flops(self, model: ViTConfig, optimizer: OptimizerConfig | None = None) -> int:
         """Of one of its images, forward and backward."""
-        return train_flops(dataclasses.replace(model, image_size=self.image_size))
+        return train_flops(dataclasses.replace(model, image_size=self.image_size), optimizer)
 
 
 @dataclass(frozen=True)

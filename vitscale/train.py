@@ -22,7 +22,7 @@ import torch.distributed as dist
 from data_tools.dataset import Dataset
 from vitscale import checkpoint, keyed, stopping
 from vitscale.agreement import Agreement
-from vitscale.announce import cost_line, data_warnings, eval_line, headline, origin_line, overlays_in_use, size_and_work
+from vitscale.announce import cost_line, data_warnings, eval_line, headline, holdout_line, origin_line, overlays_in_use, size_and_work
 from vitscale.checkpoint import CheckpointError
 from vitscale.compute import Compiling
 from vitscale.config import TrainConfig, grad_accum_steps
@@ -85,7 +85,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
     timeline = timeline_of(config, dataset.num_samples)
     last_step = timeline.total_steps
 
-    # -- Weights: this run's newest durable checkpoint, another's to fine-tune, or random -----------------------------------------------
+    # -- Weights: this run's newest durable checkpoint, another's to go on from, or random ----------------------------------------------
     folder, faults, evaluated, skipped = take_up(config)
     sizes = {span.image_size for span in timeline.spans}
     model = ViT(config.model, config.engine.keeps, sizes)
@@ -96,8 +96,9 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         model.load_state_dict(checkpoint.read_weights(resumed, checkpoint.WEIGHT, shapes))
     elif init := config.init:
         source = checkpoint.describe(Path(init.folder))  # rank 0 has checked that it is whole
-        origin = f"\n{origin_line(source, config.model)}"
-        model.load_state_dict(fine_tuned_weights(source, init.weights, config.model, init.position_interpolation, config.seed))
+        origin = f"\n{origin_line(source, config.model, keep_head=init.keep_head)}"
+        how = init.position_interpolation, config.seed
+        model.load_state_dict(fine_tuned_weights(source, init.weights, config.model, *how, keep_head=init.keep_head))
     else:
         initialize(model, config.seed)
 
@@ -131,13 +132,14 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
     if metrics:
         for fault in faults:
             metrics.say(f"warning: {fault}; {f'{folder.name} is used' if folder else 'the run starts anew'}")
-        parameters = sum(math.prod(shape) for shape in shapes.values())
-        metrics.say(headline(config, step, timeline, world_size, parameters, _device_name()) + origin)
+        metrics.say(headline(config, step, timeline, world_size, shapes, _device_name()) + origin)
         metrics.say(cost_line(config, span, _device_name()))
         metrics.say(engine.computes)
         metrics.say(stream.describe())
         for warning in data_warnings(dataset, config):
             metrics.say(warning)
+        if config.holdout and held_out:
+            metrics.say(holdout_line(held_out, config.holdout))
         overlays, what_they_do = overlays_in_use(dataset)
         if overlays:
             metrics.log({"step": step, "samples_seen": samples_seen, "overlays": overlays}, what_they_do)
@@ -244,7 +246,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         if profile.between(step):
             reason = hear(all_=True)
             beat(step, samples_seen, SAVING)
-            told = profile.write(span.train_flops(config.model) * span.global_batch_size / world_size)
+            told = profile.write(span.train_flops(config.model, config.optimizer) * span.global_batch_size / world_size)
             dist.barrier()  # for those that write, where the waiting counts into no share
             if metrics and told:
                 metrics.say(told)
@@ -364,7 +366,8 @@ def _outlook(images_per_second: float, step: int, timeline: Timeline, config: Tr
     of = (_device_name(), config.engine.precision)
     for name, ceiling in (("mfu", peak_flops(*of)), ("mfu_of_measured", measured_flops(*of))):
         if ceiling:
-            found[name] = timeline.at_step(step - 1).train_flops(config.model) * images_per_second / world_size / ceiling
+            flops = timeline.at_step(step - 1).train_flops(config.model, config.optimizer)
+            found[name] = flops * images_per_second / world_size / ceiling
     return found
 
 

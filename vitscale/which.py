@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from data_tools.amend import find_samples
 from data_tools.errors import UserError
+from data_tools.holdout import part_of
 from vitscale import checkpoint
 from vitscale.config import TrainConfig
 from vitscale.guards import is_skipped
@@ -173,6 +174,7 @@ class _Past:
         self.timeline = timeline_of(self.config, samples_of(trained_datasets(self.record)))
         self._paths = self._found(data)
         self._mixture = lru_cache(maxsize=8)(self._open)
+        self._part = part_of(self.config.holdout, held_out=False)
         self.mixture = self._mixture(((),) * len(self._paths))
         stream = self.config.stream
         sizes = [dataset.shard_sizes for dataset in self.mixture.components]
@@ -188,7 +190,9 @@ class _Past:
         before: dict[int, str] = {}
         for sample in self.order.candidates(position):
             if mixture.is_removed(sample):
-                before[sample] = "an overlay removes it"
+                dataset, own = mixture.find(sample)
+                outside = bool(self._part and not self._part.holds(dataset.locate(np.array([own])).hashes)[0])
+                before[sample] = "it is held out" if outside else "an overlay removes it"
             elif sample in unusable:
                 before[sample] = unusable[sample]
             else:
@@ -237,7 +241,7 @@ class _Past:
         return reaching
 
     def _ever_bad(self) -> Int64:
-        """All samples that an overlay of any start removed, or that were unusable anywhere, ascending."""
+        """All samples that an overlay of any start removed, that are held out, or that were unusable anywhere, ascending."""
         bad = {sample for samples in self._unusable.values() for sample in samples}
         for overlays in {self._overlays(start) for start in self.record["starts"]}:
             mixture = self._mixture(overlays)
@@ -255,7 +259,7 @@ class _Past:
         return tuple(tuple(start.get("overlays", {}).get(name, ())) for name in overlay_fields(len(self._paths)))
 
     def _open(self, overlays: tuple[tuple[str, ...], ...]) -> Mixture:
-        return Mixture.open(self._paths, overlays)
+        return Mixture.open(self._paths, overlays, part=self._part)
 
     def _found(self, data: Sequence[str]) -> list[str]:
         """Where the run's datasets lie. Raises RunError where one is not there, or is another."""

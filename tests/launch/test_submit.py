@@ -16,11 +16,13 @@ from launch.flags import parse
 from launch.site import Site, read_site
 from launch.submit import SubmitFlags, check_flags, split_words
 from launch.verbs import EvaluateFlags, finetune_flags, pretrain_flags
-from tests.command import VITSCALE
+from tests.command import VITSCALE, vitscale
 from tests.jobs import logs, pretraining, site_file, submit, submitted, wait_for_end
 from tests.slurm import Cluster, wait_for
+from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale import checkpoint
-from vitscale.run import is_finished, read_metrics, read_record
+from vitscale.config import ViTConfig
+from vitscale.run import is_finished, read_config, read_metrics, read_record
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +120,29 @@ def test_a_pack_by_several_jobs_is_the_same_dataset(cluster: Cluster, dataset: P
 
 
 NEVER = "Requested node configuration is not available"
+
+
+def test_a_sweep_is_a_job_of_each_trial_and_the_run_behind_them(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """One trial is finished before; the run takes the rate that was best, and only once."""
+    source = write_checkpoint(tmp_path / "source", random_vit(ViTConfig(1, 16, 16, 2, 8, (16, 16), num_classes=7))).path
+    run = tmp_path / "run"
+    verb = ["finetune", "tiny-finetune", "--init", source, "--data", dataset / "train", "--holdout", "0.2", "--stream.workers", "1"]
+    verb += "--model.image-size 16 24 --steps 4 --global-batch-size 8 --micro-batch-size 8 --schedule.warmup-steps 1 --log-every 1".split()
+    first = ["--out", run / "sweep" / "lr-0.001", "--optimizer.peak-lr", "0.001"]
+    made = vitscale(*verb, *first)
+    assert made.returncode == 0, made.stderr
+    words = ["--", *verb, "--out", run, "--sweep", "0.001", "0.1", "0.3"]
+    dry = submit("--dry-run", "--json", *words)
+    assert [Path(plan["run"]).name for plan in json.loads(dry.stdout)["plans"]] == ["lr-0.1", "lr-0.3", "run"], dry.stderr
+    (job,), folder = submitted(cluster, *words)
+    assert wait_for_end(cluster, job, folder) == "COMPLETED", logs(folder)
+    assert is_finished(run)
+    noted = json.loads((run / "sweep" / "sweep.json").read_text())
+    assert [trial["state"] for trial in noted["trials"]] == ["finished"] * 3
+    best = max(noted["trials"], key=lambda trial: (trial["top1"], -trial["loss"]))
+    assert (noted["best"], read_config(run).optimizer.peak_lr, read_config(run).holdout) == (best["peak_lr"], best["peak_lr"], 0.0)
+    assert [len(read_record(run / "sweep" / f"lr-{lr}")["starts"]) for lr in (0.001, 0.1, 0.3)] == [1, 1, 1]
+    assert f"{best['peak_lr']:>9g}" in logs(folder), "the table"
 
 
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])

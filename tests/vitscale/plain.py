@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitscale import checkpoint, keyed
 from vitscale.compute import to_float8
-from vitscale.config import DROP_PATH_SUBSET_ABOVE, TrainConfig
+from vitscale.config import DROP_PATH_SUBSET_ABOVE, TrainConfig, frozen
 from vitscale.finetune import fine_tuned_weights
 from vitscale.mixture import Mixture
 from vitscale.model import ViT, initialize, normalize
@@ -66,6 +66,8 @@ def plain_torch(config: TrainConfig, steps: int = 0, world_size: int = 1) -> Tra
     else:
         initialize(model, config.seed)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name in frozen(start, config.optimizer):
+        model.get_parameter(name).requires_grad_(False)
     average = {name: p.clone() for name, p in start.items()}
     optimizer = build_optimizer(model, config.optimizer)
     losses, norms = [], []
@@ -89,7 +91,8 @@ def plain_torch(config: TrainConfig, steps: int = 0, world_size: int = 1) -> Tra
             loss = compute_loss(logits, batch.labels_BL, batch.scores_BL, config.objective, batch.mix) / (micros * ranks)
             loss.backward()
             for p, q in zip(model.parameters(), computes.parameters(), strict=True):
-                p.grad = q.grad.float() if p.grad is None else p.grad + q.grad  # type: ignore[union-attr]
+                if q.grad is not None:
+                    p.grad = q.grad.float() if p.grad is None else p.grad + q.grad
             total += loss.item()
         for group in optimizer.param_groups:
             rate = learning_rate(step, timeline.total_steps, config.optimizer.peak_lr, config.schedule, timeline.samples_at)

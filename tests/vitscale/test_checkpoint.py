@@ -157,6 +157,34 @@ def test_a_checkpoint_is_found_by_run_step_and_folder(tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path / "checkpoints"))
 
 
+def test_the_best_is_found_by_its_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By top-1, of equal ones the newest; another where that one's checkpoint is gone, with a word."""
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint, so that none is its best; .* there are none"):
+        find_checkpoint(f"{tmp_path}@best")
+    folders = {step: write(tmp_path, step, tensors()) for step in (2, 4, 6, 8)}
+    with pytest.raises(CheckpointError, match=r"was never evaluated on a held-out split, .* there are those of steps 2, 4, 6, 8"):
+        find_checkpoint(f"{tmp_path}@best")
+    lines = [{"step": step, "eval_top1": top1, "eval_loss": 1.0} for step, top1 in ((2, 0.5), (4, 0.7), (6, 0.7), (8, 0.6))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 2, "loss": 1.0}, *lines]))
+    assert find_checkpoint(f"{tmp_path}@best") == folders[6]
+    assert not capsys.readouterr().err
+    for gone, found in ((6, 4), (4, 8)):
+        shutil.rmtree(folders[gone])
+        assert find_checkpoint(f"{tmp_path}@best") == folders[found]
+    told = f"the best of {tmp_path} was step 6 (top-1 70.00%), whose checkpoint is gone; step 8 (60.00%) is used"
+    assert told in capsys.readouterr().err
+    (folders[8] / "node-0000.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match=r"COMMIT\.json says"):
+        find_checkpoint(f"{tmp_path}@best")
+    shutil.rmtree(folders[8])
+    shutil.rmtree(folders[2])
+    write(tmp_path, 10, tensors())
+    with pytest.raises(CheckpointError, match=r"whose checkpoint is gone; there are those of steps 10, never evaluated"):
+        find_checkpoint(f"{tmp_path}@best")
+    with pytest.raises(CheckpointError, match="does not exist; a checkpoint is a run"):
+        find_checkpoint(f"{tmp_path}/none@best")
+
+
 def test_a_step_written_again_replaces_the_first(tmp_path: Path) -> None:
     write(tmp_path, 5, tensors(1))
     again = write(tmp_path, 5, tensors(2))

@@ -3,16 +3,26 @@
 The references are numpy, written out: separable kernels at half-pixel centres for torch's modes, scipy.ndimage.zoom for the paper's.
 """
 
+import io
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.ndimage
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers import ViTConfig as ViTHFConfig
+from transformers.models.vit.modeling_vit import ViTEmbeddings
 
+from launch.run_verbs import command_of
+from launch.verbs import pretrain_flags
+from tests.command import vitscale
 from tests.distributed import run_on_ranks
 from tests.runs import case
 from tests.vitscale.models import random_images, random_vit, write_checkpoint
@@ -20,15 +30,19 @@ from vitscale.checkpoint import CheckpointError, describe, find_checkpoint, read
 from vitscale.config import (
     EngineConfig,
     FinetuneConfig,
+    InitConfig,
     NewModelConfig,
     OptimizerConfig,
+    PreprocessConfig,
     ScheduleConfig,
+    TrainConfig,
     ViTConfig,
     fine_tuned_model,
 )
 from vitscale.finetune import METHODS, fine_tuned_weights, resample, resample_grid
-from vitscale.model import ViT, parameter_shapes
+from vitscale.model import ViT, initialize, parameter_shapes
 from vitscale.resolve import resolve
+from vitscale.run import read_config, read_metrics
 
 Matrix = npt.NDArray[np.float64]
 SMALL = ViTConfig(depth=2, width=32, mlp_dim=64, num_heads=4, patch_size=4, image_size=(16, 24), num_classes=7, representation_size=16)
@@ -105,6 +119,20 @@ def test_every_method_is_the_written_out_one(method: str, old: tuple[int, int], 
     out = resample_grid(embeddings, old, new, method)
     assert out.shape == (1, new[0] * new[1], 8)
     np.testing.assert_allclose(out[0].numpy(), reference(embeddings, old, new, method), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("old", "new"), [((14, 14), (24, 24)), ((14, 14), (7, 28)), ((4, 6), (9, 5))], ids=str)
+def test_deit_is_transformers_interpolation(old: tuple[int, int], new: tuple[int, int]) -> None:
+    """`interpolate_pos_encoding` of transformers' ViT, which takes square grids alone to begin with, and any to end with."""
+    side = old[0] if old[0] == old[1] else 6
+    sizes: dict[str, int] = {"hidden_size": 8, "num_attention_heads": 2, "image_size": 4 * side, "patch_size": 4}
+    theirs = ViTEmbeddings(ViTHFConfig(**sizes))
+    with torch.no_grad():
+        theirs.position_embeddings.normal_(generator=torch.Generator().manual_seed(0))
+        expected = theirs.interpolate_pos_encoding(torch.zeros(1, 1 + new[0] * new[1], 8), 4 * new[0], 4 * new[1])
+    model = replace(SMALL, width=8, num_heads=2, image_size=(4 * side, 4 * side))
+    found = resample("pos_embed", theirs.position_embeddings.detach(), model, replace(model, image_size=(4 * new[0], 4 * new[1])), "deit")
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -290,3 +318,81 @@ def test_a_source_that_was_damaged_since_it_was_chosen_is_refused(dataset: Path,
     file.write_bytes(content)
     with pytest.raises(AssertionError, match=r"CheckpointError: .*node-0000.safetensors does not have the checksum"):
         run_on_ranks("tests.vitscale.test_zero:walk", 1, {"cases": {"run": case(config, stop_at=1)}}, tmp_path)
+
+
+CLASSES = tuple(f"class-{label}" for label in range(5))  # of the dataset
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "kept"), [(5, CLASSES, True), (5, None, False), (5, ("a", *CLASSES[1:]), False), (6, (*CLASSES, "e"), False)]
+)
+@pytest.mark.parametrize("representation_size", [0, 16])
+def test_pretraining_goes_on_from_weights(
+    config: TrainConfig, tmp_path: Path, classes: int, names: tuple[str, ...] | None, kept: bool, representation_size: int
+) -> None:  # fmt: skip
+    """The body is the checkpoint's and all else the recipe's; head and representation layer are kept where classes agree."""
+    old = replace(SMALL, num_classes=classes, representation_size=representation_size, qk_norm=True)
+    preprocess = PreprocessConfig(mean=(0.4, 0.5, 0.6))
+    source = write_checkpoint(tmp_path / "source", random_vit(old), class_names=names, preprocess=preprocess)
+    asked = replace(config, init=InitConfig(str(source.path), "weight", "deit"), model=replace(config.model, representation_size=8))
+    run = resolve(asked, 1)
+    assert run.init == InitConfig(str(source.path), "weight", "deit", str(source.path), keep_head=kept)
+    layer = representation_size if kept else 8
+    assert run.model == replace(
+        old, num_classes=5, image_size=(16, 24), drop_path_rate=config.model.drop_path_rate, representation_size=layer
+    )
+    assert (run.preprocess, run.optimizer) == (replace(config.preprocess, mean=(0.4, 0.5, 0.6)), config.optimizer)
+    weights = fine_tuned_weights(source, "weight", run.model, "deit", run.seed, keep_head=kept)
+    ViT(run.model).load_state_dict(weights)
+    before = random_vit(old).state_dict()
+    fresh = ViT(run.model)
+    initialize(fresh, run.seed)
+    for name, weight in weights.items():
+        new = name.startswith(("head.", "pre_logits.")) and not kept
+        assert torch.equal(weight, (fresh.state_dict() if new else before)[name]), name
+
+
+def test_the_command_that_goes_on_from_weights(dataset: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", random_vit(replace(SMALL, num_classes=5)), class_names=CLASSES).path
+    words = ["pretrain", "tiny-digits", "--init", source, "--data", dataset / "train", "--out", tmp_path / "run", "--steps", "3"]
+    words += "--model.image-size 16 16 --global-batch-size 8 --micro-batch-size 8 --schedule.warmup-steps 1 --stream.workers 1".split()
+    assert "--model.depth is the checkpoint's" in vitscale(*words, "--model.depth", "3").stderr
+    made = vitscale(*words)
+    assert made.returncode == 0, made.stderr
+    assert "16x24 pixels -> 16x16 pixels, 4x6 -> 4x4 patches, the head of 5 classes is kept" in made.stdout
+    run = read_config(tmp_path / "run")
+    assert (run.model.depth, run.model.representation_size, run.model.image_size) == (2, 16, (16, 16))
+    assert "is finished" in vitscale(*words).stderr
+    again = shlex.split(" ".join(command_of(run)))
+    assert resolve(pretrain_flags(again[1:]).config, 1) == run
+
+
+MULTI = ViTConfig(depth=1, width=16, mlp_dim=16, num_heads=2, patch_size=8, image_size=(16, 16), num_classes=4)
+
+
+@pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
+def test_one_label_and_several_are_fine_tuned_by_the_command(tmp_path: Path, objective: str) -> None:
+    """The first class is the images' brightness, which one step of SGD on a random backbone already tells; with several labels a second."""
+    rng, rows = np.random.default_rng(0), []
+    for number in range(64):
+        bright, wide = number % 2, number // 2 % 2
+        pixels = np.clip(rng.normal(60 + 130 * bright, 20, (20, 40 if wide else 20, 3)), 0, 255).astype(np.uint8)
+        image = io.BytesIO()
+        Image.fromarray(pixels).save(image, "PNG")
+        rows.append({"image": image.getvalue(), "label": [bright] if objective == "softmax" else [bright, 2 + wide]})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "images.parquet")
+    packed = vitscale("pack", tmp_path / "images.parquet", tmp_path / "data")
+    assert packed.returncode == 0, packed.stderr
+    source = write_checkpoint(tmp_path / "source", random_vit(MULTI)).path
+    made = vitscale(
+        "finetune", "tiny-finetune", "--init", source, "--data", tmp_path / "data" / "train", "--out", tmp_path / "run", "--steps", "12",
+        "--model.image-size", "24", "16", "--objective.kind", objective, "--holdout", "0.2", "--global-batch-size", "16",
+        "--micro-batch-size", "16", "--schedule.warmup-steps", "1", "--stream.workers", "1", "--optimizer.freeze", "backbone",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    classes = 2 if objective == "softmax" else 4
+    assert read_config(tmp_path / "run").model.num_classes == classes
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+    assert losses[0] == pytest.approx(np.log(2) if objective == "softmax" else 4 * np.log(2), rel=1e-5), "of a head of zeros"
+    assert losses[-1] < 0.8 * losses[0]
+    assert read_metrics(tmp_path / "run")[-1]["eval_top1"] > 0.8

@@ -81,6 +81,15 @@ TABLE_4 = {
     "finetune-flowers": (500, 384, 100, 0.0, OTHERS_GRID),
     "finetune-vtab": (2_500, 384, 100, 0.0, {0.01}),
 }
+# MAE's FINETUNE.md and main_finetune.py, BEiT's get_started_for_image_classification.md and run_class_finetuning.py: epochs, batch, lr,
+# layer decay, drop-path, weight decay, mixup, CutMix.
+BY_LAYERS = {
+    "finetune-imagenet-mae-b16": (100, 1024, 5e-4 * 1024 / 256, 0.65, 0.1, 0.05, 0.8, 1.0),
+    "finetune-imagenet-mae-l16": (50, 1024, 1e-3 * 1024 / 256, 0.75, 0.2, 0.05, 0.8, 1.0),
+    "finetune-imagenet-mae-h14": (50, 1024, 1e-3 * 1024 / 256, 0.75, 0.3, 0.05, 0.8, 1.0),
+    "finetune-imagenet-beit-b16": (30, 512, 2e-5, 0.85, 0.1, 1e-8, 0.0, 0.0),
+    "finetune-imagenet-beit-l16": (30, 512, 2e-5, 0.9, 0.4, 1e-8, 0.0, 0.0),
+}
 SCALED = {"vit-giant14-jft3b": "g", "vit-gigantic14-jft3b": "G"}
 TINY = {"tiny-digits", "tiny-fashion", "tiny-finetune"}
 
@@ -105,9 +114,9 @@ def count(model: ViTConfig) -> int:
 
 def test_the_tables_here_name_every_recipe() -> None:
     assert set(names(PRETRAIN)) == TABLE_3.keys() | SCALED.keys() | AUGMENTED.keys() | (TINY - {"tiny-finetune"})
-    assert set(names(FINETUNE)) == TABLE_4.keys() | {"tiny-finetune"}
+    assert set(names(FINETUNE)) == TABLE_4.keys() | BY_LAYERS.keys() | {"tiny-finetune"}
     everything = names(PRETRAIN) + names(FINETUNE)
-    assert len(everything) == len(set(everything)) == len(TABLE_3) + len(SCALED) + len(AUGMENTED) + len(TABLE_4) + len(TINY)
+    assert len(everything) == len(set(everything)) == sum(map(len, (TABLE_3, SCALED, AUGMENTED, TABLE_4, BY_LAYERS, TINY)))
 
 
 @pytest.mark.parametrize("function", PRETRAIN + FINETUNE, ids=lambda f: f.__name__)
@@ -256,6 +265,8 @@ def test_fine_tuning_is_table_4(name: str) -> None:
     assert (config.optimizer.name, config.optimizer.momentum, config.optimizer.grad_clip) == ("sgd", 0.9, 1.0)
     assert (config.optimizer.weight_decay, config.optimizer.average_decay) == (0.0, average)
     assert config.optimizer.peak_lr in grid
+    assert set(config.sweep.peak_lrs) == (grid if len(grid) > 1 else set())
+    assert config.sweep.holdout == {"imagenet": 0.01, "cifar10": 0.02, "cifar100": 0.02, "vtab": 0.2}.get(name.split("-")[1], 0.1)
     assert (config.schedule.kind, config.schedule.warmup_steps, config.schedule.end_lr) == ("cosine", warmup, 0.0)
     assert (config.objective.kind, config.model.image_size) == ("softmax", (side, side))
     assert config.preprocess.eval_crop == 1.0, "vision_transformer resizes to the model's size, without a crop"
@@ -263,11 +274,26 @@ def test_fine_tuning_is_table_4(name: str) -> None:
     assert lr == pytest.approx([0, config.optimizer.peak_lr, config.optimizer.peak_lr / 2, 0], abs=1e-12)
 
 
+@pytest.mark.parametrize("name", BY_LAYERS)
+def test_fine_tuning_by_layers_is_maes_and_beits(name: str) -> None:
+    config = recipe(name, FINETUNE)
+    epochs, batch, peak_lr, layer_decay, drop_path, weight_decay, mixup, cutmix = BY_LAYERS[name]
+    optimizer, schedule, mix = config.optimizer, config.schedule, config.mix
+    assert (config.epochs, config.steps, config.global_batch_size) == (epochs, 0, batch)
+    assert (optimizer.name, optimizer.betas, optimizer.grad_clip) == ("adamw", (0.9, 0.999), 0.0)
+    assert (optimizer.peak_lr, optimizer.layer_decay, optimizer.weight_decay) == (peak_lr, layer_decay, weight_decay)
+    assert (config.model.image_size, config.model.drop_path_rate, config.model.dropout) == ((224, 224), drop_path, 0.0)
+    assert (mix.mixup_alpha, mix.cutmix_alpha, mix.prob, mix.switch_prob) == (mixup, cutmix, 1.0, 0.5)
+    assert (config.objective.kind, config.objective.label_smoothing) == ("softmax", 0.1)
+    assert (config.preprocess.interpolation, config.preprocess.crop_scale, config.preprocess.eval_crop) == ("bicubic", (0.08, 1.0), 0.875)
+    assert (schedule.kind, schedule.end_lr, schedule.warmup_steps) == ("cosine", 1e-6, round(5 * I1K / batch))
+
+
 @pytest.mark.parametrize("function", FINETUNE, ids=lambda f: f.__name__)
 def test_fine_tuning_passes_the_checks_once_a_checkpoint_is_known(function: Recipe) -> None:
     """The image size must suit the checkpoint's patches: 518 is for /14, the others for /16 and /32."""
     asked = recipe(recipe_name(function), FINETUNE)
-    patch = 14 if asked.model.image_size == (518, 518) else 4 if asked.recipe in TINY else 16
+    patch = 14 if asked.model.image_size == (518, 518) or asked.recipe.endswith("h14") else 4 if asked.recipe in TINY else 16
     pretrained = replace(vit(f"l{patch}", num_classes=18_291, representation_size=1024, head_bias=-10.0), image_size=(14 * patch,) * 2)
     trained_with = PreprocessConfig(mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.3), crop_scale=(0.2, 0.3))
     config = fine_tuning_run(asked, pretrained, trained_with, "a/folder", num_classes=1000)
@@ -282,7 +308,7 @@ def test_fine_tuning_passes_the_checks_once_a_checkpoint_is_known(function: Reci
     assert (model.num_classes, model.representation_size, model.head_bias) == (1000, 0, 0.0)
     assert (model.patch_size, model.image_size, model.width) == (patch, config.model.image_size, 1024)
     assert count(model) == closed_form(model)
-    assert 0 < config.schedule.warmup_steps < config.steps
+    assert 0 < config.schedule.warmup_steps < timeline_of(config, I1K).total_steps
 
 
 def test_518_pixels_do_not_fit_patches_of_16() -> None:
