@@ -1,12 +1,16 @@
 """Evaluation: every sample of a dataset exactly once, over any number of ranks.
 
-`evaluate` is what the training loop calls on its live model and what `vitscale evaluate` calls on a loaded one; sums are exact counts (and
-fp64 losses) over all ranks, so the result does not depend on how the samples were dealt out.
+`evaluate` is what the training loop calls on its live model: top-1, top-5 and loss, as exact counts (and fp64 losses) over all ranks.
+`evaluate_checkpoint` is what `vitscale evaluate` calls on a loaded one: it keeps a row a sample besides, gathers the rows in the dataset's
+order, and has `measures.py` make everything else of them. So no result depends on how the samples were dealt out.
 """
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,11 +18,28 @@ from torch import Tensor
 from data_tools.dataset import Dataset, DatasetError
 from vitscale.checkpoint import CheckpointError, Description, read_weights
 from vitscale.config import ObjectiveConfig, PreprocessConfig, StreamConfig
+from vitscale.intervals import wilson
+from vitscale.machine import available_memory
+from vitscale.measures import (
+    ClassMeasure,
+    Confusion,
+    average_precisions,
+    calibration_error,
+    count_real,
+    is_right,
+    list_confusions,
+    mean_over_classes,
+    measure_classes,
+    pairs_of,
+    resample,
+)
 from vitscale.mixture import Mixture
 from vitscale.model import ViT, normalize, parameter_shapes
 from vitscale.objective import correct_at, per_sample_loss
 from vitscale.stream import evaluation_batches
-from vitscale.transfer import on_device
+from vitscale.transfer import DeviceBatch, on_device
+
+Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -37,20 +58,42 @@ class Evaluation:
     """That an overlay removes."""
 
 
+@dataclass(frozen=True)
+class Measures(Evaluation):
+    """All that `vitscale evaluate` tells of a checkpoint on one dataset. Intervals cover 95%."""
+
+    top1_interval: Interval
+    """Wilson's, as of all accuracies: what another draw of so many samples might have given."""
+    top5_interval: Interval
+    calibration_error: float
+    real_top1: float | None
+    """Share of the samples that have reassessed labels whose highest logit is one of them; None where no file of them was given."""
+    real_interval: Interval | None
+    real_samples: int | None
+    mean_average_precision: float | None
+    """Over the classes that have samples; None where it was not asked for."""
+    mean_average_precision_interval: Interval | None
+    """Over bootstrap resamples of the samples; None where none were asked for."""
+    classes_with_samples: int
+    classes: tuple[ClassMeasure, ...]
+    confusions: tuple[Confusion, ...]
+    """All there are, most frequent first."""
+
+
 @torch.no_grad()
 def evaluate(
     forward: Callable[[Tensor], Tensor], dataset: Dataset, image_size: tuple[int, int], preprocess: PreprocessConfig,
     objective: ObjectiveConfig, *, device: torch.device, batch_size: int, stream: StreamConfig,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None, see: Callable[[DeviceBatch, Tensor], None] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluates over all ranks of the process group, or alone where there is none. Raises DatasetError where no sample can be read.
 
     Args:
         forward: normalised fp32 images (B, C, H, W) to logits (B, K), in evaluation mode; called equally often on every rank.
         progress: called with this rank's (samples done, samples in all).
+        see: called with each of this rank's batches and its logits in fp32.
     """
-    grouped = dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    rank, world_size = _place()
     batches = evaluation_batches(
         Mixture([dataset]), image_size, preprocess, stream, batch_size=batch_size, rank=rank, world_size=world_size
     )
@@ -65,10 +108,12 @@ def evaluate(
             per_sample_loss(logits_BK, batch.labels_BL, batch.scores_BL, objective),
         )
         sums += torch.stack([torch.where(batch.valid_B, values_B.double(), 0.0).sum() for values_B in of_each])
+        if see:
+            see(batch, logits_BK)
         done += len(batch.valid_B)
         if progress:
             progress(min(done, -(-dataset.num_samples // world_size)), -(-dataset.num_samples // world_size))
-    if grouped:
+    if dist.is_initialized():
         dist.all_reduce(sums)
     samples, top1, top5, loss = sums.tolist()
     removed = dataset.overlay.num_removed
@@ -93,9 +138,57 @@ def load_model(description: Description, kind: str) -> ViT:
 
 
 def evaluate_checkpoint(
-    description: Description, kind: str, dataset: Dataset, *, batch_size: int, workers: int, progress: Callable[[int, int], None]
-) -> Evaluation:
-    """A checkpoint's own head on a dataset, in fp32 on one device. Raises CheckpointError where there is no head or it is another's."""
+    description: Description, kind: str, dataset: Dataset, *, batch_size: int, workers: int, progress: Callable[[int, int], None],
+    real_NL: npt.NDArray[np.int32] | None = None, precision: bool = False, resamples: int = 0, seed: int = 0,
+) -> Measures:  # fmt: skip
+    """A checkpoint's own head on a dataset, in fp32, over all ranks of the process group or alone on one device.
+
+    Raises CheckpointError where there is no head or it is another's, DatasetError where no sample can be read.
+
+    Args:
+        kind: `average` (where there is one) or `weight`.
+        real_NL: labels of every sample of the dataset (`reassessed.read_real_labels`), to be evaluated against, too.
+        precision: whether to keep all scores for average precision: 4 bytes for each of a rank's samples and class, in its memory.
+        resamples: for the interval of the mean average precision; 0: none.
+        seed: of the resamples.
+    """
+    check_head(description, dataset)
+    world_size = _place()[1]
+    per_rank, num_classes = -(-dataset.num_samples // world_size), dataset.num_classes
+    if precision and (needed := 4 * per_rank * num_classes) * local_ranks() > (there := available_memory()):
+        raise DatasetError(
+            f"average precision keeps {needed:,} bytes of scores on each rank ({per_rank:,} samples x {num_classes:,} classes), and "
+            f"{there:,} are available; --no-average-precision works, or more processes on more machines' memory"
+        )
+    device, rows = _device(), list[Tensor]()
+    scores_nK = torch.empty(per_rank if precision else 0, num_classes)
+
+    def keep(batch: DeviceBatch, logits_BK: Tensor) -> None:
+        told_BX, scores_BK = tell_of_samples(batch, logits_BK, description.objective)
+        if precision:
+            done = sum(map(len, rows))
+            scores_nK[done : done + len(scores_BK)] = scores_BK.cpu()
+        rows.append(told_BX.cpu())
+
+    result = evaluate(
+        load_model(description, kind).to(device), dataset, description.model.image_size, description.preprocess, description.objective,
+        device=device, batch_size=batch_size, stream=StreamConfig(workers=workers), progress=progress, see=keep,
+    )  # fmt: skip
+    own_nX = torch.cat(rows)
+    told_NX = _gather(own_nX, per_rank)
+    samples_N, guesses_N, confidences_N = told_NX[:, 0].astype(np.int64), told_NX[:, 1].astype(np.int64), told_NX[:, 2]
+    labels_NL, _ = dataset.labels(samples_N)
+    precisions_KR = None
+    if precision:
+        own_n = np.searchsorted(samples_N, own_nX[:, 0].numpy())
+        precisions_KR = average_precisions(
+            scores_nK[: len(own_n)], own_n, pairs_of(labels_NL, told_NX[:, 3:]), resample(len(samples_N), resamples, seed), _add
+        )
+    return _measures(result, dataset, labels_NL, guesses_N, confidences_N, None if real_NL is None else real_NL[samples_N], precisions_KR)
+
+
+def check_head(description: Description, dataset: Dataset) -> None:
+    """Raises CheckpointError where a checkpoint's head is not one for the dataset's classes."""
     if description.model.num_classes != dataset.num_classes:
         raise CheckpointError(
             f"{description.path} has a head of {description.model.num_classes} classes, {dataset.path} has {dataset.num_classes}; "
@@ -107,9 +200,95 @@ def evaluate_checkpoint(
             f"{description.path} was trained on {names[0]}, {dataset.path} has {names[1]}: labels may mean other classes; pack it with the "
             "--class-names of the training split, or without"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(description, kind).to(device)
-    return evaluate(
-        model, dataset, description.model.image_size, description.preprocess, description.objective, device=device,
-        batch_size=batch_size, stream=StreamConfig(workers=workers), progress=progress,
-    )  # fmt: skip
+
+
+def tell_of_samples(batch: DeviceBatch, logits_BK: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """What is kept of a batch's valid samples, b of them: rows (b, 3 + L) in fp64, and scores (b, K).
+
+    A row holds the sample's number, its guess, how probable the model has it, and its score for each label. A score orders samples for one
+    class: softmax's log-probability, or sigmoid's logit, which never saturates.
+    """
+    valid_B = batch.valid_B
+    logits_bK, labels_bL = logits_BK[valid_B], batch.labels_BL[valid_B].long()
+    guesses_b1 = logits_bK.topk(1, dim=-1).indices
+    softmax = objective.kind == "softmax"
+    scores_bK = logits_bK.log_softmax(dim=-1) if softmax else logits_bK
+    best_b1 = scores_bK.gather(1, guesses_b1).double()
+    samples_b1 = torch.from_numpy(batch.samples_B).to(logits_bK.device)[valid_B][:, None]
+    told = (samples_b1, guesses_b1, best_b1.exp() if softmax else best_b1.sigmoid(), scores_bK.gather(1, labels_bL.clamp(min=0)))
+    return torch.cat([column.double() for column in told], dim=1), scores_bK
+
+
+def _measures(
+    result: Evaluation, dataset: Dataset, labels_NL: npt.NDArray[np.int32], guesses_N: npt.NDArray[np.int64],
+    confidences_N: npt.NDArray[np.float64], real_NL: npt.NDArray[np.int32] | None, precisions_KR: npt.NDArray[np.float64] | None,
+) -> Measures:  # fmt: skip
+    """Everything told, of what all ranks hold alike."""
+    samples = result.samples
+    confusions = list_confusions(labels_NL, guesses_N, dataset.class_name)
+    names = [dataset.class_name(label) for label in range(dataset.num_classes)]
+    classes = measure_classes(labels_NL, guesses_N, confusions, None if precisions_KR is None else precisions_KR[:, 0], names)
+    right, labelled = count_real(real_NL, guesses_N) if real_NL is not None else (0, 0)
+    mean, interval = mean_over_classes(precisions_KR) if precisions_KR is not None else (None, None)
+    return Measures(
+        **asdict(result),
+        top1_interval=wilson(round(result.top1 * samples), samples),
+        top5_interval=wilson(round(result.top5 * samples), samples),
+        calibration_error=calibration_error(confidences_N, is_right(labels_NL, guesses_N)),
+        real_top1=right / labelled if labelled else None,
+        real_interval=wilson(right, labelled) if labelled else None,
+        real_samples=None if real_NL is None else labelled,
+        mean_average_precision=mean,
+        mean_average_precision_interval=interval,
+        classes_with_samples=sum(of.samples > 0 for of in classes),
+        classes=tuple(classes),
+        confusions=tuple(confusions),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Ranks
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def meet() -> None:
+    """Joins the ranks that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: NCCL on GPUs, gloo elsewhere."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def local_ranks() -> int:
+    """Of the process group, how many share this machine's memory."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
+
+
+def _place() -> tuple[int, int]:
+    """Rank and number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _add(counts: Tensor) -> None:
+    """Sums counts over all ranks, in place."""
+    if dist.is_initialized():
+        on_device = counts.to(_device())
+        dist.all_reduce(on_device)
+        counts.copy_(on_device)
+
+
+def _gather(rows_nX: Tensor, most: int) -> npt.NDArray[np.float64]:
+    """The rows of all ranks, at most so many of each, by their first number, which no two have."""
+    if not dist.is_initialized():
+        told_NX = rows_nX.numpy()
+    else:
+        padded_mX = torch.full((most, rows_nX.shape[1]), -1.0, dtype=torch.float64, device=_device())
+        padded_mX[: len(rows_nX)] = rows_nX.to(padded_mX.device)
+        of_ranks = [torch.empty_like(padded_mX) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, padded_mX)
+        told_NX = torch.cat(of_ranks).cpu().numpy()
+        told_NX = told_NX[told_NX[:, 0] >= 0]
+    return told_NX[np.argsort(told_NX[:, 0])]

@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     MIXING = 8  # mixup and CutMix
     FOREIGN_SHARDS = 9  # the order of tars without an index
     FOREIGN_SHUFFLE = 10  # and of the samples that were read of them
+    BOOTSTRAP = 11  # resamples of an evaluation
 
 
 def mix(values: npt.ArrayLike) -> UInt64:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from launch.data_verbs import PackFlags
+from launch.evaluate_verb import evaluate_flags
 from launch.flags import parse
 from launch.site import Site, read_site
 from launch.submit import SubmitFlags, check_flags, split_words
-from launch.verbs import EvaluateFlags, finetune_flags, pretrain_flags
+from launch.verbs import finetune_flags, pretrain_flags
 from tests.command import VITSCALE
 from tests.jobs import logs, pretraining, site_file, submit, submitted, wait_for_end
 from tests.slurm import Cluster, wait_for
@@ -272,7 +273,7 @@ def test_the_examples_of_the_documents_can_be_read() -> None:
     verbs = {
         "pretrain": pretrain_flags,
         "finetune": finetune_flags,
-        "evaluate": lambda words: parse(EvaluateFlags, words, "evaluate"),
+        "evaluate": evaluate_flags,
         "pack": lambda words: parse(PackFlags, words, "pack"),
     }
     seen = set()
