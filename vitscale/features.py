@@ -6,7 +6,7 @@ evaluation. Ranks share out whole batches (`stream.evaluation_batches`), so the 
 Axes: N samples, D width, L labels of a sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +40,12 @@ class Features:
         rows = rows.to(self.features_ND.device)
         return Features(self.features_ND[rows], self.labels_NL[rows], self.samples_N[rows])
 
+    def parts(self, size: int) -> "Iterator[Features]":
+        """All of them, so many at a time."""
+        for first in range(0, len(self), size):
+            part = slice(first, first + size)
+            yield Features(self.features_ND[part], self.labels_NL[part], self.samples_N[part])
+
 
 @torch.no_grad()
 def extract_features(
@@ -71,9 +77,9 @@ def extract_features(
     features_ND, labels_NL, samples_N = (_of_all_ranks(torch.cat(parts)) for parts in zip(*own, strict=True))
     usable_N = samples_N >= 0
     if not usable_N.any():
+        removed = dataset.overlay.num_removed
         raise DatasetError(
-            f"none of the {dataset.num_samples} samples of {dataset.path} can be read ({dataset.overlay.num_removed} are removed by overlays); "
-            "pack it again"
+            f"none of the {dataset.num_samples} samples of {dataset.path} can be read ({removed} are removed by overlays); pack it again"
         )
     return Features(features_ND, labels_NL, samples_N).take(usable_N)
 

@@ -368,7 +368,7 @@ def test_other_labels_come_with_the_batches(dataset: Path, tmp_path: Path) -> No
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(world_size=st.integers(1, 9), batch_size=st.integers(1, 50), which=st.integers(0, 3))
 def test_evaluation_sees_each_sample_once(datasets: list[Dataset], world_size: int, batch_size: int, which: int) -> None:
-    """Over all ranks, also where there are more ranks than samples; all ranks see equally many batches, and together those that one sees."""
+    """Also where there are more ranks than samples; all ranks see equally many batches, and together those that one sees."""
     dataset = datasets[which]
     seen, counts = [], set()
     for rank in range(world_size):
