@@ -286,7 +286,7 @@ def sgd_rows(step: int, batch_size: int, num_samples: int, seed: int) -> npt.NDA
     return keyed.permute(positions % num_samples, num_samples, epochs)
 
 
-def standardization(features_ND: Tensor, constant: float) -> Head:
+def standardization(features_ND: Tensor, constant: float) -> Callable[[Tensor], Tensor]:
     """What makes features (B, D) an input (B, F) in fp64: less the mean of these, by their deviation + 1e-5, the constant appended."""
     parts = torch.split(features_ND, rows_at_a_time(features_ND.shape[1]))
     mean_D = torch.stack([part.double().sum(dim=0) for part in parts]).sum(dim=0) / len(features_ND)
@@ -295,7 +295,7 @@ def standardization(features_ND: Tensor, constant: float) -> Head:
     return lambda features_BD: F.pad((features_BD.double() - mean_D) / scale_D, (0, 1), value=constant)
 
 
-def head_of(weights_FK: Tensor, prepare: Head) -> Head:
+def head_of(weights_FK: Tensor, prepare: Callable[[Tensor], Tensor]) -> Head:
     """The head of these weights of prepared features."""
     return lambda features_BD: prepare(features_BD) @ weights_FK
 
@@ -369,7 +369,7 @@ def rows_at_a_time(*columns: int) -> int:
     return max(1, AT_A_TIME // max(columns))
 
 
-def inputs(train: Features, num_classes: int, prepare: Head) -> Iterator[tuple[Tensor, Tensor]]:
+def inputs(train: Features, num_classes: int, prepare: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """The prepared features (B, F) and the targets (B, K) of some samples at a time."""
     for part in train.parts(rows_at_a_time(train.features_ND.shape[1], num_classes)):
         yield prepare(part.features_ND), targets(part.labels_NL, num_classes)

@@ -14,6 +14,7 @@ from vitscale.checkpoint import Description
 from vitscale.config import ConfigError, StreamConfig
 from vitscale.evaluate import load_model
 from vitscale.features import Features, extract_features
+from vitscale.metrics import counted
 from vitscale.mixture import class_difference
 from vitscale.probes import (
     SEEDS,
@@ -27,7 +28,7 @@ from vitscale.probes import (
     few_shot,
     linear_probe,
     neighbours,
-)  # fmt: skip
+)
 
 ProbeProtocol = Literal["fewshot", "linear", "knn"]
 
@@ -112,14 +113,15 @@ def lines(report: ProbeReport) -> list[str]:
 def _lines_of(result: FewShot | Linear | Neighbours) -> list[str]:
     top1 = f"top-1 {result.top1:.2%} [{result.low:.2%}, {result.high:.2%}]"
     if isinstance(result, Neighbours):
-        return [f"{result.k:>4} neighbours: {top1}, top-5 {result.top5:.2%}"]
+        return [f"{f'{result.k} neighbours':>14}: {top1}, top-5 {result.top5:.2%}"]
     if isinstance(result, FewShot):
         seeds = f", by seed {', '.join(f'{of:.2%}' for of in result.top1_of_seeds)}" if len(result.top1_of_seeds) > 1 else ""
-        short = f" ({result.short_classes:,} classes have fewer samples and give all they have)" if result.short_classes else ""
-        return [f"{result.shots:>4} {'shot' if result.shots == 1 else 'shots'}: {top1}{seeds}{short}"]
-    setting, best = SETTINGS[result.solver], max(top1 for _, top1 in result.grid)
+        short = f" (all there are of {counted(result.short_classes, 'class')} with fewer samples)" if result.short_classes else ""
+        return [f"{counted(result.shots, 'shot'):>9}: {top1}{seeds}{short}"]
+    best = max(top1 for _, top1 in result.grid)
     edge = "; it ends the grid: one beyond may be better" if result.at_edge else ""
+    chosen = f"{SETTINGS[result.solver]} {result.chosen:g}, the best of {len(result.grid)}"
     return [
         f"linear head by {result.solver}: {top1}, top-5 {result.top5:.2%}",
-        f"{setting} {result.chosen:g} of {len(result.grid)} is best on {result.held_out:,} held-out training samples ({best:.2%}){edge}",
+        f"{chosen} on {counted(result.held_out, 'training sample')} held out ({best:.2%}){edge}",
     ]

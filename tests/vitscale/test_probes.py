@@ -379,7 +379,7 @@ def test_lines_say_what_to_beware_of(checkpoint: Description, dataset: Path) -> 
     assert "2 more could not be read, overlays remove 1" in head
     assert "shot: " in one
     assert "seed" not in one
-    assert "(5 classes have fewer samples and give all they have)" in forty
+    assert "(all there are of 5 classes with fewer samples)" in forty
     grid = ((1.0, 0.5), (0.1, 0.4))
     linear = probes.Linear("lbfgs", 1.0, grid, 13, 0.5, 0.4, 0.6, 0.9)
     assert lines(dataclasses.replace(report, results=(linear,)))[-1].endswith("(50.00%); it ends the grid: one beyond may be better")
