@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, cast
 
 import tyro
 
 from data_tools.config import MAYBE_BYTES
 from launch.flags import Checkpoint, Processes, UsageError, Weights, parse
-from launch.terminal import Json, Update, VerbError, need, print_json, progress_bar
+from launch.terminal import Json, need, print_json, progress_bar
 from vitscale.config import EvalProtocol
 
 _LONGEST = 3600.0  # seconds between two looks for a checkpoint
@@ -41,6 +41,12 @@ class EvaluateFlags:
     """What is evaluated: the checkpoint's own head, or one that is made of its features for --train-data."""
     train_data: str = ""
     """Dataset whose samples such a head learns from; empty: the sibling `train` of --data."""
+    shots: tuple[int, ...] = (1, 5, 10, 25)
+    """Of --protocol fewshot: training samples of each class."""
+    seeds: int = 3
+    """Of --protocol fewshot: draws of them."""
+    solver: Literal["ridge", "lbfgs", "sgd"] = "lbfgs"
+    """Of --protocol linear (docs/evaluation.md, "Probes")."""
     real: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Reassessed labels to be evaluated against, too: ImageNet's real.json, or an object of key to labels."""
     average_precision: bool = False
@@ -150,8 +156,7 @@ def check_inputs(flags: EvaluateFlags) -> Path:
 def measure(flags: EvaluateFlags, folder: Path) -> dict[str, Any]:
     """The report on a checkpoint, made by `flags.nproc` processes."""
     if flags.nproc == 1:
-        with progress_bar("evaluating", quiet=flags.json, unit="images") as update:
-            return report_on(flags, folder, update)
+        return report_on(flags, folder, quiet=flags.json)
     from launch.local import run_ranks
 
     with tempfile.TemporaryDirectory(prefix="vitscale-evaluate-") as scratch:
@@ -162,7 +167,7 @@ def measure(flags: EvaluateFlags, folder: Path) -> dict[str, Any]:
         return report
 
 
-def report_on(flags: EvaluateFlags, folder: Path, update: Update) -> dict[str, Any]:
+def report_on(flags: EvaluateFlags, folder: Path, *, quiet: bool) -> dict[str, Any]:
     """What is found of a checkpoint; all ranks of the process group call it, and each gets the same."""
     from vitscale.checkpoint import describe
     from vitscale.evaluate import evaluate_checkpoint
@@ -182,22 +187,30 @@ def report_on(flags: EvaluateFlags, folder: Path, update: Update) -> dict[str, A
         "samples_seen": description.samples_seen,
     }
     if flags.protocol != "head":
-        return about | report_of_probe(flags, description, dataset, update)
+        return about | report_of_probe(flags, description, dataset, quiet=quiet)
     real_NL = None
     if flags.real:
         from vitscale.reassessed import read_real_labels
 
         real_NL = read_real_labels(Path(flags.real), dataset)
-    found = evaluate_checkpoint(
-        description, flags.weights, dataset, batch_size=flags.batch_size, workers=flags.workers, progress=update, real_NL=real_NL,
-        precision=flags.average_precision, resamples=flags.bootstrap, seed=flags.seed,
-    )  # fmt: skip
+    with progress_bar("evaluating", quiet=quiet, unit="images") as update:
+        found = evaluate_checkpoint(
+            description, flags.weights, dataset, batch_size=flags.batch_size, workers=flags.workers, progress=update, real_NL=real_NL,
+            precision=flags.average_precision, resamples=flags.bootstrap, seed=flags.seed,
+        )  # fmt: skip
     return about | dataclasses.asdict(found)
 
 
-def report_of_probe(flags: EvaluateFlags, description: Any, dataset: Any, update: Update) -> dict[str, Any]:
-    """What `vitscale.probes` finds of the features; the one place where it is called."""
-    raise VerbError(f"--protocol {flags.protocol} is not here yet; --protocol head evaluates the checkpoint's own head")
+def report_of_probe(flags: EvaluateFlags, description: Any, dataset: Any, *, quiet: bool) -> dict[str, Any]:
+    """What `vitscale.probing` finds of the features, and the lines that say it; the one place where it is called."""
+    from vitscale.probing import lines, probe
+
+    found = probe(
+        description, flags.weights, cast(Any, flags.protocol), _open(flags, _train_data(flags)), dataset, batch_size=flags.batch_size,
+        workers=flags.workers, progress=lambda title, unit: progress_bar(title, quiet, unit), shots=flags.shots, seeds=flags.seeds,
+        solver=flags.solver,
+    )  # fmt: skip
+    return dataclasses.asdict(found) | {"lines": lines(found)}
 
 
 def _open(flags: EvaluateFlags, path: str) -> Any:
@@ -225,10 +238,9 @@ def main() -> NoReturn:
         from vitscale.evaluate import meet
 
         task = json.loads((folder / "task.json").read_bytes())
-        flags = EvaluateFlags(**task["flags"])
+        flags = EvaluateFlags(**task["flags"] | {"shots": tuple(task["flags"]["shots"])})
         meet()
-        with progress_bar("evaluating", quiet=flags.json or not leads, unit="images") as update:
-            report = report_on(flags, Path(task["checkpoint"]), update)
+        report = report_on(flags, Path(task["checkpoint"]), quiet=flags.json or not leads)
         if leads:
             replace_file(folder / "report.json", json.dumps(report, default=str))
     except BaseException as error:
@@ -279,7 +291,7 @@ def watch(flags: EvaluateFlags) -> None:
                         if line.get(name) is not None:
                             board.add_scalar(f"eval_{name}", line[name], line["step"])
                     board.flush()
-                print(json.dumps(line) if flags.json else f"step {line['step']}: {', '.join(headline(line))}", flush=True)
+                print(json.dumps(line) if flags.json else f"step {line['step']}: {', '.join(headline(report))}", flush=True)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on with what {run} has written since", file=sys.stderr)
         sys.exit(EXIT_STOPPED if terminated else 130)
@@ -307,16 +319,20 @@ _CURVES = ("top1", "top5", "loss", "calibration_error", "real_top1", "mean_avera
 
 def _asked(flags: EvaluateFlags) -> dict[str, Any]:
     """What was asked for, as far as it changes what is found: another question is another evaluation of the same checkpoint."""
-    named = ("protocol", "weights", "eval_protocol", "real", "average_precision", "bootstrap", "seed", "train_data")
-    return {name: getattr(flags, name) for name in named if getattr(flags, name) != getattr(EvaluateFlags("", ""), name)}
+    usual = vars(EvaluateFlags("", ""))
+    named = (
+        "protocol", "train_data", "shots", "seeds", "solver", "weights", "eval_protocol", "real", "average_precision", "bootstrap", "seed",
+    )  # fmt: skip
+    asked = {name: getattr(flags, name) for name in named if getattr(flags, name) != usual[name]}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}  # as a line of JSON has it
 
 
 # -- For people ---------------------------------------------------------------------------------------------------------------------------
 
 
 def asked_of(report: Mapping[str, Any], flags: EvaluateFlags) -> dict[str, Any]:
-    """The report without those tables that were not asked for."""
-    kept = dict(report)
+    """The report without those tables that were not asked for, and without its lines for people."""
+    kept = {name: value for name, value in report.items() if name != "lines"}
     if "classes" in kept and not flags.per_class:
         del kept["classes"]
     if "confusions" in kept:
@@ -327,7 +343,9 @@ def asked_of(report: Mapping[str, Any], flags: EvaluateFlags) -> dict[str, Any]:
 
 
 def headline(report: Mapping[str, Any]) -> list[str]:
-    """The measures of a report that stand in one line."""
+    """What a report says in a line."""
+    if "lines" in report:
+        return list(report["lines"][1:])
     words = [f"top-1 {report['top1']:.2%}", f"top-5 {report['top5']:.2%}", f"loss {report['loss']:.4f}"]
     if report.get("real_top1") is not None:
         words.append(f"ReaL top-1 {report['real_top1']:.2%}")
@@ -338,6 +356,9 @@ def headline(report: Mapping[str, Any]) -> list[str]:
 
 def report_lines(report: Mapping[str, Any], flags: EvaluateFlags) -> list[str]:
     """What is printed of a report."""
+    if "lines" in report:
+        by = f"{report['checkpoint']} by {report['protocol']} on {report['data']}, the {report['eval_protocol']} protocol:"
+        return [by, *report["lines"]]
     skipped = f" ({report['skipped']:,} more could not be read)" if report["skipped"] else ""
     skipped += f" (its overlays remove {report['removed']:,})" if report["removed"] else ""
     of = f"{report['checkpoint']} on {report['samples']:,} samples of {report['data']}{skipped}"

@@ -118,7 +118,9 @@ def status_lines(found: dict[str, Any], *, short: bool = False) -> list[str]:
         lines.append(f"held out at step {evaluation['step']}: top-1 {evaluation['eval_top1']:.2%}, loss {evaluation['eval_loss']:.4f}")
     if apart := found["evaluated_apart"]:
         told = [f"{name} {apart[field]:{form}}" for name, field, form in _APART if isinstance(apart.get(field), int | float)]
-        lines.append(f"evaluated apart at step {apart['step']} on {apart.get('data', '?')}: {', '.join(told)}")
+        lines.append(
+            f"evaluated apart at step {apart['step']} on {apart.get('data', '?')}: {', '.join(told) or apart.get('protocol', '?')}"
+        )
     lines += _checkpoint_lines(found)
     lines += _end_lines(found)
     spent = found["goodput"]

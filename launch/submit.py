@@ -436,9 +436,17 @@ def pack_words(words: list[str], datasets: dict[str, str]) -> list[str]:
 
 
 def options(asked: Any, default: Any) -> list[str]:
-    """The flags, a word each, that make of the defaults what is asked."""
-    changed = {name.replace("_", "-"): value for name, value in vars(asked).items() if value != getattr(default, name)}
-    return [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}" for name, value in changed.items()]
+    """The flags, a word each, that make of the defaults what is asked; of several values each has a word of its own."""
+    words: list[str] = []
+    for setting, value in vars(asked).items():
+        name = setting.replace("_", "-")
+        if value == getattr(default, setting):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            words += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
+    return words
 
 
 # -- what both share ----------------------------------------------------------------------------------------------------------------------

@@ -153,38 +153,41 @@ def evaluate_checkpoint(
         seed: of the resamples.
     """
     check_head(description, dataset)
-    world_size = _place()[1]
-    per_rank, num_classes = -(-dataset.num_samples // world_size), dataset.num_classes
-    if precision and (needed := 4 * per_rank * num_classes) * local_ranks() > (there := available_memory()):
-        raise DatasetError(
-            f"average precision keeps {needed:,} bytes of scores on each rank ({per_rank:,} samples x {num_classes:,} classes), and "
-            f"{there:,} are available; --no-average-precision works, or more processes on more machines' memory"
-        )
-    device, rows = _device(), list[Tensor]()
-    scores_nK = torch.empty(per_rank if precision else 0, num_classes)
+    device, rows, scores = _device(), list[Tensor](), list[Tensor]()
+    if precision:
+        check_memory(dataset)
 
     def keep(batch: DeviceBatch, logits_BK: Tensor) -> None:
         told_BX, scores_BK = tell_of_samples(batch, logits_BK, description.objective)
+        rows.append(told_BX)
         if precision:
-            done = sum(map(len, rows))
-            scores_nK[done : done + len(scores_BK)] = scores_BK.cpu()
-        rows.append(told_BX.cpu())
+            scores.append(scores_BK[batch.valid_B].cpu())
 
     result = evaluate(
         load_model(description, kind).to(device), dataset, description.model.image_size, description.preprocess, description.objective,
         device=device, batch_size=batch_size, stream=StreamConfig(workers=workers), progress=progress, see=keep,
     )  # fmt: skip
     own_nX = torch.cat(rows)
-    told_NX = _gather(own_nX, per_rank)
+    told_NX = _of_all_ranks(own_nX)
     samples_N, guesses_N, confidences_N = told_NX[:, 0].astype(np.int64), told_NX[:, 1].astype(np.int64), told_NX[:, 2]
     labels_NL, _ = dataset.labels(samples_N)
     precisions_KR = None
     if precision:
-        own_n = np.searchsorted(samples_N, own_nX[:, 0].numpy())
-        precisions_KR = average_precisions(
-            scores_nK[: len(own_n)], own_n, pairs_of(labels_NL, told_NX[:, 3:]), resample(len(samples_N), resamples, seed), _add
-        )
+        own_n = np.searchsorted(samples_N, own_nX[own_nX[:, 0] >= 0, 0].cpu().numpy())
+        weights_NR = resample(len(samples_N), resamples, seed)
+        precisions_KR = average_precisions(scores, own_n, pairs_of(labels_NL, told_NX[:, 3:]), weights_NR, dataset.num_classes, _add)
     return _measures(result, dataset, labels_NL, guesses_N, confidences_N, None if real_NL is None else real_NL[samples_N], precisions_KR)
+
+
+def check_memory(dataset: Dataset) -> None:
+    """Raises DatasetError where this machine has no room for all scores of its ranks' samples."""
+    ranks, world_size = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1, _place()[1]
+    samples = -(-dataset.num_samples * ranks // world_size)
+    if (needed := 4 * samples * dataset.num_classes) > (there := available_memory()):
+        raise DatasetError(
+            f"average precision keeps {needed:,} bytes of scores in memory ({samples:,} samples x {dataset.num_classes:,} classes), and "
+            f"{there:,} are available; leave out --average-precision, or evaluate where there is more"
+        )
 
 
 def check_head(description: Description, dataset: Dataset) -> None:
@@ -203,20 +206,19 @@ def check_head(description: Description, dataset: Dataset) -> None:
 
 
 def tell_of_samples(batch: DeviceBatch, logits_BK: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """What is kept of a batch's valid samples, b of them: rows (b, 3 + L) in fp64, and scores (b, K).
+    """What is kept of a batch's samples: rows (B, 3 + L) in fp64, and scores (B, K).
 
-    A row holds the sample's number, its guess, how probable the model has it, and its score for each label. A score orders samples for one
-    class: softmax's log-probability, or sigmoid's logit, which never saturates.
+    A row holds the sample's number, or -1 where there is none, its guess, how probable the model has it, and its score for each label. A
+    score orders samples for one class: softmax's log-probability, or sigmoid's logit, which never saturates.
     """
-    valid_B = batch.valid_B
-    logits_bK, labels_bL = logits_BK[valid_B], batch.labels_BL[valid_B].long()
-    guesses_b1 = logits_bK.topk(1, dim=-1).indices
+    guesses_B1 = logits_BK.topk(1, dim=-1).indices
     softmax = objective.kind == "softmax"
-    scores_bK = logits_bK.log_softmax(dim=-1) if softmax else logits_bK
-    best_b1 = scores_bK.gather(1, guesses_b1).double()
-    samples_b1 = torch.from_numpy(batch.samples_B).to(logits_bK.device)[valid_B][:, None]
-    told = (samples_b1, guesses_b1, best_b1.exp() if softmax else best_b1.sigmoid(), scores_bK.gather(1, labels_bL.clamp(min=0)))
-    return torch.cat([column.double() for column in told], dim=1), scores_bK
+    scores_BK = logits_BK.log_softmax(dim=-1) if softmax else logits_BK
+    best_B1 = scores_BK.gather(1, guesses_B1).double()
+    samples_B = torch.from_numpy(batch.samples_B).to(logits_BK.device).where(batch.valid_B, -1)
+    of_labels_BL = scores_BK.gather(1, batch.labels_BL.clamp(min=0).long())
+    told = (samples_B[:, None], guesses_B1, best_B1.exp() if softmax else best_B1.sigmoid(), of_labels_BL)
+    return torch.cat([column.double() for column in told], dim=1), scores_BK
 
 
 def _measures(
@@ -258,11 +260,6 @@ def meet() -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
-def local_ranks() -> int:
-    """Of the process group, how many share this machine's memory."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
-
-
 def _place() -> tuple[int, int]:
     """Rank and number of ranks."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -280,15 +277,12 @@ def _add(counts: Tensor) -> None:
         counts.copy_(on_device)
 
 
-def _gather(rows_nX: Tensor, most: int) -> npt.NDArray[np.float64]:
-    """The rows of all ranks, at most so many of each, by their first number, which no two have."""
-    if not dist.is_initialized():
-        told_NX = rows_nX.numpy()
-    else:
-        padded_mX = torch.full((most, rows_nX.shape[1]), -1.0, dtype=torch.float64, device=_device())
-        padded_mX[: len(rows_nX)] = rows_nX.to(padded_mX.device)
-        of_ranks = [torch.empty_like(padded_mX) for _ in range(dist.get_world_size())]
-        dist.all_gather(of_ranks, padded_mX)
-        told_NX = torch.cat(of_ranks).cpu().numpy()
-        told_NX = told_NX[told_NX[:, 0] >= 0]
+def _of_all_ranks(rows_nX: Tensor) -> npt.NDArray[np.float64]:
+    """The rows of all ranks' samples, of which each has equally many, in the dataset's order, without those that are no sample's."""
+    of_ranks = [rows_nX]
+    if dist.is_initialized():
+        of_ranks = [torch.empty_like(rows_nX) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, rows_nX)
+    told_NX = torch.cat(of_ranks).cpu().numpy()
+    told_NX = told_NX[told_NX[:, 0] >= 0]
     return told_NX[np.argsort(told_NX[:, 0])]

@@ -165,7 +165,7 @@ def pairs_of(labels_NL: Integers, scores_NL: npt.NDArray[Any]) -> Pairs:
 
 
 def average_precisions(
-    scores_nK: Tensor, own_n: Integers, pairs: Pairs, weights_NR: npt.NDArray[np.int32],
+    scores: Sequence[Tensor], own_n: Integers, pairs: Pairs, weights_NR: npt.NDArray[np.int32], num_classes: int,
     add: Callable[[Tensor], object] = lambda counts: None,
 ) -> Floats:  # fmt: skip
     """Average precision of each class under each column of weights (K, R), NaN where a class has no sample of any weight.
@@ -176,12 +176,12 @@ def average_precisions(
     and sends P x R counts in all; to bring all scores of a class to one rank would send all of them, n x K a rank.
 
     Args:
-        scores_nK: of this rank's samples, fp32, on the CPU.
-        own_n: their places among the N.
+        scores: of this rank's samples, in blocks (b, K) of some of the n, in fp32 on the CPU.
+        own_n: the places of these samples among the N.
         weights_NR: how often each sample counts: once, or as often as it was drawn (`resample`).
         add: adds counts (int32) over the ranks, in place. All ranks call it equally often.
     """
-    K, R = scores_nK.shape[1], weights_NR.shape[1]
+    K, R = num_classes, weights_NR.shape[1]
     weights_nR = torch.from_numpy(weights_NR[own_n])
     bounds = np.searchsorted(pairs.labels_P, np.arange(K + 1)).tolist()
     precisions_KR = np.full((K, R), np.nan)
@@ -189,7 +189,7 @@ def average_precisions(
         classes = [k for k in range(first, min(first + _CLASSES_AT_ONCE, K)) if bounds[k] < bounds[k + 1]]
         if not classes:
             continue
-        own_kn = scores_nK[:, first : first + _CLASSES_AT_ONCE].T.contiguous()
+        own_kn = torch.cat([block_bK[:, first : first + _CLASSES_AT_ONCE].T for block_bK in scores], dim=1)
         of_class = {k: torch.from_numpy(pairs.scores_P[bounds[k] : bounds[k + 1]]) for k in classes}
         counts_PR = torch.cat([count_as_high(own_kn[k - first], of_class[k], weights_nR) for k in classes])
         add(counts_PR)

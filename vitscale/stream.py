@@ -172,9 +172,10 @@ def evaluation_batches(
 ) -> Iterator[Batch]:  # fmt: skip
     """A rank's share of the whole dataset, each sample exactly once over all ranks.
 
-    All ranks see equally many batches; where a rank has no sample, or one that cannot be used, `valid_B` is False.
+    Ranks share out whole batches, so that a batch has the same samples in every world size, and a model the same results for it to the last
+    bit. All ranks see equally many batches; where a rank has no sample, or one that cannot be used, `valid_B` is False.
     """
-    per_rank = -(-dataset.num_samples // world_size)
+    per_rank = -(-dataset.num_samples // (batch_size * world_size)) * batch_size
     first, end = rank * per_rank, min((rank + 1) * per_rank, dataset.num_samples)
 
     def jobs() -> Iterator[_Job]:

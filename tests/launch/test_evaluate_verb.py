@@ -79,6 +79,19 @@ def test_several_processes_tell_what_one_tells(run: Path, dataset: Path, tmp_pat
     assert lines[-3].split() == [most["name"], most["guess_name"], str(most["samples"])]
 
 
+def test_a_probe_by_several_processes_is_that_of_one(run: Path, dataset: Path) -> None:
+    """Of the training split beside; a line for each of its results."""
+    asked = [run, "--data", dataset / "val", "--protocol", "fewshot", "--shots", 1, 3, "--seeds", 2, "--batch-size", 8]
+    one, two = (report(*asked, "--nproc", nproc) for nproc in (1, 2))
+    assert one == two
+    assert (one["protocol"], one["train_samples"], one["test_samples"]) == ("fewshot", 131, 37)
+    said = vitscale("evaluate", *asked)
+    assert said.returncode == 0, said.stderr
+    for line, result in zip(said.stdout.splitlines()[-2:], one["results"], strict=True):
+        assert f"{result['shots']} shot" in line
+        assert f"top-1 {result['top1']:.2%}" in line
+
+
 BAD = {
     "RUN --data DATA/val --batch-size 0": "batch-size=0 must be at least 1",
     "RUN --data DATA/val --bootstrap 9": "bootstrap=9 is for the interval of --average-precision; give both",

@@ -180,7 +180,7 @@ def test_scores_that_do_not_fit_into_memory_are_refused(several: Dataset, tmp_pa
     model = dataclasses.replace(MODEL, num_classes=CLASSES)
     description = write_checkpoint(tmp_path / "step", random_vit(model))
     monkeypatch.setattr("vitscale.evaluate.available_memory", lambda: 4 * SAMPLES * CLASSES - 1)
-    with pytest.raises(DatasetError, match=r"keeps 812 bytes of scores on each rank \(29 samples x 7 classes\), and 811 are available"):
+    with pytest.raises(DatasetError, match=r"keeps 812 bytes of scores in memory \(29 samples x 7 classes\), and 811 are available"):
         evaluate_checkpoint(
             description, "weight", several, batch_size=8, workers=1, progress=lambda done, total: None, precision=True
         )  # fmt: skip

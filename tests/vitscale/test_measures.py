@@ -40,12 +40,13 @@ def precisions_of(scores_NK: np.ndarray, labels_NL: np.ndarray, weights_NR: np.n
     at_labels_NL = np.take_along_axis(scores_NK, np.maximum(labels_NL, 0), axis=1)
     pairs = pairs_of(labels_NL, at_labels_NL)
     owns = [np.flatnonzero(np.arange(N) % shares == share)[::-1].copy() for share in range(shares)]
-    counts: list[list[torch.Tensor]] = []
+    told: list[list[torch.Tensor]] = []
     for own in owns:
-        counts.append([])
-        average_precisions(torch.from_numpy(scores_NK[own]), own, pairs, weights_NR, lambda of: counts[-1].append(of.clone()))
-    sums = iter([torch.stack(of_all).sum(dim=0, dtype=torch.int32) for of_all in zip(*counts, strict=True)])
-    return average_precisions(torch.from_numpy(scores_NK[owns[0]]), owns[0], pairs, weights_NR, lambda of: of.copy_(next(sums)))
+        told.append([])
+        blocks = torch.from_numpy(scores_NK[own]).split(7)
+        average_precisions(blocks, own, pairs, weights_NR, scores_NK.shape[1], lambda counts: told[-1].append(counts.clone()))
+    sums = iter([torch.stack(of_all).sum(dim=0, dtype=torch.int32) for of_all in zip(*told, strict=True)])
+    return average_precisions(blocks, owns[-1], pairs, weights_NR, scores_NK.shape[1], lambda counts: counts.copy_(next(sums)))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
