@@ -193,11 +193,11 @@ def report_on(flags: EvaluateFlags, folder: Path, *, quiet: bool) -> dict[str, A
         from vitscale.reassessed import read_real_labels
 
         real_NL = read_real_labels(Path(flags.real), dataset)
-    with progress_bar("evaluating", quiet=quiet, unit="images") as update:
-        found = evaluate_checkpoint(
-            description, flags.weights, dataset, batch_size=flags.batch_size, workers=flags.workers, progress=update, real_NL=real_NL,
-            precision=flags.average_precision, resamples=flags.bootstrap, seed=flags.seed,
-        )  # fmt: skip
+    found = evaluate_checkpoint(
+        description, flags.weights, dataset, batch_size=flags.batch_size, workers=flags.workers,
+        progress=lambda title, unit: progress_bar(title, quiet, unit), real_NL=real_NL, precision=flags.average_precision,
+        resamples=flags.bootstrap, seed=flags.seed,
+    )  # fmt: skip
     return about | dataclasses.asdict(found)
 
 

@@ -7,6 +7,7 @@ order, and has `measures.py` make everything else of them. So no result depends 
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -40,6 +41,13 @@ from vitscale.stream import evaluation_batches
 from vitscale.transfer import DeviceBatch, on_device
 
 Interval = tuple[float, float]
+Update = Callable[[int, int], None]  # is told how much is done, of how much
+Progress = Callable[[str, str], AbstractContextManager[Update]]  # shows a part of the work, by its title and unit, as a progress bar does
+
+
+def silent(title: str, unit: str) -> AbstractContextManager[Update]:
+    """Shows nothing."""
+    return nullcontext(lambda done, total: None)
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ def load_model(description: Description, kind: str) -> ViT:
 
 
 def evaluate_checkpoint(
-    description: Description, kind: str, dataset: Dataset, *, batch_size: int, workers: int, progress: Callable[[int, int], None],
+    description: Description, kind: str, dataset: Dataset, *, batch_size: int, workers: int, progress: Progress = silent,
     real_NL: npt.NDArray[np.int32] | None = None, precision: bool = False, resamples: int = 0, seed: int = 0,
 ) -> Measures:  # fmt: skip
     """A checkpoint's own head on a dataset, in fp32, over all ranks of the process group or alone on one device.
@@ -163,10 +171,12 @@ def evaluate_checkpoint(
         if precision:
             scores.append(scores_BK[batch.valid_B].cpu())
 
-    result = evaluate(
-        load_model(description, kind).to(device), dataset, description.model.image_size, description.preprocess, description.objective,
-        device=device, batch_size=batch_size, stream=StreamConfig(workers=workers), progress=progress, see=keep,
-    )  # fmt: skip
+    model = load_model(description, kind).to(device)
+    with progress("evaluating", "images") as update:
+        result = evaluate(
+            model, dataset, description.model.image_size, description.preprocess, description.objective, device=device,
+            batch_size=batch_size, stream=StreamConfig(workers=workers), progress=update, see=keep,
+        )  # fmt: skip
     own_nX = torch.cat(rows)
     told_NX = _of_all_ranks(own_nX)
     samples_N, guesses_N, confidences_N = told_NX[:, 0].astype(np.int64), told_NX[:, 1].astype(np.int64), told_NX[:, 2]
@@ -175,7 +185,9 @@ def evaluate_checkpoint(
     if precision:
         own_n = np.searchsorted(samples_N, own_nX[own_nX[:, 0] >= 0, 0].cpu().numpy())
         weights_NR = resample(len(samples_N), resamples, seed)
-        precisions_KR = average_precisions(scores, own_n, pairs_of(labels_NL, told_NX[:, 3:]), weights_NR, dataset.num_classes, _add)
+        pairs = pairs_of(labels_NL, told_NX[:, 3:])
+        with progress("average precision", "classes") as update:
+            precisions_KR = average_precisions(scores, own_n, pairs, weights_NR, dataset.num_classes, _add, update)
     return _measures(result, dataset, labels_NL, guesses_N, confidences_N, None if real_NL is None else real_NL[samples_N], precisions_KR)
 
 

@@ -166,7 +166,7 @@ def pairs_of(labels_NL: Integers, scores_NL: npt.NDArray[Any]) -> Pairs:
 
 def average_precisions(
     scores: Sequence[Tensor], own_n: Integers, pairs: Pairs, weights_NR: npt.NDArray[np.int32], num_classes: int,
-    add: Callable[[Tensor], object] = lambda counts: None,
+    add: Callable[[Tensor], object] = lambda counts: None, progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Floats:  # fmt: skip
     """Average precision of each class under each column of weights (K, R), NaN where a class has no sample of any weight.
 
@@ -180,12 +180,14 @@ def average_precisions(
         own_n: the places of these samples among the N.
         weights_NR: how often each sample counts: once, or as often as it was drawn (`resample`).
         add: adds counts (int32) over the ranks, in place. All ranks call it equally often.
+        progress: called with (classes done, classes in all).
     """
     K, R = num_classes, weights_NR.shape[1]
     weights_nR = torch.from_numpy(weights_NR[own_n])
     bounds = np.searchsorted(pairs.labels_P, np.arange(K + 1)).tolist()
     precisions_KR = np.full((K, R), np.nan)
     for first in range(0, K, _CLASSES_AT_ONCE):
+        progress(first, K)
         classes = [k for k in range(first, min(first + _CLASSES_AT_ONCE, K)) if bounds[k] < bounds[k + 1]]
         if not classes:
             continue

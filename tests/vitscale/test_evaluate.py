@@ -93,9 +93,7 @@ def test_a_head_for_other_class_names_is_refused(dataset: Path, tmp_path: Path, 
     model = random_vit(dataclasses.replace(MODEL, num_classes=5))
     description = write_checkpoint(tmp_path / "step", model, class_names=names)
     with pytest.raises(CheckpointError, match="labels may mean other classes"):
-        evaluate_checkpoint(
-            description, "weight", Dataset.open(dataset / "val"), batch_size=8, workers=1, progress=lambda done, total: None
-        )
+        evaluate_checkpoint(description, "weight", Dataset.open(dataset / "val"), batch_size=8, workers=1)
 
 
 # -- Everything that `vitscale evaluate` tells --------------------------------------------------------------------------------------------
@@ -129,8 +127,8 @@ def all_measures(payload: dict[str, Any]) -> list[dict[str, Any]]:
     for kind in ("softmax", "sigmoid"):
         about = dataclasses.replace(description, objective=ObjectiveConfig(kind=kind))
         measures = evaluate_checkpoint(
-            about, "weight", dataset, batch_size=5, workers=1, progress=lambda done, total: None,
-            real_NL=read_real_labels(Path(payload["real"]), dataset), precision=True, resamples=20, seed=3,
+            about, "weight", dataset, batch_size=5, workers=1, real_NL=read_real_labels(Path(payload["real"]), dataset), precision=True,
+            resamples=20, seed=3,
         )  # fmt: skip
         found.append(dataclasses.asdict(measures))
     return found
@@ -182,7 +180,7 @@ def test_scores_that_do_not_fit_into_memory_are_refused(several: Dataset, tmp_pa
     monkeypatch.setattr("vitscale.evaluate.available_memory", lambda: 4 * SAMPLES * CLASSES - 1)
     with pytest.raises(DatasetError, match=r"keeps 812 bytes of scores in memory \(29 samples x 7 classes\), and 811 are available"):
         evaluate_checkpoint(
-            description, "weight", several, batch_size=8, workers=1, progress=lambda done, total: None, precision=True
+            description, "weight", several, batch_size=8, workers=1, precision=True
         )  # fmt: skip
 
 
