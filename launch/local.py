@@ -101,7 +101,8 @@ def run_ranks(command: Sequence[str], nproc: int, folder: Path) -> None:
         _end(ranks)
     if failed:
         first = read_ends(folder, 0)[0]
-        raise LaunchError(f"{first.words.rstrip()}{f' (rank {first.rank} of {nproc})' if first.cause is not Cause.INPUT else ''}")
+        where = "" if first.cause in (Cause.INPUT, Cause.KILLED) else f"\n(rank {first.rank} of {nproc})"
+        raise LaunchError(f"{first.words.rstrip()}{where}")
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """`vitscale evaluate` as a user types it: reports of one process and of several, what is refused, and a live run that is watched."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +67,6 @@ def test_several_processes_tell_what_one_tells(run: Path, dataset: Path, tmp_pat
     assert whole | {"confusions": one["confusions"]} == one | {"loss": whole["loss"]}
     assert one["real_samples"] == one["samples"] == 37
     assert sum(of["samples"] for of in one["classes"]) == 37
-    plain = report(*asked, "--nproc", 1)
-    assert plain | {"loss": 0} == {name: value for name, value in one.items() if name not in ("classes", "confusions")} | {"loss": 0}
 
     said = vitscale("evaluate", *asked, *tables)
     assert said.returncode == 0
@@ -92,6 +92,38 @@ def test_a_probe_by_several_processes_is_that_of_one(run: Path, dataset: Path) -
         assert f"top-1 {result['top1']:.2%}" in line
 
 
+RANKS = """
+import os, signal, sys
+from pathlib import Path
+from launch.local import run_ranks
+code = "import os, signal; print(os.getpid(), file=open('pids', 'w'), flush=True); DO; signal.pause()".replace("DO", sys.argv[1])
+run_ranks([sys.executable, "-c", code], 2, Path("."))
+"""
+
+
+def ranks(folder: Path, do: str) -> tuple["subprocess.Popen[str]", list[int]]:
+    """A launcher of two ranks that do something and then wait for ever, and the ranks' pids, once both are there."""
+    os.mkfifo(folder / "pids")
+    launcher = subprocess.Popen([sys.executable, "-c", RANKS, do], cwd=folder, stderr=subprocess.PIPE, text=True)
+    with open(os.open(folder / "pids", os.O_RDWR)) as told:  # which never ends, whoever closes it
+        pids = [int(told.readline()) for _ in range(2)]
+    return launcher, pids
+
+
+def test_when_a_rank_is_killed_all_end_and_it_is_told_which(tmp_path: Path) -> None:
+    launcher, pids = ranks(tmp_path, "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)")
+    _, said = launcher.communicate()
+    assert said.rstrip().endswith("LaunchError: error: rank 1 was killed by SIGKILL")
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
+    launcher, pids = ranks(tmp_path, "0")
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait() == -signal.SIGINT
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
 BAD = {
     "RUN --data DATA/val --batch-size 0": "batch-size=0 must be at least 1",
     "RUN --data DATA/val --bootstrap 9": "bootstrap=9 is for the interval of --average-precision; give both",
@@ -107,7 +139,6 @@ BAD = {
     "TMP --data DATA/val --watch": "is not a run",
     "RUN/checkpoints/step-00000006 --data DATA/val --watch": "is not a run",
     "RUN --data OTHER --nproc 2": "has a head of 5 classes",
-    "RUN --data OTHER": "has a head of 5 classes",
 }
 
 
@@ -176,7 +207,7 @@ def test_a_live_run_is_watched_to_its_end(dataset: Path, tmp_path: Path) -> None
 
 
 def test_another_question_is_another_evaluation(copied: Path, dataset: Path) -> None:
-    for words in ([], ["--average-precision"], []):
+    for words in ([], ["--average-precision"]):
         with watching(copied, dataset, *words) as watcher:
             watcher.communicate()
             assert watcher.returncode == 0
