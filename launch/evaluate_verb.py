@@ -54,7 +54,7 @@ class EvaluateFlags:
     bootstrap: int = 0
     """Resamples of the samples for its interval; 0: none. 1000 are usual."""
     seed: int = 0
-    """Of what is drawn at random."""
+    """Of the resamples."""
     per_class: bool = False
     """A row a class: samples, accuracy, what it is most confused with."""
     confusions: int = 0
