@@ -28,7 +28,8 @@ def train(out: Path, dataset: Path, *words: object) -> list[str]:
 def run(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of six steps, with checkpoints of steps 3 and 6."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    subprocess.run(train(out, dataset), check=True, capture_output=True)
+    trained = subprocess.run(train(out, dataset), capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stderr
     return out
 
 
