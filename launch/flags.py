@@ -1,4 +1,4 @@
-"""Words of the command line into a dataclass, through tyro; what is wrong with them becomes one line."""
+"""Words of the command line into a dataclass, through tyro; what is wrong with them becomes one line. And flags that verbs share."""
 
 import contextlib
 import io
@@ -15,6 +15,7 @@ Flags = TypeVar("Flags")
 CHECKPOINT = "A run (its newest durable checkpoint), RUN@STEP, RUN@best, a step's folder, or an exported or imported folder."
 Checkpoint = Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT", help=CHECKPOINT)]
 Weights = Annotated[Literal["average", "weight"], tyro.conf.arg(help="The average of the weights where there is one, or the raw weights.")]
+Processes = Annotated[int, tyro.conf.arg(help="Processes; 0 starts one a GPU, or one on a machine without.")]
 
 
 class UsageError(UserError):

@@ -88,6 +88,31 @@ def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO) 
     raise AssertionError("itertools.count ended")
 
 
+def run_ranks(command: Sequence[str], nproc: int, folder: Path) -> None:
+    """Runs a command once on `nproc` ranks of this machine, to the end of all; however it ends, all have ended.
+
+    Rank 0 has this process's error stream for its progress. A rank that fails leaves its end record in the folder, as in a run's; raises
+    LaunchError with what the first one said.
+    """
+    port = free_port()
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(nproc):
+            with open(folder / f"rank-{rank}.log", "wb") as log:
+                environment = os.environ | _environment(rank, nproc, port)
+                error = None if rank == 0 else log
+                ranks.append(
+                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=error, env=environment, start_new_session=True)
+                )
+        failed = _wait(folder, 0, ranks, [])
+    finally:
+        _end(ranks)
+    if failed:
+        first = read_ends(folder, 0)[0]
+        where = "" if first.cause in (Cause.INPUT, Cause.KILLED) else f"\n(rank {first.rank} of {nproc})"
+        raise LaunchError(f"{first.words.rstrip()}{where}")
+
+
 @contextmanager
 def _stopping() -> Iterator[list[int]]:
     """Ctrl-C and TERM are taken note of, for the ranks to be asked to save; a second one is a KeyboardInterrupt. Yields those that came."""
@@ -126,7 +151,7 @@ def _run_ranks(run: Path, start: int, nproc: int, lock: TextIO, terminal: TextIO
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=output,
-                        env=os.environ | _environment(rank, nproc, port, terminal_fd),
+                        env=os.environ | _environment(rank, nproc, port) | _terminal(rank, terminal_fd),
                         pass_fds=(terminal_fd, lock.fileno()),
                         start_new_session=True,  # the user's Ctrl-C reaches the launcher alone, which ends the ranks in order
                     )
@@ -229,9 +254,14 @@ def _last_words(run: Path, start: int, ends: Sequence[End], verdict: Verdict) ->
     return f"{first.words.rstrip()}\n(rank {first.rank}; {log}){decided}"
 
 
-def _environment(rank: int, nproc: int, port: int, terminal_fd: int) -> dict[str, str]:
+def _terminal(rank: int, terminal_fd: int) -> dict[str, str]:
+    """Where rank 0 tells its progress."""
+    return {"VITSCALE_TERMINAL_FD": str(terminal_fd)} if rank == 0 else {}
+
+
+def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-    environment = {
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(nproc),
@@ -242,7 +272,6 @@ def _environment(rank: int, nproc: int, port: int, terminal_fd: int) -> dict[str
         "VITSCALE_LAUNCHER_PID": str(os.getpid()),
         "PYTHONSAFEPATH": "1",  # a run's folder named as a module of somebody else's would be imported from where the command was given
     }
-    return environment | ({"VITSCALE_TERMINAL_FD": str(terminal_fd)} if rank == 0 else {})
 
 
 def free_port() -> int:

@@ -27,20 +27,19 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from data_tools.config import PackConfig
-from data_tools.dataset import Dataset
 from data_tools.storage import is_url
 from launch.batch import Job, train_script, words_script
 from launch.data_verbs import PackFlags
+from launch.evaluate_verb import EvaluateFlags, check_inputs, evaluate_flags
 from launch.flags import UsageError, given, parse
 from launch.site import Site, check_extra, check_time, minutes, read_site
 from launch.sweep import check_alike, final_run, grid_of, note_trials, trial_at, trials_of
 from launch.terminal import Json, VerbError, print_json
-from launch.verbs import EvaluateFlags, FinetuneFlags, finetune_flags, pretrain_flags
-from vitscale.checkpoint import describe, find_checkpoint
+from launch.verbs import FinetuneFlags, finetune_flags, pretrain_flags
 from vitscale.config import FinetuneConfig, TrainConfig, grad_accum_steps, to_dict
 from vitscale.flops import checkpoint_bytes
 from vitscale.metrics import counted, duration
-from vitscale.resolve import cache_at, resolve, stage_at
+from vitscale.resolve import resolve
 from vitscale.run import (
     check_directory,
     check_start,
@@ -444,7 +443,7 @@ def submit_words(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     words = (pack_words if verb[0] == "pack" else evaluate_words)(verb[1:], site.datasets)
     folder = next_folder(Path("submissions").absolute())
     check_name(str(folder))
-    on_gpus = 1 if verb[0] == "evaluate" and gpus(flags, site) else 0
+    on_gpus = gpus_of_evaluation(verb[1:], gpus(flags, site)) if verb[0] == "evaluate" else 0
     job = Job(verb[0], folder, 1, 1, on_gpus, flags.time or site.time, flags.sbatch)
     merge = words_script(with_python(site), job, words)
     share = words_script(with_python(site), job, words, array=flags.tasks) if flags.tasks > 1 else ""
@@ -466,15 +465,21 @@ def submit_words(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     print(f"watch: squeue -j {','.join(jobs)}; their output: {folder}/job-*.log; stop: scancel {' '.join(jobs)}")
 
 
+def gpus_of_evaluation(words: list[str], there: int) -> int:
+    """One for each of its processes, of those that a node has. Raises UsageError."""
+    nproc = evaluate_flags(words).nproc
+    if there and nproc > there:
+        raise UsageError(f"nproc={nproc} must be at most {there}, the GPUs of a node; --gpus-per-node before the -- tells of more")
+    return min(there, max(1, nproc))
+
+
 def evaluate_words(words: list[str], datasets: dict[str, str]) -> list[str]:
     """`evaluate` as a job is given it, checked as the verb checks it."""
-    asked = parse(EvaluateFlags, words, "evaluate")
-    if asked.batch_size < 1 or asked.workers < 0:
-        raise UsageError(f"batch-size={asked.batch_size} must be at least 1 and workers={asked.workers} at least 0")
-    places: dict[str, Any] = {name: absolute(getattr(asked, name)) for name in ("checkpoint", "stage", "cache")}
-    asked = dataclasses.replace(asked, data=dataset_at(asked.data, datasets), **places)
-    describe(find_checkpoint(asked.checkpoint)).evaluated_by(asked.eval_protocol)
-    Dataset.open_checked(asked.data, stage=stage_at(asked.stage), cache=cache_at(asked.cache, asked.cache_bytes))
+    asked = evaluate_flags(words)
+    places: dict[str, Any] = {name: absolute(getattr(asked, name)) for name in ("checkpoint", "stage", "cache", "real", "out")}
+    places |= {name: dataset_at(path, datasets) for name in ("data", "train_data") if (path := getattr(asked, name))}
+    asked = dataclasses.replace(asked, **places)
+    check_inputs(asked)
     return ["evaluate", asked.checkpoint, *options(asked, EvaluateFlags(asked.checkpoint, data=""))]
 
 
@@ -500,9 +505,17 @@ def pack_words(words: list[str], datasets: dict[str, str]) -> list[str]:
 
 
 def options(asked: Any, default: Any) -> list[str]:
-    """The flags, a word each, that make of the defaults what is asked."""
-    changed = {name.replace("_", "-"): value for name, value in vars(asked).items() if value != getattr(default, name)}
-    return [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}" for name, value in changed.items()]
+    """The flags, a word each, that make of the defaults what is asked; of several values each has a word of its own."""
+    words: list[str] = []
+    for setting, value in vars(asked).items():
+        name = setting.replace("_", "-")
+        if value == getattr(default, setting):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no-'}{name}")
+        else:
+            words += [f"--{name}", *map(str, value)] if isinstance(value, tuple) else [f"--{name}={value}"]
+    return words
 
 
 # -- what both share ----------------------------------------------------------------------------------------------------------------------

@@ -11,26 +11,15 @@ from typing import Annotated, Any
 
 import tyro
 
-from data_tools.config import MAYBE_BYTES
 from launch.checkpoint_verbs import CHECKPOINT_VERBS
 from launch.data_verbs import DATA_VERBS
-from launch.flags import Checkpoint, UsageError, Weights, given, parse, take_recipe
+from launch.evaluate_verb import evaluate
+from launch.flags import Processes, UsageError, Weights, given, parse, take_recipe
 from launch.plan_verb import plan
 from launch.run_verbs import RUN_VERBS
-from launch.terminal import Json, Verb, need, print_json, progress_bar
-from vitscale.config import (
-    BODY,
-    EngineConfig,
-    EvalProtocol,
-    FinetuneConfig,
-    InitConfig,
-    PositionInterpolation,
-    TrainConfig,
-    settle_length,
-)
+from launch.terminal import Json, Verb, need, print_json
+from vitscale.config import BODY, EngineConfig, FinetuneConfig, InitConfig, PositionInterpolation, TrainConfig, settle_length
 from vitscale.recipes import FINETUNE, PRETRAIN, Recipe, recipe, recipe_name
-
-Processes = Annotated[int, tyro.conf.arg(help="Processes; 0 starts one a GPU, or one on a machine without.")]
 
 _RATES = tyro.constructors.PrimitiveConstructorSpec(
     nargs="*",
@@ -140,60 +129,6 @@ def ranks_here(nproc: int, engine: EngineConfig) -> int:
     if not gpus and not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd")):  # else torch is asked, by each rank
         check_on_cpu(engine)
     return nproc or max(1, gpus)
-
-
-# -- evaluate -----------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EvaluateFlags:
-    """Evaluates on one device, in fp32, every sample once."""
-
-    checkpoint: Checkpoint
-    data: str
-    """Dataset directory or URL of the split to evaluate on."""
-    weights: Weights = "average"
-    batch_size: int = 64
-    workers: int = 0
-    """Workers that decode; 0 takes the cores there are, at most 8."""
-    stage: str = ""
-    """As of `pretrain`."""
-    cache: str = ""
-    """As of `pretrain`."""
-    cache_bytes: Annotated[int | None, MAYBE_BYTES] = None
-    """As of `pretrain`."""
-    eval_protocol: EvalProtocol | None = None
-    """Another evaluation preprocessing than the run's (docs/stream.md, "Evaluation")."""
-    json: Json = False
-
-
-def evaluate(words: list[str]) -> None:
-    """Accuracy of a checkpoint's head on a dataset."""
-    flags = parse(EvaluateFlags, words, "evaluate")
-    if flags.batch_size < 1 or flags.workers < 0:
-        raise UsageError(f"batch-size={flags.batch_size} must be at least 1 and workers={flags.workers} at least 0")
-    from data_tools.dataset import Dataset
-    from vitscale.checkpoint import describe, find_checkpoint
-    from vitscale.resolve import cache_at, stage_at
-
-    description = describe(find_checkpoint(flags.checkpoint)).evaluated_by(flags.eval_protocol)
-    dataset = Dataset.open_checked(flags.data, stage=stage_at(flags.stage), cache=cache_at(flags.cache, flags.cache_bytes))
-    need("torch", "safetensors")
-    from vitscale.evaluate import evaluate_checkpoint
-
-    with progress_bar("evaluating", quiet=flags.json, unit="images") as update:
-        result = evaluate_checkpoint(
-            description, flags.weights, dataset, batch_size=flags.batch_size, workers=flags.workers, progress=update
-        )  # fmt: skip
-    if flags.json:
-        of = {"checkpoint": str(description.path), "data": flags.data, "dataset": dataset.content_hash, "overlays": dataset.overlay.names}
-        print_json(of | {"eval_protocol": description.preprocess.eval_protocol} | dataclasses.asdict(result))
-        return
-    skipped = f" ({result.skipped:,} more could not be read)" if result.skipped else ""
-    skipped += f" (its overlays remove {result.removed:,})" if result.removed else ""
-    by = f", by the {description.preprocess.eval_protocol} protocol"
-    print(f"{description.path} on {result.samples:,} samples of {flags.data}{skipped}{by}:")
-    print(f"top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}")
 
 
 def recipe_doc(name: str, recipes: tuple[Recipe[Any], ...]) -> str:

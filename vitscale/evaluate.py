@@ -1,12 +1,17 @@
 """Evaluation: every sample of a dataset exactly once, over any number of ranks.
 
-`evaluate` is what the training loop calls on its live model and what `vitscale evaluate` calls on a loaded one; sums are exact counts (and
-fp64 losses) over all ranks, so the result does not depend on how the samples were dealt out.
+`evaluate` is what the training loop calls on its live model: top-1, top-5 and loss, as exact counts (and fp64 losses) over all ranks.
+`evaluate_checkpoint` is what `vitscale evaluate` calls on a loaded one: it keeps a row a sample besides, gathers the rows in the dataset's
+order, and has `measures.py` make everything else of them. So no result depends on how the samples were dealt out.
 """
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,11 +19,35 @@ from torch import Tensor
 from data_tools.dataset import Dataset, DatasetError
 from vitscale.checkpoint import CheckpointError, Description, read_weights
 from vitscale.config import ObjectiveConfig, PreprocessConfig, StreamConfig
+from vitscale.intervals import wilson
+from vitscale.machine import available_memory
+from vitscale.measures import (
+    ClassMeasure,
+    Confusion,
+    average_precisions,
+    calibration_error,
+    count_real,
+    is_right,
+    list_confusions,
+    mean_over_classes,
+    measure_classes,
+    pairs_of,
+    resample,
+)
 from vitscale.mixture import Mixture
 from vitscale.model import ViT, normalize, parameter_shapes
 from vitscale.objective import correct_at, per_sample_loss
 from vitscale.stream import evaluation_batches
-from vitscale.transfer import on_device
+from vitscale.transfer import DeviceBatch, on_device
+
+Interval = tuple[float, float]
+Update = Callable[[int, int], None]  # is told how much is done, of how much
+Progress = Callable[[str, str], AbstractContextManager[Update]]  # shows a part of the work, by its title and unit, as a progress bar does
+
+
+def silent(title: str, unit: str) -> AbstractContextManager[Update]:
+    """Shows nothing."""
+    return nullcontext(lambda done, total: None)
 
 
 @dataclass(frozen=True)
@@ -37,20 +66,42 @@ class Evaluation:
     """That an overlay removes; where a part is evaluated, in the whole dataset."""
 
 
+@dataclass(frozen=True)
+class Measures(Evaluation):
+    """All that `vitscale evaluate` tells of a checkpoint on one dataset. Intervals cover 95%."""
+
+    top1_interval: Interval
+    """Wilson's, as of all accuracies: what another draw of so many samples might have given."""
+    top5_interval: Interval
+    calibration_error: float
+    real_top1: float | None
+    """Share of the samples that have reassessed labels whose highest logit is one of them; None where no file of them was given."""
+    real_interval: Interval | None
+    real_samples: int | None
+    mean_average_precision: float | None
+    """Over the classes that have samples; None where it was not asked for."""
+    mean_average_precision_interval: Interval | None
+    """Over bootstrap resamples of the samples; None where none were asked for."""
+    classes_with_samples: int
+    classes: tuple[ClassMeasure, ...]
+    confusions: tuple[Confusion, ...]
+    """All there are, most frequent first."""
+
+
 @torch.no_grad()
 def evaluate(
     forward: Callable[[Tensor], Tensor], dataset: Dataset, image_size: tuple[int, int], preprocess: PreprocessConfig,
     objective: ObjectiveConfig, *, device: torch.device, batch_size: int, stream: StreamConfig,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None, see: Callable[[DeviceBatch, Tensor], None] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluates over all ranks of the process group, or alone where there is none. Raises DatasetError where no sample can be read.
 
     Args:
         forward: normalised fp32 images (B, C, H, W) to logits (B, K), in evaluation mode; called equally often on every rank.
         progress: called with this rank's (samples done, samples in all).
+        see: called with each of this rank's batches and its logits in fp32.
     """
-    grouped = dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    rank, world_size = _place()
     batches = evaluation_batches(
         Mixture([dataset]), image_size, preprocess, stream, batch_size=batch_size, rank=rank, world_size=world_size
     )
@@ -65,10 +116,12 @@ def evaluate(
             per_sample_loss(logits_BK, batch.labels_BL, batch.scores_BL, objective),
         )
         sums += torch.stack([torch.where(batch.valid_B, values_B.double(), 0.0).sum() for values_B in of_each])
+        if see:
+            see(batch, logits_BK)
         done += len(batch.valid_B)
         if progress:
             progress(min(done, -(-dataset.num_kept // world_size)), -(-dataset.num_kept // world_size))
-    if grouped:
+    if dist.is_initialized():
         dist.all_reduce(sums)
     samples, top1, top5, loss = sums.tolist()
     removed = dataset.overlay.num_removed
@@ -93,9 +146,64 @@ def load_model(description: Description, kind: str) -> ViT:
 
 
 def evaluate_checkpoint(
-    description: Description, kind: str, dataset: Dataset, *, batch_size: int, workers: int, progress: Callable[[int, int], None]
-) -> Evaluation:
-    """A checkpoint's own head on a dataset, in fp32 on one device. Raises CheckpointError where there is no head or it is another's."""
+    description: Description, kind: str, dataset: Dataset, *, batch_size: int, workers: int, progress: Progress = silent,
+    real_NL: npt.NDArray[np.int32] | None = None, precision: bool = False, resamples: int = 0, seed: int = 0,
+) -> Measures:  # fmt: skip
+    """A checkpoint's own head on a dataset, in fp32, over all ranks of the process group or alone on one device.
+
+    Raises CheckpointError where there is no head or it is another's, DatasetError where no sample can be read.
+
+    Args:
+        kind: `average` (where there is one) or `weight`.
+        real_NL: labels of every sample of the dataset (`reassessed.read_real_labels`), to be evaluated against, too.
+        precision: whether to keep all scores for average precision: 4 bytes for each of a rank's samples and class, in its memory.
+        resamples: for the interval of the mean average precision; 0: none.
+        seed: of the resamples.
+    """
+    check_head(description, dataset)
+    device, rows, scores = _device(), list[Tensor](), list[Tensor]()
+    if precision:
+        check_memory(dataset)
+
+    def keep(batch: DeviceBatch, logits_BK: Tensor) -> None:
+        told_BX, scores_BK = tell_of_samples(batch, logits_BK, description.objective)
+        rows.append(told_BX)
+        if precision:
+            scores.append(scores_BK[batch.valid_B].cpu())
+
+    model = load_model(description, kind).to(device)
+    with progress("evaluating", "images") as update:
+        result = evaluate(
+            model, dataset, description.model.image_size, description.preprocess, description.objective, device=device,
+            batch_size=batch_size, stream=StreamConfig(workers=workers), progress=update, see=keep,
+        )  # fmt: skip
+    own_nX = torch.cat(rows)
+    told_NX = _of_all_ranks(own_nX)
+    samples_N, guesses_N, confidences_N = told_NX[:, 0].astype(np.int64), told_NX[:, 1].astype(np.int64), told_NX[:, 2]
+    labels_NL, _ = dataset.labels(samples_N)
+    precisions_KR = None
+    if precision:
+        own_n = np.searchsorted(samples_N, own_nX[own_nX[:, 0] >= 0, 0].cpu().numpy())
+        weights_NR = resample(len(samples_N), resamples, seed)
+        pairs = pairs_of(labels_NL, told_NX[:, 3:])
+        with progress("average precision", "classes") as update:
+            precisions_KR = average_precisions(scores, own_n, pairs, weights_NR, dataset.num_classes, _add, update)
+    return _measures(result, dataset, labels_NL, guesses_N, confidences_N, None if real_NL is None else real_NL[samples_N], precisions_KR)
+
+
+def check_memory(dataset: Dataset) -> None:
+    """Raises DatasetError where this machine has no room for all scores of its ranks' samples."""
+    ranks, world_size = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1, _place()[1]
+    samples = -(-dataset.num_samples * ranks // world_size)
+    if (needed := 4 * samples * dataset.num_classes) > (there := available_memory()):
+        raise DatasetError(
+            f"average precision keeps {needed:,} bytes of scores in memory ({samples:,} samples x {dataset.num_classes:,} classes), and "
+            f"{there:,} are available; leave out --average-precision, or evaluate where there is more"
+        )
+
+
+def check_head(description: Description, dataset: Dataset) -> None:
+    """Raises CheckpointError where a checkpoint's head is not one for the dataset's classes."""
     if description.model.num_classes != dataset.num_classes:
         raise CheckpointError(
             f"{description.path} has a head of {description.model.num_classes} classes, {dataset.path} has {dataset.num_classes}; "
@@ -107,9 +215,86 @@ def evaluate_checkpoint(
             f"{description.path} was trained on {names[0]}, {dataset.path} has {names[1]}: labels may mean other classes; pack it with the "
             "--class-names of the training split, or without"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(description, kind).to(device)
-    return evaluate(
-        model, dataset, description.model.image_size, description.preprocess, description.objective, device=device,
-        batch_size=batch_size, stream=StreamConfig(workers=workers), progress=progress,
-    )  # fmt: skip
+
+
+def tell_of_samples(batch: DeviceBatch, logits_BK: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """What is kept of a batch's samples: rows (B, 3 + L) in fp64, and scores (B, K).
+
+    A row holds the sample's number, or -1 where there is none, its guess, how probable the model has it, and its score for each label. A
+    score orders samples for one class: softmax's log-probability, or sigmoid's logit, which never saturates.
+    """
+    guesses_B1 = logits_BK.topk(1, dim=-1).indices
+    softmax = objective.kind == "softmax"
+    scores_BK = logits_BK.log_softmax(dim=-1) if softmax else logits_BK
+    best_B1 = scores_BK.gather(1, guesses_B1).double()
+    samples_B = torch.from_numpy(batch.samples_B).to(logits_BK.device).where(batch.valid_B, -1)
+    of_labels_BL = scores_BK.gather(1, batch.labels_BL.clamp(min=0).long())
+    told = (samples_B[:, None], guesses_B1, best_B1.exp() if softmax else best_B1.sigmoid(), of_labels_BL)
+    return torch.cat([column.double() for column in told], dim=1), scores_BK
+
+
+def _measures(
+    result: Evaluation, dataset: Dataset, labels_NL: npt.NDArray[np.int32], guesses_N: npt.NDArray[np.int64],
+    confidences_N: npt.NDArray[np.float64], real_NL: npt.NDArray[np.int32] | None, precisions_KR: npt.NDArray[np.float64] | None,
+) -> Measures:  # fmt: skip
+    """Everything told, of what all ranks hold alike."""
+    samples = result.samples
+    confusions = list_confusions(labels_NL, guesses_N, dataset.class_name)
+    names = [dataset.class_name(label) for label in range(dataset.num_classes)]
+    classes = measure_classes(labels_NL, guesses_N, confusions, None if precisions_KR is None else precisions_KR[:, 0], names)
+    right, labelled = count_real(real_NL, guesses_N) if real_NL is not None else (0, 0)
+    mean, interval = mean_over_classes(precisions_KR) if precisions_KR is not None else (None, None)
+    return Measures(
+        **asdict(result),
+        top1_interval=wilson(round(result.top1 * samples), samples),
+        top5_interval=wilson(round(result.top5 * samples), samples),
+        calibration_error=calibration_error(confidences_N, is_right(labels_NL, guesses_N)),
+        real_top1=right / labelled if labelled else None,
+        real_interval=wilson(right, labelled) if labelled else None,
+        real_samples=None if real_NL is None else labelled,
+        mean_average_precision=mean,
+        mean_average_precision_interval=interval,
+        classes_with_samples=sum(of.samples > 0 for of in classes),
+        classes=tuple(classes),
+        confusions=tuple(confusions),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+# Ranks
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def meet() -> None:
+    """Joins the ranks that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: NCCL on GPUs, gloo elsewhere."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _place() -> tuple[int, int]:
+    """Rank and number of ranks."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _add(counts: Tensor) -> None:
+    """Sums counts over all ranks, in place."""
+    if dist.is_initialized():
+        on_device = counts.to(_device())
+        dist.all_reduce(on_device)
+        counts.copy_(on_device)
+
+
+def _of_all_ranks(rows_nX: Tensor) -> npt.NDArray[np.float64]:
+    """The rows of all ranks' samples, of which each has equally many, in the dataset's order, without those that are no sample's."""
+    of_ranks = [rows_nX]
+    if dist.is_initialized():
+        of_ranks = [torch.empty_like(rows_nX) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, rows_nX)
+    told_NX = torch.cat(of_ranks).cpu().numpy()
+    told_NX = told_NX[told_NX[:, 0] >= 0]
+    return told_NX[np.argsort(told_NX[:, 0])]

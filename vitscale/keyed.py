@@ -35,6 +35,10 @@ class Purpose(IntEnum):
     MIXING = 8  # mixup and CutMix
     FOREIGN_SHARDS = 9  # the order of tars without an index
     FOREIGN_SHUFFLE = 10  # and of the samples that were read of them
+    SHOTS = 11  # of a few-shot probe
+    HELD_OUT = 12  # of a training split, to choose a linear probe on
+    PROBE_ORDER = 13  # of a linear probe's SGD
+    BOOTSTRAP = 14  # resamples of an evaluation
 
 
 def mix(values: npt.ArrayLike) -> UInt64:

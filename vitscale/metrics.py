@@ -22,7 +22,7 @@ class Metrics:
         self._file = os.open(run / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         self._unwritten = b""  # what a full disk had no room for
         self._terminal = open_terminal()
-        self._board = _tensorboard(run / "tensorboard", step)
+        self._board = open_board(run / "tensorboard", step + 1)
 
     def log(self, values: dict[str, Any], text: str) -> None:
         """Writes one line; `values` must hold `step`. A disk that is full keeps it waiting and the run going."""
@@ -189,9 +189,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
+def open_board(folder: Path, purge_step: int | None = None) -> Any:
+    """TensorBoard's writer, which takes back what was written of steps from `purge_step` on; None where it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # the extra `tensorboard` is not installed
         return None
-    return SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=purge_step)  # type: ignore[no-untyped-call]

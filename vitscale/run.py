@@ -3,6 +3,7 @@
     RUN/config.json      the resolved config, enough to repeat the run
     RUN/run.json         versions, commit, dataset hashes, one entry for each start
     RUN/metrics.jsonl    a line a logged step, and a line an evaluation
+    RUN/evaluations.jsonl a line a checkpoint that another job evaluated (`watch.py`)
     RUN/stop             there while a person asks the run to stop
 
 Imports no torch: it works on login nodes.
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from data_tools.dataset import read_header
 from data_tools.durable import replace_file
@@ -262,7 +263,7 @@ def locked(run: Path, seconds: float = 1.0) -> Iterator[TextIO]:
     run.mkdir(parents=True, exist_ok=True)
     with open(run / "run.lock", "a") as file:
         end = time.monotonic() + seconds
-        while not _lock(file, fcntl.LOCK_EX):
+        while not try_lock(file):
             if time.monotonic() > end:
                 raise RunError(f"{run} is being trained by another process; `vitscale run status {run}` shows how far it is")
             time.sleep(0.1)
@@ -299,7 +300,7 @@ def is_locked(run: Path) -> bool:
     if not (run / "run.lock").is_file():
         return False
     with open(run / "run.lock") as file:
-        return not _lock(file, fcntl.LOCK_SH)
+        return not try_lock(file, shared=True)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -309,6 +310,15 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         told = [line[name] for name in _MEASURED if name in line]
         if not isinstance(line.get("step"), int) or not all(isinstance(value, int | float) for value in told):
             raise RunError(f"{run}/metrics.jsonl has a line that tells of no step as a run writes it, {line!r:.100}; take it out to go on")
+    return lines
+
+
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """The lines of evaluations.jsonl, oldest first. Raises RunError."""
+    lines = read_json_lines(run / "evaluations.jsonl")
+    for line in lines:
+        if not (isinstance(line.get("step"), int) and isinstance(line.get("commit"), str)):
+            raise RunError(f"{run}/evaluations.jsonl has a line that names no checkpoint, {line!r:.100}; take it out to go on")
     return lines
 
 
@@ -419,9 +429,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     replace_file(path, json.dumps(values, indent=1) + "\n")
 
 
-def _lock(file: TextIO, kind: int) -> bool:
+def try_lock(file: IO[Any], *, shared: bool = False) -> bool:
+    """Whether an open file could be locked, until it is closed; False where another process has it."""
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -13,7 +13,17 @@ from vitscale.ending import Cause
 from vitscale.goodput import goodput
 from vitscale.heartbeat import ENDED, STARTING, Sign, read_heartbeats
 from vitscale.metrics import SHARES, what_bounds
-from vitscale.run import is_finished, is_locked, read_config, read_metrics, read_record, samples_of, trained_datasets, unusable
+from vitscale.run import (
+    is_finished,
+    is_locked,
+    read_config,
+    read_evaluations,
+    read_metrics,
+    read_record,
+    samples_of,
+    trained_datasets,
+    unusable,
+)
 from vitscale.timeline import timeline_of
 from vitscale.verdict import Past, read_history
 
@@ -91,6 +101,7 @@ def status(run: Path, *, verify: bool = False) -> dict[str, Any]:
         "bound": bound,
         "profile": str(profiles[-1]) if profiles else None,
         "evaluation": evaluations[-1] if evaluations else None,
+        "evaluated_apart": next(reversed(read_evaluations(run)), None),
         "checkpoints": [folder.name for folder in checkpoint.committed(run)],
         "checkpoint_ages": {folder.name: now - (folder / "COMMIT.json").stat().st_mtime for folder in checkpoint.committed(run)},
         "checkpoint_faults": {folder.name: checkpoint.verify(folder) for folder in checkpoint.committed(run)} if verify else None,

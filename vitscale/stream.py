@@ -174,9 +174,10 @@ def evaluation_batches(
 ) -> Iterator[Batch]:  # fmt: skip
     """A rank's share of the whole dataset, each sample that is not removed exactly once over all ranks.
 
-    All ranks see equally many batches; where a rank has no sample, or one that cannot be used, `valid_B` is False.
+    Ranks share out whole batches, so that a batch has the same samples in every world size, and a model the same results for it to the last
+    bit. All ranks see equally many batches; where a rank has no sample, or one that cannot be used, `valid_B` is False.
     """
-    per_rank = -(-dataset.num_kept // world_size)
+    per_rank = -(-dataset.num_kept // (batch_size * world_size)) * batch_size
     kept = _kept_samples(dataset, rank * per_rank, (rank + 1) * per_rank)
 
     def jobs() -> Iterator[_Job]:

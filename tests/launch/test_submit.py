@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from launch.data_verbs import PackFlags
+from launch.evaluate_verb import evaluate_flags
 from launch.flags import parse
 from launch.site import Site, read_site
 from launch.submit import SubmitFlags, check_flags, split_words
-from launch.verbs import EvaluateFlags, finetune_flags, pretrain_flags
+from launch.verbs import finetune_flags, pretrain_flags
 from tests.command import VITSCALE, vitscale
 from tests.jobs import logs, pretraining, site_file, submit, submitted, wait_for_end
 from tests.slurm import Cluster, wait_for
@@ -297,7 +298,7 @@ def test_the_examples_of_the_documents_can_be_read() -> None:
     verbs = {
         "pretrain": pretrain_flags,
         "finetune": finetune_flags,
-        "evaluate": lambda words: parse(EvaluateFlags, words, "evaluate"),
+        "evaluate": evaluate_flags,
         "pack": lambda words: parse(PackFlags, words, "pack"),
     }
     seen = set()
@@ -346,6 +347,21 @@ def test_an_evaluation_takes_the_names_of_the_site_and_any_folder(dataset: Path,
     script = dry_run("--site", "site.toml", "--", *words, folder=tmp_path).stdout
     told = f"launch.main evaluate {trained}@6 --data={dataset}/val --batch-size=8 --stage={tmp_path}/copies --json <"
     assert told in script
+
+
+def test_an_evaluation_of_a_live_run_or_by_several_processes_is_submitted(dataset: Path, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text(json.dumps({}))
+    where = ["--data", dataset / "val"]
+    watched = dry_run("--", "evaluate", "--watch", os.path.relpath(trained, tmp_path), *where, "--interval", 5, folder=tmp_path).stdout
+    assert f"launch.main evaluate {trained} --data={dataset}/val --watch --interval=5.0 <" in watched
+    several = ["--gpus-per-node", 4, "--", "evaluate", trained, *where, "--nproc", 3, "--out", "o.json", "--shots", 1, 2]
+    script = dry_run(*several, folder=tmp_path).stdout
+    assert f"evaluate {trained} --data={dataset}/val --shots 1 2 --out={tmp_path}/o.json --nproc=3 <" in script
+    assert "#SBATCH --gpus-per-node=3\n" in script
+    several[1] = 2
+    assert "nproc=3 must be at most 2, the GPUs of a node" in dry_run(*several, folder=tmp_path, refused=True).stderr
+    of_others = dry_run("--", "evaluate", trained, *where, "--real", "real.json", folder=tmp_path, refused=True).stderr
+    assert f"{tmp_path}/real.json does not name the sample" in of_others
 
 
 def test_a_pack_is_given_paths_that_mean_the_same_from_every_folder(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""A probe of a checkpoint: the features of a training and a test split (`features.py`), one protocol (`probes.py`), a report and its lines.
+
+What `vitscale evaluate --protocol fewshot|linear|knn` calls. The report is plain data, which `dataclasses.asdict` makes JSON of.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from data_tools.dataset import Dataset, DatasetError
+from vitscale.checkpoint import Description
+from vitscale.config import ConfigError, StreamConfig
+from vitscale.evaluate import load_model
+from vitscale.features import Features, extract_features
+from vitscale.metrics import counted
+from vitscale.mixture import class_difference
+from vitscale.probes import (
+    SEEDS,
+    SETTINGS,
+    SHOTS,
+    FewShot,
+    Linear,
+    Neighbours,
+    Progress,
+    Solver,
+    few_shot,
+    linear_probe,
+    neighbours,
+)
+
+ProbeProtocol = Literal["fewshot", "linear", "knn"]
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """A probe's results, and what they were found on."""
+
+    protocol: ProbeProtocol
+    width: int
+    """Numbers that a feature has."""
+    num_classes: int
+    train_samples: int
+    test_samples: int
+    skipped: int
+    """Samples of both splits that could not be used: damaged, or not decodable."""
+    removed: int
+    """That overlays remove."""
+    results: tuple[FewShot, ...] | tuple[Linear, ...] | tuple[Neighbours, ...]
+
+
+def probe(
+    description: Description, kind: str, protocol: ProbeProtocol, train: Dataset, test: Dataset, *, batch_size: int, workers: int,
+    progress: Progress, shots: Sequence[int] = SHOTS, seeds: int = SEEDS, solver: Solver = "lbfgs",
+) -> ProbeReport:  # fmt: skip
+    """Probes a checkpoint's features, in fp32 on one device, by the preprocessing of its evaluation.
+
+    Raises ConfigError where a setting cannot work, DatasetError where the splits differ in classes, are the same one or cannot be read, and
+    CheckpointError where a tensor is missing or extra.
+
+    Args:
+        kind: `average` (where there is one) or `weight`.
+        shots, seeds: of `fewshot`.
+        solver: of `linear`.
+    """
+    if seeds < 1 or not shots or min(shots) < 1:
+        raise ConfigError(f"shots={list(shots)} and seeds={seeds} must be at least 1; {list(SHOTS)} and {SEEDS} are big_vision's")
+    if (train.num_classes, train.class_names) != (test.num_classes, test.class_names):
+        raise DatasetError(
+            f"{train.path} and {test.path} {class_difference(train, test)}; a probe needs the same: pack both with the same --class-names"
+        )
+    if train.content_hash == test.content_hash:
+        raise DatasetError(f"{test.path} is the split that the probe is trained on ({train.path}); give one that is held out")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(description, kind).to(device)
+
+    def features(dataset: Dataset, of: str) -> Features:
+        with progress(f"features of the {of} split", "images") as update:
+            return extract_features(
+                model, dataset, description.preprocess, device=device, batch_size=batch_size, stream=StreamConfig(workers=workers),
+                progress=update,
+            )  # fmt: skip
+
+    of_train, of_test = features(train, "training"), features(test, "test")
+    if len(of_train) < 2:
+        raise DatasetError(f"{train.path} has 1 sample that can be read; a probe is trained on at least 2")
+    removed = train.overlay.num_removed + test.overlay.num_removed
+    results: tuple[FewShot, ...] | tuple[Linear, ...] | tuple[Neighbours, ...]
+    if protocol == "fewshot":
+        results = tuple(few_shot(of_train, of_test, train.num_classes, progress, shots=shots, seeds=seeds))
+    elif protocol == "linear":
+        results = (linear_probe(of_train, of_test, train.num_classes, solver, progress),)
+    else:
+        results = tuple(neighbours(of_train, of_test, train.num_classes, progress))
+    skipped = train.num_samples + test.num_samples - removed - len(of_train) - len(of_test)
+    return ProbeReport(
+        protocol, of_train.features_ND.shape[1], train.num_classes, len(of_train), len(of_test), skipped, removed, results
+    )  # fmt: skip
+
+
+def lines(report: ProbeReport) -> list[str]:
+    """The report for a terminal."""
+    left_out = f", {report.skipped:,} more could not be read" if report.skipped else ""
+    left_out += f", overlays remove {report.removed:,}" if report.removed else ""
+    return [
+        f"{report.width:,} features of {report.train_samples:,} training and {report.test_samples:,} test samples of "
+        f"{report.num_classes:,} classes{left_out}; in brackets 95% intervals:",
+        *(line for result in report.results for line in _lines_of(result)),
+    ]
+
+
+def _lines_of(result: FewShot | Linear | Neighbours) -> list[str]:
+    top1 = f"top-1 {result.top1:.2%} [{result.low:.2%}, {result.high:.2%}]"
+    if isinstance(result, Neighbours):
+        return [f"{f'{result.k} neighbours':>14}: {top1}, top-5 {result.top5:.2%}"]
+    if isinstance(result, FewShot):
+        seeds = f", by seed {', '.join(f'{of:.2%}' for of in result.top1_of_seeds)}" if len(result.top1_of_seeds) > 1 else ""
+        short = f" (all there are of {counted(result.short_classes, 'class')} with fewer samples)" if result.short_classes else ""
+        return [f"{counted(result.shots, 'shot'):>9}: {top1}{seeds}{short}"]
+    best = max(top1 for _, top1 in result.grid)
+    edge = "; it ends the grid: one beyond may be better" if result.at_edge else ""
+    chosen = f"{SETTINGS[result.solver]} {result.chosen:g}, the best of {len(result.grid)}"
+    return [
+        f"linear head by {result.solver}: {top1}, top-5 {result.top5:.2%}",
+        f"{chosen} on {counted(result.held_out, 'training sample')} held out ({best:.2%}){edge}",
+    ]
