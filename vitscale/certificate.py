@@ -8,6 +8,7 @@
 `exported/verify.py`, which every export has a copy of, holds a library to them.
 """
 
+import functools
 import io
 import json
 from collections.abc import Mapping
@@ -34,7 +35,8 @@ _SIZES = (  # width, height: margins of crops that are even, odd, and odd halves
 )  # fmt: skip
 
 
-def rendered_images(seed: int) -> list[bytes]:
+@functools.lru_cache
+def rendered_images(seed: int) -> tuple[bytes, ...]:
     """Twenty JPEG files: waves, discs and noise, two of them grey and two progressive, each of its own size, quality and subsampling."""
     rng, files = np.random.default_rng(seed), []
     for number, (width, height) in enumerate(_SIZES):
@@ -52,7 +54,7 @@ def rendered_images(seed: int) -> list[bytes]:
         image = image.convert("L") if number in (3, 12) else image
         image.save(file, "JPEG", quality=int(rng.integers(60, 98)), subsampling=int(rng.integers(0, 3)), progressive=number in (5, 16))
         files.append(file.getvalue())
-    return files
+    return tuple(files)
 
 
 @torch.no_grad()
