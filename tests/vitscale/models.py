@@ -4,11 +4,14 @@ Not a test itself. A parity test over freshly initialised weights proves little:
 swapped or forgotten tensors, so every comparison here starts from `randomize`.
 """
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -94,3 +97,13 @@ def write_checkpoint(
     checkpoint.write_description(hidden / "checkpoint.json", about)
     checkpoint.publish(hidden, folder, {file.name: checkpoint.file_checksum(file) for file in hidden.iterdir()})
     return checkpoint.describe(folder)
+
+
+def photograph(size: tuple[int, int]) -> bytes:
+    """A JPEG of given width and height: smooth shapes and noise."""
+    rng = np.random.default_rng(size)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    noisy = np.clip(np.asarray(coarse) + rng.normal(0, 12, (size[1], size[0], 3)), 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noisy).save(file, "JPEG", quality=90)
+    return file.getvalue()
