@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 IMAGE_PYTHON ?= 3.12
+TRANSFORMERS_4 := transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2
 
 .PHONY: quickstart test check bench soak peers wheels clean
 .DELETE_ON_ERROR:
@@ -40,6 +41,8 @@ wheels: $(VENV)/installed  ## what benchmarks/gpu.sh brings to a GPU's image, in
 $(VENV)/installed: pyproject.toml constraints.txt setup.py vitscale/_pixels.c
 	$(PYTHON) -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[train,float8,quickstart,cloud,dedup,dev]"
+	rm -rf $(VENV)/transformers4  # version 4 beside 5, for exports are loaded by both
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers4 $(TRANSFORMERS_4)
 	touch $@
 
 $(PEERS)/installed: pyproject.toml setup.py vitscale/_pixels.c
