@@ -106,7 +106,7 @@ def _timm(model: ViTConfig, preprocess: PreprocessConfig, class_names: Sequence[
         "SwiGLU with attention pooling": model.mlp == "swiglu" and model.pool == "map",
     })  # fmt: skip
     after = replace(model, position="learned_1d")
-    if model.registers:  # timm gives registers positions, unless it gives the class token none either
+    if model.registers and model.class_token:  # timm gives registers positions, unless it gives the class token none either
         after = replace(after, class_position=False)
     losses = _timm_losses(preprocess)
     eps = {1e-6: 1e-6, 1e-5: 1e-5}.get(model.layer_norm_eps)
@@ -138,7 +138,7 @@ def timm_config(model: ViTConfig, eps: float, preprocess: PreprocessConfig, clas
         "num_heads": model.num_heads, "mlp_ratio": _mlp_ratio(model), "class_token": model.class_token, "global_pool": timm_pool(model),
         "fc_norm": model.pool_norm,  # timm's default for means is another one
         "qk_norm": model.qk_norm, "init_values": model.layer_scale or None, "reg_tokens": model.registers,
-        "no_embed_class": not model.class_position, "pre_norm": model.pre_norm,
+        "no_embed_class": model.registers > 0 or not model.class_position, "pre_norm": model.pre_norm,
     }  # fmt: skip
     config: dict[str, Any] = {
         "architecture": architecture,
@@ -197,7 +197,7 @@ def _hugging_face(
         "relative position bias in its ViT": model.position == "relative",
         "rectangular images without a class token (its SigLIP)": siglip and model.image_size[0] != model.image_size[1],
     })  # fmt: skip
-    after = replace(model, position="learned_1d", class_position=True)
+    after = replace(model, position="learned_1d", class_position=model.class_position or model.class_token)
     height, width = model.image_size
     config: dict[str, Any] = {
         "hidden_size": model.width, "num_hidden_layers": model.depth, "num_attention_heads": model.num_heads,
@@ -282,5 +282,5 @@ def _npz(model: ViTConfig, preprocess: PreprocessConfig, *, bf16: bool) -> Targe
         )
     if model.layer_norm_eps != 1e-6:
         losses.append(Loss("computation", f"big_vision's LayerNorm has an epsilon of 1e-6, this model's is {model.layer_norm_eps:g}"))
-    after = replace(model, position="learned_1d", class_position=False)
+    after = replace(model, position="learned_1d", class_position=model.class_position and not model.class_token)
     return Target("big_vision", "params/", "weights.npz", after, {}, tuple(losses))

@@ -85,7 +85,8 @@ REFUSED = {
     "npz": {
         **dict.fromkeys(("plain", "one-class", "21k-classes", "headless", "no-class-position", "mean-sincos", "odd-mlp", "quick"), "GELU"),
         "representation-headless": "GELU", "epsilon": "epsilon", "epsilon-1e-5": "epsilon", "relative": "relative",
-        "qk-norm": "normalised queries", "mae": "mean beside", "clip": "norm before", "registers": "registers", "dinov2": "SwiGLU", "everything": "LayerScale",
+        "qk-norm": "normalised queries", "mae": "mean beside", "clip": "norm before", "registers": "registers", "dinov2": "SwiGLU",
+        "everything": "LayerScale",
     },
     "safetensors": {},
 }  # fmt: skip
