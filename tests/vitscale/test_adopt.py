@@ -294,6 +294,10 @@ def fused(w: dict[str, Tensor], at: str, names: tuple[str, str, str]) -> dict[st
 def as_dinov2(theirs: nn.Module) -> dict[str, Tensor]:
     """facebookresearch/dinov2, dinov2/models/vision_transformer.py, with `SwiGLUFFNFused` where theirs has SwiGLU."""
     w = theirs.state_dict()
+    for i in range(2):  # transformers 5 keeps the gate and what it gates apart
+        if f"encoder.layer.{i}.mlp.gate_proj.weight" in w:
+            for leaf in ("weight", "bias"):
+                w[f"encoder.layer.{i}.mlp.w12.{leaf}"] = torch.cat([w[f"encoder.layer.{i}.mlp.{part}_proj.{leaf}"] for part in ("gate", "up")])
     found = {
         "cls_token": w["embeddings.cls_token"], "pos_embed": w["embeddings.position_embeddings"], "mask_token": w["embeddings.mask_token"],
         "patch_embed.proj.weight": w["embeddings.patch_embeddings.projection.weight"],
@@ -302,13 +306,13 @@ def as_dinov2(theirs: nn.Module) -> dict[str, Tensor]:
     }  # fmt: skip
     if "embeddings.register_tokens" in w:
         found["register_tokens"] = w["embeddings.register_tokens"]
-    gated = "encoder.layer.0.mlp.weights_in.weight" in w
+    gated = "encoder.layer.0.mlp.w12.weight" in w
     for i in range(2):
         at, to = f"encoder.layer.{i}", f"blocks.{i}"
-        for leaf, value in fused(w, f"{at}.attention.attention", ("query", "key", "value")).items():
+        for leaf, value in fused(w, f"{at}.attention", ("q_proj", "k_proj", "v_proj")).items():
             found[f"{to}.attn.qkv.{leaf}"] = value
-        pairs = {"attention.output.dense": "attn.proj", "norm1": "norm1", "norm2": "norm2"}
-        pairs |= {"mlp.weights_in": "mlp.w12", "mlp.weights_out": "mlp.w3"} if gated else {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+        pairs = {"attention.o_proj": "attn.proj", "norm1": "norm1", "norm2": "norm2"}
+        pairs |= {"mlp.w12": "mlp.w12", "mlp.down_proj": "mlp.w3"} if gated else {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
         for inner, outer in pairs.items():
             for leaf in ("weight", "bias"):
                 found[f"{to}.{outer}.{leaf}"] = w[f"{at}.{inner}.{leaf}"]
