@@ -22,6 +22,7 @@ from torch import Tensor
 Shape = tuple[int, ...]
 
 _MOST_PROGRAM = 1 << 26  # bytes of a pickle without its tensors
+_MOST_STEPS = 4_000_000  # of a pickle, which take seconds; the state of an optimizer of a thousand tensors has some 100,000
 _MOST_DEFLATED = 1_032  # times that deflate can make bytes fewer (zlib's documentation)
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of torch/serialization.py's stream
 _STORAGES = {
@@ -188,7 +189,9 @@ def _tree(file: io.BytesIO, storages: dict[str, Storage] | None = None) -> Any:
         del stack[len(stack) - count :]
         return found
 
-    for operation, said, _ in pickletools.genops(file):
+    for step, (operation, said, _) in enumerate(pickletools.genops(file)):
+        if step == _MOST_STEPS:
+            raise ValueError(f"its pickle has more than {_MOST_STEPS} steps")
         match operation.name:
             case "PROTO" | "FRAME":
                 pass

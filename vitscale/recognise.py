@@ -40,7 +40,9 @@ _TIMM_PLAIN = re.compile(
 _MOST_MODELS = 64  # in one file
 _MOST_PIXELS = 2**14  # of an image's side
 # Of MAE's decoder, in its own code (models_mae.py) and in transformers
-_OF_DECODER = re.compile(r"(decoder\.)?(decoder_(embed|blocks|layers|norm|pred)\.|decoder_pos_embed$)|decoder\.mask_token$")
+_OF_DECODER: Mapping[str, re.Pattern[str]] = {
+    "timm": re.compile(r"decoder_(embed|blocks|norm|pred)\.|decoder_pos_embed$"), "hf_vit_mae": re.compile(r"decoder\."),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], a
         )
     names, multi_label = _classes(said, model, where)
     is_mae = any(why == MAE_DECODER for _, why in left_out)
-    preprocess, taken = _preprocess(form, is_mae, said, asked)
+    preprocess, taken = _preprocess(form, is_mae, said, asked, where)
     return Weights(form, prefix, model, preprocess, names, multi_label, tuple(left_out), (*assumed, *taken))
 
 
@@ -188,7 +190,7 @@ def _why_left_out(form: Format, prefix: str, name: str, asked: ImportConfig, mod
     inner, headless = name.removeprefix(prefix), asked.headless
     if inner == "mask_token" or inner == "embeddings.mask_token":
         return "stands for hidden patches in pre-training"
-    if form in ("timm", "hf_vit_mae") and _OF_DECODER.match(name if form == "hf_vit_mae" else inner):
+    if form in _OF_DECODER and _OF_DECODER[form].match(name if form == "hf_vit_mae" else inner):
         return MAE_DECODER
     is_head = name.startswith(("classifier", "visual_projection"))
     if form in ("open_clip", "hf_clip", "hf_siglip") and not name.startswith(prefix) and not is_head:
@@ -546,7 +548,9 @@ def _classes(said: Mapping[str, dict[str, Any]], model: ViTConfig, where: str) -
     return names if model.num_classes else None, config.get("problem_type") == "multi_label_classification"
 
 
-def _preprocess(form: Format, is_mae: bool, said: Mapping[str, dict[str, Any]], asked: ImportConfig) -> tuple[PreprocessConfig, list[str]]:
+def _preprocess(
+    form: Format, is_mae: bool, said: Mapping[str, dict[str, Any]], asked: ImportConfig, where: str
+) -> tuple[PreprocessConfig, list[str]]:
     """What turns an image into the model's input, as the files beside the weights say, else as the family has it; and what was taken so.
 
     Raises CheckpointError.
@@ -583,7 +587,7 @@ def _preprocess(form: Format, is_mae: bool, said: Mapping[str, dict[str, Any]], 
         ):
             raise ValueError(f"mean {found.mean}, std {found.std}, {found.interpolation}, crop {found.eval_crop} make no preprocessing")
     except UNREADABLE as error:
-        raise CheckpointError(f"what lies beside the weights says no preprocessing ({' '.join(str(error).split())[:200]})") from None
+        raise CheckpointError(f"{where}: what lies beside the weights says no preprocessing ({' '.join(str(error).split())[:200]})") from None
     return found, assumed
 
 

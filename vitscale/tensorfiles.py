@@ -81,6 +81,8 @@ def open_tensors(path: Path) -> TensorFile:
         begins = file.read(10)
     with faults_of(path):
         if begins[:4] == b"PK\x03\x04":
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it begins as an archive and has not the end of one")
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
             return _open_npz(path) if names and all(name.endswith(".npy") for name in names) else _open_pickle(path)
