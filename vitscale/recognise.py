@@ -587,7 +587,9 @@ def _preprocess(
         ):
             raise ValueError(f"mean {found.mean}, std {found.std}, {found.interpolation}, crop {found.eval_crop} make no preprocessing")
     except UNREADABLE as error:
-        raise CheckpointError(f"{where}: what lies beside the weights says no preprocessing ({' '.join(str(error).split())[:200]})") from None
+        raise CheckpointError(
+            f"{where}: what lies beside the weights says no preprocessing ({' '.join(str(error).split())[:200]})"
+        ) from None
     return found, assumed
 
 

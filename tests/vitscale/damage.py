@@ -39,7 +39,7 @@ from vitscale.targets import timm_config
 
 SMALL = ViTConfig(depth=3, width=32, mlp_dim=48, num_heads=4, patch_size=8, image_size=(32, 32), num_classes=5)
 MARK = "a payload ran"
-SECONDS, MEMORY = 60, 1 << 30  # of a case; beyond what the process has before
+SECONDS, MEMORY = 120, 1 << 30  # of a case; beyond what the process has before
 NDArray = np.ndarray[Any, Any]
 
 
@@ -89,8 +89,8 @@ def bases() -> dict[str, Base]:
     dino = replace(SMALL, registers=2, layer_scale=1e-5, num_classes=0, class_position=True)
     hf = {
         "model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": 32, "num_hidden_layers": 3,
-        "intermediate_size": 48, "num_attention_heads": 4, "patch_size": 8, "image_size": 32, "num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
-        "qkv_bias": True, "id2label": {str(number): f"class {number}" for number in range(5)},
+        "intermediate_size": 48, "num_attention_heads": 4, "patch_size": 8, "image_size": 32, "num_channels": 3, "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6, "qkv_bias": True, "id2label": {str(number): f"class {number}" for number in range(5)},
     }  # fmt: skip
     decoder = {
         "mask_token": torch.ones(1, 1, 16),
@@ -498,24 +498,24 @@ def strange_archive(site: Site) -> Case:
     arrays = {name: _npy(_array(tensor)) for name, tensor in site.base.tensors.items()}
     name = site.one()
     what = site.rng.choice(["twice", "bzip2", "lzma", "up", "root", "other", "bomb", "bombs", "long header"])
-    with open(site.put(_npz(arrays, {"bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA}.get(what, 0))), "r+b") as file:
-        with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
-            if what == "twice":
-                with contextlib.suppress(UserWarning):
-                    archive.writestr(f"{name}.npy", arrays[name])
-            elif what in ("up", "root"):
-                archive.writestr(f"{'../' * 5 if what == 'up' else '/'}tmp/{name}.npy", arrays[name])
-            elif what == "other":
-                archive.writestr("run.py", b"open('x', 'w')")
-            elif what == "bomb":
-                archive.writestr("bomb.npy", _npy(np.zeros(20_000_000, np.float32)))
-            elif what == "bombs":
-                zeros = _npy(np.zeros(500_000, np.float32))
-                for number in range(30):
-                    archive.writestr(f"bomb{number}.npy", zeros)
-            elif what == "long header":
-                archive.writestr("long.npy", _npy_saying(" " * 50_000_000, b"", (2, 0)))
-    return refused(site.folder / "weights.npz", f"cannot be read as tensors|{MISFIT}")
+    path = site.put(_npz(arrays, {"bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA}.get(what, zipfile.ZIP_STORED)))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        if what == "twice":
+            with contextlib.suppress(UserWarning):
+                archive.writestr(f"{name}.npy", arrays[name])
+        elif what in ("up", "root"):
+            archive.writestr(f"{'../' * 5 if what == 'up' else '/'}tmp/{name}.npy", arrays[name])
+        elif what == "other":
+            archive.writestr("run.py", b"open('x', 'w')")
+        elif what == "bomb":
+            archive.writestr("bomb.npy", _npy(np.zeros(20_000_000, np.float32)))
+        elif what == "bombs":
+            zeros = _npy(np.zeros(500_000, np.float32))
+            for number in range(30):
+                archive.writestr(f"bomb{number}.npy", zeros)
+        elif what == "long header":
+            archive.writestr("long.npy", _npy_saying(" " * 50_000_000, b"", (2, 0)))
+    return refused(path, f"cannot be read as tensors|{MISFIT}")
 
 
 # Pickles
@@ -625,9 +625,7 @@ def lying_pickle(site: Site) -> Case:
         lambda: program(lambda old: b""),
         lambda: program(lambda old: b"\x80\x02}(X\x01\x00\x00\x00aK\x01X\x01\x00\x00\x00aK\x02u."),
         lambda: program(lambda old: b"cos\nsystem\n(S'touch x'\ntR."),
-        lambda: _rezipped(
-            data, lambda name, old: None if re.search(r"data/\d+$", name) and site.rng.random() < 0.3 or name.endswith("data/0") else old
-        ),
+        lambda: _rezipped(data, lambda name, old: None if re.search(r"data/0$", name) else old),
         lambda: _rezipped(data, lambda name, old: old[:-4] if name.endswith("data/0") else old),
         lambda: _rezipped(data, lambda name, old: b"big" if name.endswith("byteorder") else old),
         lambda: _rezipped(data, lambda name, old: None if name.endswith("data.pkl") else old),
@@ -676,17 +674,18 @@ def settings_that_contradict(site: Site) -> Case:
     site.of("hf")
     name, values = site.rng.choice(
         [
-            ("hidden_size", (64, 31, "32", -32, 10**9)), ("num_hidden_layers", (2, 4, 0, 10**9, "3")), ("intermediate_size", (64, 0, None.__class__.__name__)),
-            ("patch_size", (16, 4, 0, [8, 8])), ("num_channels", (1, 4)), ("num_attention_heads", (3, 5, 0, -4, 64, 10**9, 4.5, "four", None, [4], True)),
-            ("image_size", (64, 0, -32, 10**9, [32], [32, 64], "large", [0, 0], 32.5, {"height": 32})), ("layer_norm_eps", (-1, 0, 1e9, "small", [1], math.nan, math.inf)),
+            ("hidden_size", (64, 31, "32", -32, 10**9)), ("num_hidden_layers", (2, 4, 0, 10**9, "3")), ("intermediate_size", (64, 0, "48")),
+            ("patch_size", (16, 4, 0, [8, 8])), ("num_channels", (1, 4)),
+            ("num_attention_heads", (3, 5, 0, -4, 64, 10**9, 4.5, "four", None, [4], True)),
+            ("image_size", (64, 0, -32, 10**9, [32], [32, 64], "large", [0, 0], 32.5, {"height": 32})),
+            ("layer_norm_eps", (-1, 0, 1e9, "small", [1], math.nan, math.inf)),
             ("hidden_act", ("silu", "relu", 3, None, ["gelu"], {})), ("qkv_bias", (False, "yes", 0)),
-            ("id2label", ({"0": "a"}, {str(number): "a" for number in range(9)}, ["a"])), ("vision_config", (3, [], "x")), ("architectures", (3,)),
+            ("id2label", ({"0": "a"}, {str(number): "a" for number in range(9)}, ["a"])),
+            ("vision_config", (3, [], "x")), ("architectures", (3,)),
         ]
     )  # fmt: skip
-    asked = ImportConfig()
-    return refused(
-        site.write(sidecars={"config.json": _with(site.base.sidecars["config.json"], name, site.rng.choice(values))}), "", asked=asked
-    )
+    path = site.write(sidecars={"config.json": _with(site.base.sidecars["config.json"], name, site.rng.choice(values))})
+    return refused(path, "config.json|looks like hf_vit's and is not: .", asked=ImportConfig())
 
 
 @kind
@@ -701,22 +700,23 @@ def settings_of_timm_that_contradict(site: Site) -> Case:
     site.of("timm with settings")
     name, values = site.rng.choice(
         [
-            ("model_args.embed_dim", (64,)), ("model_args.depth", (2, 12)), ("model_args.patch_size", (16,)), ("model_args.num_heads", (3, 0, "4", 10**9)),
-            ("model_args.mlp_ratio", (4.0, 0, "1.5", math.nan)), ("model_args.class_token", (False,)), ("model_args.global_pool", ("map", "max", 3)),
-            ("model_args.fc_norm", (True,)), ("model_args.qk_norm", (True,)), ("model_args.init_values", (1e-5,)), ("model_args.reg_tokens", (4,)),
+            ("model_args.embed_dim", (64,)), ("model_args.depth", (2, 12)), ("model_args.patch_size", (16,)),
+            ("model_args.num_heads", (3, 0, "4", 10**9)),
+            ("model_args.mlp_ratio", (4.0, 0, "1.5", math.nan)), ("model_args.class_token", (False,)),
+            ("model_args.global_pool", ("map", "max", 3)),
+            ("model_args.fc_norm", (True,)), ("model_args.qk_norm", (True,)), ("model_args.init_values", (1e-5,)),
+            ("model_args.reg_tokens", (4,)),
             ("model_args.no_embed_class", (True,)), ("model_args.pre_norm", (True,)), ("model_args.act_layer", ("silu", 3, ["gelu"])),
             ("model_args.norm_layer", ("rmsnorm",)), ("model_args.qkv_bias", (False,)), ("model_args.block_fn", ("parallel",)),
             ("model_args.img_size", (64, [0, 0], [32, 64], 10**9, "x")), ("model_args", ([1], 3, "x")), ("num_classes", (1000, 0, 10**9)),
             ("num_features", (768,)), ("architecture", ("vit_base_patch16_rpn_224",)), ("pretrained_cfg", ([1], 3)),
-            ("pretrained_cfg.mean", (3, [], ["a"], [0, 0])), ("pretrained_cfg.std", ([0, 0, 0], [-1, 1, 1])), ("pretrained_cfg.crop_pct", ("x", -1, math.nan)),
+            ("pretrained_cfg.mean", (3, [], ["a"], [0, 0])), ("pretrained_cfg.std", ([0, 0, 0], [-1, 1, 1])),
+            ("pretrained_cfg.crop_pct", ("x", -1, math.nan)),
             ("pretrained_cfg.interpolation", ("lanczos", 3)), ("label_names", (["a"], ["a"] * 9)),
         ]
     )  # fmt: skip
-    return refused(
-        site.write(sidecars={"config.json": _with(site.base.sidecars["config.json"], name, site.rng.choice(values))}),
-        "",
-        asked=ImportConfig(),
-    )
+    path = site.write(sidecars={"config.json": _with(site.base.sidecars["config.json"], name, site.rng.choice(values))})
+    return refused(path, "config.json|beside the weights|looks like timm's and is not: .", asked=ImportConfig())
 
 
 @kind
