@@ -44,6 +44,8 @@ def weights_file(path: Path) -> Path:
         raise CheckpointError(f"{path} does not exist; give a file of weights (safetensors, npz, pth), or a folder that holds one")
     if path.is_file():
         return path
+    if not path.is_dir():  # a pipe would be waited for
+        raise CheckpointError(f"{path} is no plain file; give a file of weights (safetensors, npz, pth), or a folder that holds one")
     if (path / EXPORT_DESCRIPTION).is_file() or (path / "checkpoint.json").is_file() or (path / "run.json").is_file():
         raise CheckpointError(f"{path} is vitscale's own: every verb takes it as it is")
     for name in _FILES:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vitscale.checkpoint import CheckpointError
 from vitscale.config import PreprocessConfig
 from vitscale.images import evaluation_view
 from vitscale.model import ViT, normalize
@@ -65,6 +66,8 @@ def write_certificate(
 
     Args:
         about: what certificate.json says beside tolerances.
+
+    Raises CheckpointError where the model does not compute numbers.
     """
     (folder / FOLDER).mkdir()
     files = rendered_images(seed)
@@ -74,6 +77,8 @@ def write_certificate(
     inputs_BCHW = torch.randn(NUM_INPUTS, 3, *model.config.image_size, generator=torch.Generator().manual_seed(seed))
     expected = {"inputs_BCHW": inputs_BCHW, **outputs(model, inputs_BCHW), "image_views_BHWC": views_BHWC.float()}
     expected |= {f"image_{name}": value for name, value in outputs(model, normalize(views_BHWC, preprocess)).items()}
+    if odd := next((name for name, value in expected.items() if not bool(torch.isfinite(value).all())), None):
+        raise CheckpointError(f"the model's {odd} are not finite, so nothing can be held to them; its weights are damaged or diverged")
     write_safetensors(
         folder / FOLDER / "expected.safetensors", {name: tuple(value.shape) for name, value in expected.items()}, expected.__getitem__
     )

@@ -42,6 +42,7 @@ _FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # of files in a checkpoint
 _EXPORTED_NAME = re.compile(r"(?:certificate/)?\w[\w.-]{0,99}", re.ASCII)  # and in an export
 _MOST = 2**63  # no count in a checkpoint reaches it
 _LARGEST = 2**24  # of a model's sizes
+_DEEPEST = 1024  # blocks
 
 
 class CheckpointError(UserError):
@@ -267,7 +268,7 @@ def describe(folder: Path) -> Description:
         if values["format_version"] != FORMAT_VERSION:
             raise CheckpointError(f"{file} has format version {values['format_version']!r:.20}; this vitscale reads {FORMAT_VERSION}")
         model = from_dict(ViTConfig, values["model"], "model")
-        _check_bounds(model)
+        check_bounds(model)
         check_model(model)
         clock = {name: values[name] for name in ("samples_seen", "step")}
         clock["cursor"] = values.get("cursor", 0)  # which checkpoints of before had not, nor the next
@@ -316,8 +317,12 @@ def _read_export(values: dict[str, Any]) -> dict[str, Any]:
     return {"form": form, "prefix": prefix, "weights": weights, "origin": origin}
 
 
-def _check_bounds(model: ViTConfig) -> None:
+def check_bounds(model: ViTConfig) -> None:
     """Raises ValueError on a model that nobody could build, before anybody tries."""
+    if model.depth > _DEEPEST:
+        raise ValueError(f"model.depth is {model.depth}, which no model has")
+    if not 0 < model.layer_norm_eps < 1:
+        raise ValueError(f"model.layer_norm_eps is {model.layer_norm_eps}, which no model has")
     for name, value in flatten(asdict(model)).items():
         if any(isinstance(number, int) and number > _LARGEST for number in (value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"model.{name} is {value!r:.50}, which no model has")

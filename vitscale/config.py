@@ -41,7 +41,7 @@ class ConfigError(UserError):
 
 
 # What reading JSON that a stranger may have written raises, `from_dict` included
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, ConfigError)
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ConfigError)
 
 
 def _parse_mapping(words: list[str]) -> dict[str, Any]:

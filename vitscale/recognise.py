@@ -8,7 +8,7 @@ Nothing is guessed in silence, for names that fit with numbers that do not are w
 (`Weights.left_out`), or the file is refused with a table of what does not fit.
 """
 
-import json
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vitscale.check import check_model
-from vitscale.checkpoint import CheckpointError
+from vitscale.checkpoint import CheckpointError, check_bounds
 from vitscale.config import UNREADABLE, Format, ImportConfig, PreprocessConfig, ViTConfig
 from vitscale.formats import Shape, file_shapes, theirs_of
+from vitscale.tensorfiles import read_json
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711), "interpolation": "bicubic"}
@@ -34,6 +35,14 @@ _ACTIVATIONS = {
 _TIMM_PLAIN = re.compile(
     r"(vit|deit|deit3)_(tiny|small|medium|base|large|huge|giant|gigantic)_patch\d+(_reg\d)?(_clip)?(_quickgelu)?(_gap)?(_dinov2)?(_\d+)?"
 )
+
+
+_MOST_MODELS = 64  # in one file
+_MOST_PIXELS = 2**14  # of an image's side
+# Of MAE's decoder, in its own code (models_mae.py) and in transformers
+_OF_DECODER: Mapping[str, re.Pattern[str]] = {
+    "timm": re.compile(r"decoder_(embed|blocks|norm|pred)\.|decoder_pos_embed$"), "hf_vit_mae": re.compile(r"decoder\."),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,7 @@ def read_sidecars(folder: Path) -> dict[str, dict[str, Any]]:
         if not file.is_file():
             continue
         try:
-            found[name] = json.loads(file.read_bytes()[:10_000_000])
-            if not isinstance(found[name], dict):
-                raise ValueError("it is no JSON object")
+            found[name] = read_json(file)
         except UNREADABLE as error:
             raise CheckpointError(f"{file} cannot be read ({' '.join(str(error).split())[:200]})") from None
     return found
@@ -83,6 +90,7 @@ def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], a
     try:
         facts = _npz_facts(form, prefix, shapes) if "/" in _marker(form) else _torch_facts(form, prefix, shapes)
         model, assumed = _model(form, facts, said, asked)
+        check_bounds(model)
         check_model(model)
     except UNREADABLE as error:
         raise CheckpointError(f"{where} looks like {form}'s and is not: {' '.join(str(error).split())[:300]}") from None
@@ -93,7 +101,7 @@ def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], a
     problems: list[tuple[str, str]] = []
     for name, shape in shapes.items():
         if name not in expected:
-            why = _why_left_out(form, name.removeprefix(prefix), prefix, name, asked.headless, model)
+            why = _why_left_out(form, prefix, name, asked, model)
             (left_out if why else problems).append((name, why or f"{_sides(shape)} has no place in the model"))
         elif shape != expected[name]:
             problems.append((name, f"has shape {_sides(shape)}, the model's has {_sides(expected[name])}"))
@@ -109,9 +117,9 @@ def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], a
         raise CheckpointError(
             f"{where} is {form}'s, but only {fit} of its {len(expected)} tensors fit the model, and nothing is read:{table}"
         )
-    names, multi_label = _classes(said, model)
+    names, multi_label = _classes(said, model, where)
     is_mae = any(why == MAE_DECODER for _, why in left_out)
-    preprocess, taken = _preprocess(form, is_mae, said, asked)
+    preprocess, taken = _preprocess(form, is_mae, said, asked, where)
     return Weights(form, prefix, model, preprocess, names, multi_label, tuple(left_out), (*assumed, *taken))
 
 
@@ -136,21 +144,19 @@ def find_form(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], p
     found: dict[str, Format] = {}
     for form in get_args(Format):
         marker = _marker(form)
-        for name in shapes:
-            begin = name.removesuffix(marker)
-            if name != begin + marker or (begin and begin[-1] not in "./") or (marker == "conv1.weight" and len(shapes[name]) != 4):
-                continue
-            if _is_of(form, begin, shapes, said):
-                found[begin] = form
-    if prefix is not None:
-        found = {begin: form for begin, form in found.items() if begin == prefix}
+        names = [name for name in shapes if name.endswith(marker) and (marker != "conv1.weight" or len(shapes[name]) == 4)]
+        begins = [begin for name in names if not (begin := name.removesuffix(marker)) or begin[-1] in "./"]
+        if prefix is not None:
+            begins = [begin for begin in begins if begin == prefix]
+        if len(begins) > _MOST_MODELS:
+            raise CheckpointError(f"{where} holds {len(begins)} models; give a file of one")
+        found |= {begin: form for begin in begins if _is_of(form, begin, shapes, said)}
     if len(found) == 1:
         begin, form = next(iter(found.items()))
         return form, begin
     if found:
-        raise CheckpointError(
-            f"{where} holds {len(found)} models, whose names begin with {', '.join(map(repr, found))}; --prefix chooses one"
-        )
+        some = ", ".join(f"{begin!r:.60}" for begin in list(found)[:5]) + (", ..." if len(found) > 5 else "")
+        raise CheckpointError(f"{where} holds {len(found)} models, whose names begin with {some}; --prefix chooses one")
     some = ", ".join(f"{name:.60}" for name in list(shapes)[:3])
     raise CheckpointError(
         f"{where} is no ViT of timm, Hugging Face, DINOv2, MAE, open_clip or Google's npz: its {len(shapes)} tensors are called {some}, ..."
@@ -182,15 +188,18 @@ def _is_of(form: Format, begin: str, shapes: Mapping[str, Shape], said: Mapping[
     return "Transformer/encoderblock/MlpBlock_0/Dense_0/kernel" in has
 
 
-def _why_left_out(form: Format, inner: str, prefix: str, name: str, headless: bool, model: ViTConfig) -> str:
+def _why_left_out(form: Format, prefix: str, name: str, asked: ImportConfig, model: ViTConfig) -> str:
     """Why a tensor of a file is none of the model's, where that is known and right; else nothing."""
+    inner, headless = name.removeprefix(prefix), asked.headless
     if inner == "mask_token" or inner == "embeddings.mask_token":
         return "stands for hidden patches in pre-training"
-    if form in ("timm", "hf_vit_mae") and re.match(r"decoder[._]|decoder_", name.removeprefix("vit.") if form == "hf_vit_mae" else inner):
+    if form in _OF_DECODER and _OF_DECODER[form].match(name if form == "hf_vit_mae" else inner):
         return MAE_DECODER
     is_head = name.startswith(("classifier", "visual_projection"))
     if form in ("open_clip", "hf_clip", "hf_siglip") and not name.startswith(prefix) and not is_head:
         return "not of the image tower"
+    if asked.prefix and not name.startswith(prefix) and not is_head:
+        return "not of the model that --prefix chooses"
     if name.endswith("position_ids"):
         return "numbers the positions"
     if headless and (is_head or inner == "proj" or (inner.startswith(("head", "pre_logits")) and not form.startswith("hf_"))):
@@ -248,10 +257,13 @@ def _torch_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> _Fac
     def there(ours: str) -> bool:
         return shape_of(ours) is not None
 
-    D, channels, height, width = needed("patch_embed.proj.weight")
+    kernel = needed("patch_embed.proj.weight")
+    if len(kernel) != 4:
+        raise ValueError(f"the kernel of its patches has shape {_sides(kernel)}, not (width x 3 x height x width of a patch)")
+    D, channels, height, width = kernel
     if channels != 3 or height != width:
         raise ValueError(f"patches are {height} x {width} pixels of {channels} channels, not square ones of 3")
-    depth = next(number for number in range(10_000) if not there(f"blocks.{number}.norm1.weight"))
+    depth = next(number for number in itertools.count() if not there(f"blocks.{number}.norm1.weight"))
     swiglu = there("blocks.0.mlp.w3.weight") or (shape_of("blocks.0.mlp.fc2.weight", swiglu=True) is not None and form == "hf_dinov2")
     swiglu = swiglu and not (form == "hf_dinov2" and there("blocks.0.mlp.fc1.weight"))
     fc1, fc2 = (
@@ -278,7 +290,10 @@ def _torch_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> _Fac
 
 def _npz_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> _Facts:
     """Raises ValueError, KeyError or IndexError where they make no sense."""
-    height, width, channels, D = shapes[f"{prefix}embedding/kernel"]
+    kernel = shapes[f"{prefix}embedding/kernel"]
+    if len(kernel) != 4:
+        raise ValueError(f"the kernel of its patches has shape {_sides(kernel)}, not (height x width of a patch x 3 x width)")
+    height, width, channels, D = kernel
     if channels != 3 or height != width:
         raise ValueError(f"patches are {height} x {width} pixels of {channels} channels, not square ones of 3")
     scan, old = form == "big_vision_scan", form == "vision_transformer"
@@ -288,7 +303,7 @@ def _npz_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> _Facts
     if scan:
         depth = shapes[f"{block}/LayerNorm_0/scale"][0]
     else:
-        depth = next(number for number in range(10_000) if f"{prefix}Transformer/encoderblock_{number}/LayerNorm_0/scale" not in shapes)
+        depth = next(number for number in itertools.count() if f"{prefix}Transformer/encoderblock_{number}/LayerNorm_0/scale" not in shapes)
     position = shapes.get(f"{prefix}Transformer/posembed_input/pos_embedding" if old else f"{prefix}pos_embedding")
     class_token, latent = f"{prefix}cls" in shapes, f"{prefix}MAPHead_0/probe" in shapes
     head, hidden = shapes.get(f"{prefix}head/kernel"), shapes.get(f"{prefix}pre_logits/kernel")
@@ -301,7 +316,7 @@ def _npz_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> _Facts
 def _model(form: Format, facts: _Facts, said: Mapping[str, dict[str, Any]], asked: ImportConfig) -> tuple[ViTConfig, list[str]]:
     """The model, and what was taken for granted of it. Raises ValueError where what is needed is not known."""
     assumed: list[str] = []
-    told, family = _told(form, said), _family(form)
+    told, family = _told(form, facts, said, headless=asked.headless), _family(form)
 
     def settle(name: str, default: Any, of: str, remedy: str) -> Any:
         for value in (getattr(asked, name), told.get(name)):
@@ -316,9 +331,15 @@ def _model(form: Format, facts: _Facts, said: Mapping[str, dict[str, Any]], aske
     eps = settle("layer_norm_eps", family["layer_norm_eps"], f"{form}'s", "--layer-norm-eps says it")
     swiglu = facts.swiglu
     activation: Any = "gelu" if swiglu else settle("activation", family["activation"], f"{form}'s", "--activation says it")
-    pool = asked.pool or facts.pool
+    pool = asked.pool or told.get("pool") or facts.pool
     registers_placed = form == "timm" and facts.registers > 0
+    if facts.positions is None and told.get("position") != "none":
+        raise ValueError("it has no position embeddings; models that compute theirs are not known here")
     grid, class_position = _grid(facts, asked.image_size or told.get("image_size"), registers_placed)
+    if facts.class_token and class_position is told.get("no_class_position"):
+        raise ValueError(
+            f"config.json says no_embed_class={class_position}, and the class token has {'a' if class_position else 'no'} position"
+        )
     if facts.positions is not None and not (asked.image_size or told.get("image_size")):
         assumed.append(f"image_size {grid[0] * facts.patch_size}x{grid[1] * facts.patch_size} (a square)")
     model = ViTConfig(
@@ -372,45 +393,113 @@ def _family(form: Format) -> dict[str, Any]:
     return {"layer_norm_eps": 1e-6, "activation": "gelu"}
 
 
-def _told(form: Format, said: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """What the JSON files beside the weights say of the model. Raises what `UNREADABLE` names."""
+def _told(form: Format, facts: _Facts, said: Mapping[str, dict[str, Any]], *, headless: bool) -> dict[str, Any]:
+    """What the JSON files beside the weights say of the model. Raises what `UNREADABLE` names, where it is not what the shapes say, too."""
     config = said.get("config.json", {})
     if form == "open_clip":
-        vision = said.get("open_clip_config.json", {}).get("model_cfg", {})
-        if not vision:
-            return {}
-        heads = vision["vision_cfg"]["width"] // vision["vision_cfg"].get("head_width", 64)
-        return {
-            "num_heads": heads,
-            "activation": "quick_gelu" if vision.get("quick_gelu") else "gelu",
-            "image_size": _pair(vision["vision_cfg"].get("image_size")),
-        }
+        clip = said.get("open_clip_config.json", {}).get("model_cfg", {})
+        return _told_by_open_clip(facts, clip, clip["vision_cfg"]) if clip else {}
     if form.startswith("hf_") and config:
+        kind, architectures = config.get("model_type"), config.get("architectures") or [""]
+        if str(architectures[0]).endswith("ForImageClassification") and not (facts.num_classes or headless):
+            raise ValueError(f"config.json says {architectures[0]!r:.50}, and there is no classifier")
         config = config.get("vision_config", config)
         if config.get("qkv_bias", True) is not True:
             raise ValueError("qkv_bias is false; queries, keys and values of ours have a bias")
-        heads = config.get("num_attention_heads", {"hf_siglip": 12, "hf_clip": 12}.get(form))  # defaults of transformers' configs
-        eps = config.get("layer_norm_eps", {"hf_siglip": 1e-6, "hf_clip": 1e-5, "hf_dinov2": 1e-6}.get(form, 1e-12))
+        hidden = round(facts.width * config["mlp_ratio"]) if form == "hf_dinov2" and "mlp_ratio" in config else None
+        if hidden and facts.swiglu:
+            hidden = (hidden * 2 // 3 + 7) // 8 * 8  # Dinov2SwiGLUFFN
+        _agree("config.json", config, {
+            "hidden_size": facts.width, "num_hidden_layers": facts.depth, "patch_size": facts.patch_size, "num_channels": 3,
+            "num_register_tokens": facts.registers, "use_swiglu_ffn": facts.swiglu,
+        } | ({} if form == "hf_dinov2" else {"intermediate_size": facts.mlp_dim}))  # fmt: skip
+        if hidden and hidden != facts.mlp_dim:
+            raise ValueError(f"config.json says mlp_ratio={config['mlp_ratio']!r:.50}, and the MLPs have {facts.mlp_dim} features")
+        # Defaults of transformers' configs, which are left out of what it writes
+        heads = config.get("num_attention_heads", {"hf_siglip": 12, "hf_clip": 12}.get(form))
+        eps = config.get(
+            "layer_norm_eps",
+            {"hf_siglip": 1e-6, "hf_clip": 1e-5, "hf_dinov2": 1e-6}.get(form, 1e-12 if kind in ("vit", "vit_mae") else None),
+        )
         act = config.get("hidden_act", {"hf_siglip": "gelu_pytorch_tanh", "hf_clip": "quick_gelu"}.get(form, "gelu"))
         if act not in _ACTIVATIONS:
             raise ValueError(f"hidden_act is {act!r:.50}; {', '.join(_ACTIVATIONS)} are known")
         if config.get("pooler_act", "tanh") != "tanh":
             raise ValueError(f"pooler_act is {config['pooler_act']!r:.50}, and ours is tanh")
         size = config.get("image_size", {"hf_dinov2": 224}.get(form, 224))
-        return {"num_heads": int(heads), "layer_norm_eps": float(eps), "activation": _ACTIVATIONS[act], "image_size": _pair(size)}
+        return {
+            "num_heads": _count("num_attention_heads", heads), "layer_norm_eps": None if eps is None else float(eps),
+            "activation": _ACTIVATIONS[act], "image_size": _pair(size),
+        }  # fmt: skip
     if form in ("timm", "dinov2") and "architecture" in config:
-        return _told_by_timm(str(config["architecture"]), config.get("model_args") or {}, config.get("pretrained_cfg") or config)
+        return _told_by_timm(facts, config, config.get("model_args") or {}, config.get("pretrained_cfg") or config, headless=headless)
     return {}
 
 
-def _told_by_timm(architecture: str, args: Mapping[str, Any], cfg: Mapping[str, Any]) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+def _agree(file: str, said: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raises ValueError where a file says another value than the tensors do."""
+    for name, value in found.items():
+        if name in said and (said[name] if said[name] is not None else value) != value:
+            raise ValueError(f"{file} says {name}={said[name]!r:.50}, and the tensors are those of {name}={value}")
+
+
+def _told_by_open_clip(facts: _Facts, clip: Mapping[str, Any], vision: Mapping[str, Any]) -> dict[str, Any]:
+    """What open_clip_config.json says; its settings are those of open_clip/model.py's CLIPVisionCfg."""
+    found = {"width": facts.width, "layers": facts.depth, "patch_size": facts.patch_size, "pool_type": "tok"}
+    _agree("open_clip_config.json", vision, found)
+    _agree("open_clip_config.json", clip, {"embed_dim": facts.num_classes} if facts.num_classes else {})
+    if other := sorted(name for name in ("act_kwargs", "norm_kwargs", "attentional_pool", "timm_model_name") if vision.get(name)):
+        raise ValueError(f"open_clip_config.json says {other[0]}={vision[other[0]]!r:.50}, which is not known here")
+    return {
+        "num_heads": facts.width // (_count("head_width", vision.get("head_width")) or 64),
+        "activation": "quick_gelu" if clip.get("quick_gelu") else "gelu",
+        "image_size": _pair(vision.get("image_size")),
+    }
+
+
+# Settings of timm's VisionTransformer that change nothing in evaluation, and those that are looked at here
+_TIMM_IDLE = {"dynamic_img_size", "dynamic_img_pad", "weight_init", "fix_init", "drop_rate", "pos_drop_rate", "patch_drop_rate",
+              "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "strict_img_size", "pretrained"}  # fmt: skip
+_TIMM_READ = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "class_token", "global_pool", "fc_norm", "qk_norm",
+              "init_values", "reg_tokens", "no_embed_class", "pre_norm", "act_layer", "norm_layer", "num_classes", "in_chans", "qkv_bias",
+              "pos_embed", "num_features"}  # fmt: skip
+
+
+def _told_by_timm(
+    facts: _Facts, config: Mapping[str, Any], args: Mapping[str, Any], cfg: Mapping[str, Any], *, headless: bool
+) -> dict[str, Any]:  # fmt: skip
+    """What timm's config.json says: a name, what changes its settings, and what the weights were trained with."""
+    architecture, told = str(config["architecture"]), dict[str, Any]()
+    if "_rpn_" in architecture:
+        raise ValueError(f"timm's {architecture:.60} has its norms behind the branches, which ours has not; no tensor shows it")
+    if unknown := sorted(args.keys() - _TIMM_IDLE - _TIMM_READ):
+        raise ValueError(f"model_args say {unknown[0]:.50}={args[unknown[0]]!r:.50}, which is not known here")
+    said = {name: config[name] for name in ("num_classes", "num_features", "global_pool") if name in config} | dict(args)
+    found = {
+        "embed_dim": facts.width, "num_features": facts.width, "depth": facts.depth, "patch_size": facts.patch_size, "in_chans": 3,
+        "class_token": facts.class_token, "reg_tokens": facts.registers, "qk_norm": facts.qk_norm, "pre_norm": facts.pre_norm,
+        "fc_norm": facts.pool_norm, "qkv_bias": True,
+    }  # fmt: skip
+    _agree("config.json", said, found if headless else found | {"num_classes": facts.num_classes})
+    if "mlp_ratio" in said and int(facts.width * said["mlp_ratio"]) != facts.mlp_dim * (2 if facts.swiglu else 1):
+        raise ValueError(f"config.json says mlp_ratio={said['mlp_ratio']!r:.50}, and the MLPs have {facts.mlp_dim} features")
+    if "init_values" in said and bool(said["init_values"]) != facts.layer_scale:
+        raise ValueError(
+            f"config.json says init_values={said['init_values']!r:.50}, and there is {'a' if facts.layer_scale else 'no'} LayerScale"
+        )
+    if pooled := said.get("global_pool"):
+        pools = {"token": "cls", "avg": "mean_with_cls" if facts.class_token else "mean", "map": "map"}
+        if pooled not in pools or (pooled == "map") != (facts.pool == "map") or (pooled == "token" and not facts.class_token):
+            raise ValueError(f"config.json says global_pool={pooled!r:.50}, which the tensors are not for")
+        told["pool"] = pools[pooled]
+    told["position"] = said.get("pos_embed")
+    told["no_class_position"] = said.get("no_embed_class")
     if "input_size" in cfg and "img_size" not in args:
         told["image_size"] = _pair(cfg["input_size"][1:])
     if "img_size" in args:
         told["image_size"] = _pair(args["img_size"])
     if "num_heads" in args:
-        told["num_heads"] = int(args["num_heads"])
+        told["num_heads"] = _count("num_heads", args["num_heads"])
     if not _TIMM_PLAIN.fullmatch(architecture):
         told["unknown"] = f", and timm's {architecture} is none whose settings are known here"
         if "act_layer" not in args:
@@ -429,7 +518,15 @@ def _pair(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
-    return int(height), int(width)
+    if not (type(height) is type(width) is int and min(height, width) > 0 and max(height, width) <= _MOST_PIXELS):
+        raise ValueError(f"an image of {size!r:.50} pixels cannot be")
+    return height, width
+
+
+def _count(name: str, value: Any) -> int | None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"{name} is {value!r:.50}, and not a number of things")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -437,8 +534,8 @@ def _pair(size: Any) -> tuple[int, int] | None:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _classes(said: Mapping[str, dict[str, Any]], model: ViTConfig) -> tuple[tuple[str, ...] | None, bool]:
-    """Names of the classes where they are told, and whether several may be right at once."""
+def _classes(said: Mapping[str, dict[str, Any]], model: ViTConfig, where: str) -> tuple[tuple[str, ...] | None, bool]:
+    """Names of the classes where they are told, and whether several may be right at once. Raises CheckpointError."""
     config = said.get("config.json", {})
     labels = config.get("id2label") or config.get("label_names")
     names: tuple[str, ...] | None = None
@@ -447,10 +544,16 @@ def _classes(said: Mapping[str, dict[str, Any]], model: ViTConfig) -> tuple[tupl
         names = None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
     elif isinstance(labels, list) and len(labels) == model.num_classes:
         names = tuple(map(str, labels))
+    if labels and model.num_classes and len(labels) != model.num_classes:
+        raise CheckpointError(f"{where}: config.json names {len(labels)} classes, and the head has {model.num_classes}")
+    if names:
+        names = tuple(" ".join(name.split()) for name in names)  # they are written a line each
     return names if model.num_classes else None, config.get("problem_type") == "multi_label_classification"
 
 
-def _preprocess(form: Format, is_mae: bool, said: Mapping[str, dict[str, Any]], asked: ImportConfig) -> tuple[PreprocessConfig, list[str]]:
+def _preprocess(
+    form: Format, is_mae: bool, said: Mapping[str, dict[str, Any]], asked: ImportConfig, where: str
+) -> tuple[PreprocessConfig, list[str]]:
     """What turns an image into the model's input, as the files beside the weights say, else as the family has it; and what was taken so.
 
     Raises CheckpointError.
@@ -487,7 +590,9 @@ def _preprocess(form: Format, is_mae: bool, said: Mapping[str, dict[str, Any]], 
         ):
             raise ValueError(f"mean {found.mean}, std {found.std}, {found.interpolation}, crop {found.eval_crop} make no preprocessing")
     except UNREADABLE as error:
-        raise CheckpointError(f"what lies beside the weights says no preprocessing ({' '.join(str(error).split())[:200]})") from None
+        raise CheckpointError(
+            f"{where}: what lies beside the weights says no preprocessing ({' '.join(str(error).split())[:200]})"
+        ) from None
     return found, assumed
 
 

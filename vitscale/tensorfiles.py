@@ -7,10 +7,11 @@ written holds one tensor in memory, for a ViT-H/14 is no reason to ask for a lar
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import io
 import json
 import math
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,15 +23,19 @@ import torch
 from torch import Tensor
 
 from vitscale.checkpoint import CheckpointError
+from vitscale.pickles import Stored, check_member, open_pickle
 
 Shape = tuple[int, ...]
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHER_BYTES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
-_MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+_MOST_JSON = 1 << 24  # bytes of a header or an index, which Python makes up to a hundred times as many of; 100,000 tensors have fewer
+_MOST_NPY_HEADER = 1 << 14  # bytes; numpy takes 10,000 at most
 _MOST_TENSORS = 100_000
-_MOST_DEFLATED = 1_032  # times that deflate can make bytes fewer (zlib's documentation)
+_MOST_UNPACKED = 32  # times the bytes of an archive: weights are noise, unless most of them are zero
+_SHARD = re.compile(r"\w[\w.-]{0,200}\.(safetensors|bin)", re.ASCII)
 SHARDS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_MOST_WRAPPERS = 4  # one in another
 WRAPPERS = ("model", "state_dict", "teacher", "model_state_dict", "module", "model_ema")  # what training scripts put the weights under
 
 
@@ -46,6 +51,8 @@ class TensorFile:
     def __init__(
         self, path: Path, shapes: Mapping[str, Shape], read: Callable[[str, int | None], Tensor], wraps: tuple[str, ...] = ()
     ) -> None:  # fmt: skip
+        if odd := next((name for name in shapes if not name.isprintable()), None):
+            raise ValueError(f"a tensor is called {odd!r:.100}")
         self.path, self.shapes, self.wraps = path, dict(shapes), wraps
         self._read = read
 
@@ -65,13 +72,17 @@ class TensorFile:
 
 
 def open_tensors(path: Path) -> TensorFile:
-    """A file of tensors, of the kind that its first bytes say. Raises CheckpointError, and OSError where it is not there."""
+    """A file of tensors, of the kind that its first bytes say. Raises CheckpointError."""
+    if not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path} {'is no plain file' if path.exists() else 'is missing'}")
     if path.name.endswith(".index.json"):
         return _open_shards(path)
     with open(path, "rb") as file:
         begins = file.read(10)
     with faults_of(path):
         if begins[:4] == b"PK\x03\x04":
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it begins as an archive and has not the end of one")
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
             return _open_npz(path) if names and all(name.endswith(".npy") for name in names) else _open_pickle(path)
@@ -90,7 +101,7 @@ def faults_of(path: Path, name: str = "") -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # of numpy, zipfile, torch's unpickler and its C++: they raise what they like on bytes that make no sense
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        words = "".join(c if c.isprintable() else "?" for c in " ".join(f"{type(error).__name__}: {error}".split())[:300])
         raise CheckpointError(f"{path}{f': {name:.100}' if name else ''} cannot be read as tensors ({words})") from None
 
 
@@ -129,8 +140,8 @@ def safetensors_entries(path: Path) -> dict[str, Entry]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(_MOST_HEADER, size - 8):
-            raise ValueError(f"its header says it has {length} bytes, of a file of {size}")
+        if not 2 <= length <= min(_MOST_JSON, size - 8):
+            raise ValueError(f"its header says it has {length} bytes, of a file of {size}; {_MOST_JSON} are the most")
         header: dict[str, Any] = json.loads(file.read(length), object_pairs_hook=_each_once)
     header.pop("__metadata__", None)
     if len(header) > _MOST_TENSORS:
@@ -138,12 +149,21 @@ def safetensors_entries(path: Path) -> dict[str, Entry]:
     entries = {}
     for name, said in header.items():
         dtype, shape, (begin, end) = said["dtype"], said["shape"], said["data_offsets"]
+        if dtype not in _DTYPES and dtype not in _OTHER_BYTES:
+            raise ValueError(f"{name:.100} is of type {dtype!r:.50}")
         width = _DTYPES[dtype].itemsize if dtype in _DTYPES else _OTHER_BYTES[dtype]
         if not all(type(number) is int and 0 <= number < 2**48 for number in (*shape, begin, end)) or len(shape) > 8:
             raise ValueError(f"{name:.100} has shape {shape!r:.100}")
         if end - begin != math.prod(shape) * width or not 8 + length + end <= size:
             raise ValueError(f"{name:.100} of shape {shape} lies at bytes {begin} to {end}, which cannot be")
         entries[name] = Entry(dtype, tuple(shape), 8 + length + begin, end - begin)
+    at = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].length)):
+        if entry.offset != at:
+            raise ValueError(f"{name:.100} begins at byte {entry.offset}, and the tensor before it ends at {at}")
+        at += entry.length
+    if at != size:
+        raise ValueError(f"its tensors end at byte {at}, of a file of {size}")
     return entries
 
 
@@ -195,13 +215,31 @@ def write_safetensors(file: Path, shapes: Mapping[str, Shape], value: Callable[[
             out.write(_bytes_of(tensor))
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """An object that somebody else wrote. Raises what `config.UNREADABLE` names, and OSError."""
+    with open(file, "rb") as opened:
+        text = opened.read(_MOST_JSON + 1)
+    if len(text) > _MOST_JSON:
+        raise ValueError(f"it has more than {_MOST_JSON} bytes")
+    values = json.loads(text, object_pairs_hook=_each_once)
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    return values
+
+
 def _open_shards(index: Path) -> TensorFile:
-    """The tensors of several files, as an index of the Hugging Face hub names them."""
+    """The tensors of several files, as an index of the Hugging Face hub names them; all that are in these, and no others."""
     with faults_of(index):
-        names = json.loads(index.read_bytes())["weight_map"]
-        files = {name: index.with_name(Path(name).name) for name in set(names.values())}
-        opened = {name: open_tensors(file) for name, file in files.items()}
-        shapes = {tensor: opened[name].shapes[tensor] for tensor, name in names.items()}
+        names: dict[str, str] = read_json(index)["weight_map"]
+        if odd := next((name for name in names.values() if not (isinstance(name, str) and _SHARD.fullmatch(name))), None):
+            raise ValueError(f"{odd!r:.100} is not the name of a file of weights in the folder")
+        opened = {name: open_tensors(index.with_name(name)) for name in sorted(set(names.values()))}
+        for file, tensors in opened.items():
+            if unsaid := next((tensor for tensor in tensors.shapes if names.get(tensor) != file), None):
+                raise ValueError(f"{file} holds {unsaid:.100}, which it does not say")
+        if missing := next((tensor for tensor, file in names.items() if tensor not in opened[file].shapes), None):
+            raise ValueError(f"{names[missing]} does not hold {missing:.100}")
+        shapes = {tensor: opened[file].shapes[tensor] for tensor, file in names.items()}
     return TensorFile(index, shapes, lambda tensor, at: opened[names[tensor]].read(tensor, at))
 
 
@@ -215,11 +253,14 @@ def _open_npz(path: Path) -> TensorFile:
     with zipfile.ZipFile(path) as archive:
         if len(archive.infolist()) > _MOST_TENSORS:
             raise ValueError(f"it holds {len(archive.infolist())} arrays")
+        unpacked = sum(info.file_size for info in archive.infolist())
+        if unpacked > (1 << 24) + _MOST_UNPACKED * path.stat().st_size:
+            raise ValueError(f"it has {path.stat().st_size} bytes and says it unpacks to {unpacked}")
         for info in archive.infolist():
+            check_member(info)
             with archive.open(info) as member:
-                shape, dtype = _npy_header(member)
-                length = math.prod(shape) * dtype.itemsize + member.tell()
-            if info.file_size != length or info.file_size > info.compress_size * _MOST_DEFLATED + 1024:
+                shape, dtype, header = _npy_header(member, info.filename)
+            if info.file_size != header + math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{info.filename:.100} of shape {shape} has {info.file_size} bytes, which cannot be")
             shapes[info.filename.removesuffix(".npy")] = shape
         if len(shapes) != len(archive.infolist()):
@@ -239,15 +280,20 @@ def _open_npz(path: Path) -> TensorFile:
     return TensorFile(path, shapes, read)
 
 
-def _npy_header(member: Any) -> tuple[Shape, np.dtype]:
-    version = np.lib.format.read_magic(member)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, fortran, dtype = read(member)
+def _npy_header(member: Any, name: str) -> tuple[Shape, np.dtype[Any], int]:
+    """Shape and type of an array, and the bytes that say it."""
+    head = io.BytesIO(member.read(_MOST_NPY_HEADER))  # before numpy reads as many bytes as a header says it has
+    version = np.lib.format.read_magic(head)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"{name:.100} is of version {version}, which arrays of numbers are not")
+    shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(head)
     if dtype.hasobject:
-        raise ValueError("it is a pickle, which is never read")
+        raise ValueError(f"{name:.100} is a pickle, which is never read")
+    if dtype.names or dtype.subdtype or not all(type(side) is int and 0 <= side < 2**48 for side in shape) or len(shape) > 8:
+        raise ValueError(f"{name:.100} has shape {shape!r:.100} of {dtype!s:.100}")
     if fortran and len(shape) > 1:
-        raise ValueError("it is stored column by column, as none of Google's files are")
-    return tuple(shape), dtype
+        raise ValueError(f"{name:.100} is stored column by column, as none of Google's files are")
+    return tuple(shape), dtype, head.tell()
 
 
 def _read_npy(path: Path, name: str) -> Tensor:
@@ -262,8 +308,7 @@ def _read_npy_at(path: Path, name: str, at: int) -> Tensor:
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as member:
-            shape, dtype = _npy_header(member)
-            header = member.tell()
+            shape, dtype, header = _npy_header(member, name)
         if info.compress_type != zipfile.ZIP_STORED or not shape:
             return _read_npy(path, name)[at]
         file.seek(info.header_offset + 26)
@@ -290,36 +335,33 @@ def write_npz(file: Path, shapes: Mapping[str, Shape], value: Callable[[str], Te
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-# Pickles, of which nothing but tensors and plain values is made
+# Pickles, which `pickles.py` reads as data
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
 def _open_pickle(path: Path) -> TensorFile:
-    """What torch.save wrote. torch's own unpickler makes tensors and plain values alone (`weights_only`), here argparse's settings too."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as error:
-            raise ValueError(f"torch's weights_only unpickler refuses it: {' '.join(str(error).split())[:200]}") from None
-    wraps: tuple[str, ...] = ()
-    while isinstance(loaded, dict) and (inner := next((name for name in WRAPPERS if isinstance(loaded.get(name), dict)), None)):
-        wraps += tuple(str(name) for name in loaded if name != inner)
+    """What torch.save wrote: the weights, under whatever a training script put them."""
+    loaded, read = open_pickle(path)
+    wraps: list[str] = []
+    for _ in range(_MOST_WRAPPERS):  # one may hold itself
+        inner = next((name for name in WRAPPERS if isinstance(loaded, dict) and isinstance(loaded.get(name), dict)), None)
+        if inner is None:
+            break
+        wraps += [_called(name) for name in loaded if name != inner]
         loaded = loaded[inner]
     if not isinstance(loaded, dict):
-        raise ValueError(f"it holds a {type(loaded).__name__}, not tensors by name")
-    tensors = {name: of for name, of in loaded.items() if isinstance(name, str) and isinstance(of, Tensor)}
-    wraps += tuple(str(name) for name in loaded if name not in tensors)
+        raise ValueError("it holds a whole object or a list, not tensors by name; save its state_dict")
+    tensors = {name: of for name, of in loaded.items() if isinstance(name, str) and isinstance(of, Stored)}
+    wraps += [_called(name) for name in loaded if name not in tensors]
     if not tensors:
         raise ValueError(f"it holds no tensors by name, but {', '.join(wraps)[:100] or 'nothing'}")
-    return TensorFile(
-        path,
-        {name: tuple(of.shape) for name, of in tensors.items()},
-        lambda name, at: _dense(tensors[name] if at is None else tensors[name][at]),
-        wraps,
-    )
+
+    def read_at(name: str, at: int | None) -> Tensor:
+        return read(tensors[name]) if at is None else read(tensors[name])[at]
+
+    return TensorFile(path, {name: of.shape for name, of in tensors.items()}, read_at, tuple(wraps))
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.numel() > tensor.untyped_storage().nbytes():
-        raise ValueError("it is not stored element by element")
-    return tensor.detach().clone()
+def _called(key: Any) -> str:
+    """A key of a mapping, for people."""
+    return key[:60] if isinstance(key, str) and key.isprintable() else f"{key!r:.60}"

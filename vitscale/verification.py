@@ -1,19 +1,25 @@
-"""Whether an export gives what was trained: in this program, and in the library that it is for, where that is installed."""
+"""Whether an export gives what was trained: in this program, and in the library that it is for, where that is installed.
+
+The export may be a stranger's: no code that lies in it is run but what this program would have put there, and how much of a difference is
+rounding is this program's to say.
+"""
 
 import importlib.util
-import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from vitscale.certificate import FOLDER, outputs
+from vitscale.certificate import FOLDER, TOLERANCES, outputs
 from vitscale.checkpoint import CheckpointError, Description
 from vitscale.evaluate import load_model
+from vitscale.exported import verify
 from vitscale.exported.verify import replay
 from vitscale.images import evaluation_view
 from vitscale.model import normalize
+from vitscale.tensorfiles import read_json
 
 LIBRARIES = {"timm": "timm", "npz": "timm", "hf": "transformers", "safetensors": "torch"}
 
@@ -25,22 +31,36 @@ def verify_export(description: Description, device: str, precision: str) -> list
         device: that the library computes on; this program computes on the CPU, in fp32.
         precision: fp32, tf32 or bf16.
 
-    Raises CheckpointError where the export has no certificate.
+    Raises CheckpointError where the export has no certificate, or none that can be read.
     """
     folder = description.path
     file = folder / FOLDER / "certificate.json"
     if not file.is_file():
         raise CheckpointError(f"{folder} has no certificate; export the checkpoint again, and it will have one")
-    about = json.loads(file.read_text())
-    found = [_ours(description, about)]
-    library = LIBRARIES[about["library"]]
-    if importlib.util.find_spec(library) is None:
-        found.append(
-            {"lines": [f"{library} is not installed here: `python {folder}/verify.py` where it is"], "holds": True, "differences": {}}
-        )
-    else:
-        found.append(replay(folder, device, precision))
-    return found
+    try:
+        about = read_json(file)
+        for name, most in TOLERANCES.items():
+            if not about["tolerances"][name] <= most:
+                raise CheckpointError(f"{file} says that {about['tolerances'][name]!r:.50} is rounding in {name}; {most:g} is the most")
+        library = LIBRARIES[about["library"]]
+        found = [_ours(description, about)]
+        if importlib.util.find_spec(library) is None:
+            skipped = f"{library} is not installed here: `python {folder}/verify.py` where it is"
+        elif about["library"] == "safetensors" and not _is_our_code(folder / "vit.py"):
+            skipped = f"vit.py is not this version's and is not run; where you trust it: `python {folder}/verify.py`"
+        else:
+            return [*found, replay(folder, device, precision)]
+    except CheckpointError:
+        raise
+    except Exception as error:  # of safetensors, Pillow, timm and transformers on what a stranger wrote
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(f"{folder}: its certificate cannot be replayed ({words})") from None
+    return [*found, {"lines": [skipped], "holds": True, "differences": {}}]
+
+
+def _is_our_code(file: Path) -> bool:
+    """Whether the model in plain torch is the one that this program writes."""
+    return file.is_file() and file.read_bytes() == Path(verify.__file__).with_name("vit.py").read_bytes()
 
 
 @torch.no_grad()

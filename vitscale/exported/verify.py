@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,7 @@ def in_transformers(folder, about, device, dtype):
     import transformers
     from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-    settings = {"output_loading_info": True}
+    settings = {"output_loading_info": True, "trust_remote_code": False}
     if not about["has_head"] and about["model_type"] == "vit":
         settings["add_pooling_layer"] = about["has_representation"]
     model, info = (AutoModelForImageClassification if about["has_head"] else AutoModel).from_pretrained(folder, **settings)
@@ -170,7 +171,7 @@ def in_transformers(folder, about, device, dtype):
     base = getattr(model, "vit", None) or getattr(model, "vision_model", None) or model
     # Pillow resizes, as in training: torchvision's own kernels differ by a grey level here and there
     pillow = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
-    processor = AutoImageProcessor.from_pretrained(folder, **pillow)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **pillow)
 
     @torch.no_grad()
     def outputs(images_BCHW):
@@ -192,11 +193,8 @@ def in_transformers(folder, about, device, dtype):
 
 def in_torch(folder, about, device, dtype):
     """As vit.py computes it, which lies beside: plain torch and nothing else."""
-    sys.path.insert(0, str(folder))
-    try:
-        import vit
-    finally:
-        sys.path.pop(0)
+    vit = types.ModuleType("vit")
+    exec((Path(folder) / "vit.py").read_text(), vit.__dict__)  # an import would look for compiled code beside it
     model = vit.load(folder, device=device, dtype=dtype)
     return (
         (lambda images_BCHW: vit.forward(model, images_BCHW.to(dtype))),
