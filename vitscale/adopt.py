@@ -52,8 +52,10 @@ def weights_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     found = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
-    if len(found) != 1:
-        there_are = ", ".join(file.name for file in found[:5]) or "none"
+    if not found:
+        raise CheckpointError(f"{path} holds no durable checkpoint of vitscale's, and no file of weights of others'")
+    if len(found) > 1:
+        there_are = ", ".join(file.name for file in found[:5])
         raise CheckpointError(f"{path} holds {len(found)} files of weights ({there_are}); give the one that is meant")
     return found[0]
 

@@ -15,7 +15,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -259,10 +259,10 @@ def _open_npz(path: Path) -> TensorFile:
         for info in archive.infolist():
             check_member(info)
             with archive.open(info) as member:
-                shape, dtype, header = _npy_header(member, info.filename)
-            if info.file_size != header + math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{info.filename:.100} of shape {shape} has {info.file_size} bytes, which cannot be")
-            shapes[info.filename.removesuffix(".npy")] = shape
+                said = _npy_header(member, info.filename)
+            if info.file_size != said.begin + math.prod(said.shape) * said.dtype.itemsize:
+                raise ValueError(f"{info.filename:.100} of shape {said.shape} has {info.file_size} bytes, which cannot be")
+            shapes[info.filename.removesuffix(".npy")] = said.shape
         if len(shapes) != len(archive.infolist()):
             raise ValueError("a name is there twice")
     checked: list[str] = []
@@ -280,8 +280,18 @@ def _open_npz(path: Path) -> TensorFile:
     return TensorFile(path, shapes, read)
 
 
-def _npy_header(member: Any, name: str) -> tuple[Shape, np.dtype[Any], int]:
-    """Shape and type of an array, and the bytes that say it."""
+class Npy(NamedTuple):
+    """What the header of an array says."""
+
+    shape: Shape
+    dtype: np.dtype[Any]
+    order: Literal["C", "F"]
+    """Row by row, or, as numpy stores what was transposed, column by column."""
+    begin: int
+    """Of its numbers, in bytes behind the header's first."""
+
+
+def _npy_header(member: Any, name: str) -> Npy:
     head = io.BytesIO(member.read(_MOST_NPY_HEADER))  # before numpy reads as many bytes as a header says it has
     version = np.lib.format.read_magic(head)
     if version not in ((1, 0), (2, 0)):
@@ -291,9 +301,7 @@ def _npy_header(member: Any, name: str) -> tuple[Shape, np.dtype[Any], int]:
         raise ValueError(f"{name:.100} is a pickle, which is never read")
     if dtype.names or dtype.subdtype or not all(type(side) is int and 0 <= side < 2**48 for side in shape) or len(shape) > 8:
         raise ValueError(f"{name:.100} has shape {shape!r:.100} of {dtype!s:.100}")
-    if fortran and len(shape) > 1:
-        raise ValueError(f"{name:.100} is stored column by column, as none of Google's files are")
-    return tuple(shape), dtype, head.tell()
+    return Npy(tuple(shape), dtype, "F" if fortran else "C", head.tell())
 
 
 def _read_npy(path: Path, name: str) -> Tensor:
@@ -308,20 +316,21 @@ def _read_npy_at(path: Path, name: str, at: int) -> Tensor:
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         info = archive.getinfo(f"{name}.npy")
         with archive.open(info) as member:
-            shape, dtype, header = _npy_header(member, name)
-        if info.compress_type != zipfile.ZIP_STORED or not shape:
+            said = _npy_header(member, name)
+        if info.compress_type != zipfile.ZIP_STORED or not said.shape:
             return _read_npy(path, name)[at]
         file.seek(info.header_offset + 26)
         name_bytes, extra_bytes = (int.from_bytes(file.read(2), "little") for _ in range(2))
-        begin = info.header_offset + 30 + name_bytes + extra_bytes + header
-    mapped = np.memmap(path, dtype, "r", begin, shape, "C")
+        begin = info.header_offset + 30 + name_bytes + extra_bytes + said.begin
+    mapped = np.memmap(path, said.dtype, "r", begin, said.shape, said.order)
     return _as_tensor(np.array(mapped[at]))
 
 
 def _as_tensor(array: npt.NDArray[Any]) -> Tensor:
+    rows = np.ascontiguousarray(array)
     if array.dtype == np.dtype("V2"):  # bfloat16, which numpy has no name for: big_vision's utils.py reads and writes it so
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(array)).view(array.shape)
+        return torch.from_numpy(rows.view(np.int16).copy()).view(torch.bfloat16).view(array.shape)
+    return torch.from_numpy(rows).view(array.shape)
 
 
 def write_npz(file: Path, shapes: Mapping[str, Shape], value: Callable[[str], Tensor]) -> None:

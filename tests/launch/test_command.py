@@ -55,7 +55,7 @@ def test_a_run_maps_staged_indices(dataset: Path, tmp_path: Path) -> None:
 # What is typed, where DATA, RUN and TMP stand for a dataset, a finished run and an empty folder; and what the one line must say.
 BAD_INPUT = {
     "pretrian": "(perhaps `vitscale pretrain` was meant); there are pack, data index, data ",
-    "checkpoint shwo RUN": "is not a verb (perhaps `vitscale checkpoint show` was meant); there are checkpoint show, checkpoint export",
+    "checkpoint shwo RUN": "is not a verb (perhaps `vitscale checkpoint show` was meant); there are checkpoint show, checkpoint verify",
     "pretrain": "needs a recipe as its first word; there are vit-b32-jft300m",
     "pretrain vit-h15": "no recipe is called 'vit-h15'; there are",
     "pretrain tiny-digits": "no dataset is given; --data",
@@ -92,7 +92,7 @@ BAD_INPUT = {
     "evaluate RUN": "--data",
     "checkpoint show DATA": "holds no durable checkpoint",
     "checkpoint export RUN DATA": "exists; give a folder that does not",
-    "checkpoint export RUN TMP/x --to onnx": "'timm', 'safetensors'",
+    "checkpoint export RUN TMP/x --to onnx": "'timm', 'hf', 'npz', 'safetensors'",
     "pretrain tiny-digits --data DATA/train --out TMP/r --epochs 3 --steps 3": "epochs=3 and steps=3: set exactly one above 0",
     "pretrain tiny-digits --data DATA/train --out TMP/r --steps 60 --schedule.cooldown-steps 11": "--schedule.cooldown-steps 10 works",
     "pretrain tiny-digits --data DATA/train --out TMP/r --model.patch-dropout 1": "model.patch_dropout=1 must lie in [0, 1)",
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(run: Path, dataset: Pat
     description = json.loads((exported / "vitscale.json").read_text())
     commit = json.loads((exported / "COMMIT.json").read_text())
     for change, message in (
-        ({"depth": 2}, "12 tensors are missing"),
+        ({"depth": 2}, "12 of its 32 tensors are missing"),
         ({"mlp_dim": 24}, "has shape"),
         ({"pool": "mean"}, "are not the model's"),
     ):

@@ -465,7 +465,7 @@ def strange_array(site: Site) -> Case:
     rows = (len(array.reshape(-1)) // shape[-1], shape[-1])
     strange: list[bytes] = [
         _npy(np.array([Payload(site.folder / MARK)], dtype=object)),
-        _npy(np.asfortranarray(array)) if array.ndim > 1 and min(shape) > 1 else _npy(array.astype(np.int32)),
+        _npy(array.astype(np.int32)),
         _npy(array.astype(">f4")),
         _npy(array.astype("S4")),
         _npy(array.astype(np.complex64)),

@@ -297,7 +297,9 @@ def as_dinov2(theirs: nn.Module) -> dict[str, Tensor]:
     for i in range(2):  # transformers 5 keeps the gate and what it gates apart
         if f"encoder.layer.{i}.mlp.gate_proj.weight" in w:
             for leaf in ("weight", "bias"):
-                w[f"encoder.layer.{i}.mlp.w12.{leaf}"] = torch.cat([w[f"encoder.layer.{i}.mlp.{part}_proj.{leaf}"] for part in ("gate", "up")])
+                w[f"encoder.layer.{i}.mlp.w12.{leaf}"] = torch.cat(
+                    [w[f"encoder.layer.{i}.mlp.{part}_proj.{leaf}"] for part in ("gate", "up")]
+                )
     found = {
         "cls_token": w["embeddings.cls_token"], "pos_embed": w["embeddings.position_embeddings"], "mask_token": w["embeddings.mask_token"],
         "patch_embed.proj.weight": w["embeddings.patch_embeddings.projection.weight"],
