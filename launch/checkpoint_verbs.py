@@ -94,7 +94,7 @@ def checkpoint_verify(words: list[str]) -> None:
         from vitscale.verification import verify_export
 
         found["replays"] = verify_export(description, flags.device, flags.precision)
-        found["holds"] = all(replay["holds"] for replay in found["replays"])
+        found["holds"] = all(replay["holds"] is not False for replay in found["replays"])
         said += [line for replay in found["replays"] for line in replay["lines"]]
     if flags.json:
         print_json(found)

@@ -75,7 +75,7 @@ def trials_of(asked: FinetuneConfig, grid: Sequence[float]) -> list[FinetuneConf
     return [
         dataclasses.replace(
             asked,
-            out=str(Path(asked.out) / "sweep" / f"lr-{lr:g}"),
+            out=str(Path(asked.out) / "sweep" / f"lr-{lr!r}"),
             holdout=asked.holdout or asked.sweep.holdout,
             eval_data="",
             keep_checkpoints=1,

@@ -68,7 +68,7 @@ def model_card(
     lines = ["---", *(f"{key}: {value}" for key, value in header.items()), "---", "", f"# {name}", ""]
     lines += [
         f"A Vision Transformer of {model.depth} blocks, {model.width} features, {model.num_heads} heads and patches of {model.patch_size} "
-        f"pixels, trained with vitscale. {_head(model.num_classes, multi_label)}", "",
+        f"pixels, {'imported into' if 'imported_from' in origin else 'trained with'} vitscale. {_head(model.num_classes, multi_label)}", "",
         "## Load", "", "```python", *_loading(library, target, name), "```", "",
         "Then `python verify.py` here holds that library to what the trained model said of twenty images and of seeded tensors "
         "(`certificate/`), and every file to its SHA-256 sum.", "",
@@ -88,6 +88,10 @@ def model_card(
         ),
         "initialised from": origin.get("initialised_from"),
         "imported from": origin.get("imported_from"),
+        "its SHA-256": origin.get("sha256"),
+        "its format": origin.get("format"),
+        "not in it, and taken for granted": "; ".join(origin.get("assumed", [])),
+        "in it, and left out": "; ".join(f"{name} ({why})" for name, why in list(origin.get("left_out", {}).items())[:10]),
         "samples seen": f"{origin['samples_seen']:,} in {origin['step']:,} steps" if "samples_seen" in origin else None,
         "weights": {"average": "the average over training", "weight": "as trained, no average"}.get(origin.get("weights", "")),
         "stored in": dtype,

@@ -139,7 +139,8 @@ def _certify(hidden: Path, description: Description, kind: str, model: Any, want
     preprocess = description.preprocess
     about: dict[str, Any] = {
         "library": to, "dtype": dtype, "losses": [dataclasses.asdict(loss) for loss in wanted.losses], "mean": preprocess.mean,
-        "std": preprocess.std, "has_head": model.num_classes > 0, "has_representation": model.representation_size > 0, "pool": model.pool,
+        "std": preprocess.std, "protocol": preprocess.eval_protocol, "has_head": model.num_classes > 0,
+        "has_representation": model.representation_size > 0, "pool": model.pool,
     }  # fmt: skip
     if to == "hf":
         about["model_type"] = wanted.sidecars["config.json"]["model_type"]

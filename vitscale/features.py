@@ -66,7 +66,7 @@ def extract_features(
         Mixture([dataset]), model.config.image_size, preprocess, stream, batch_size=batch_size, rank=rank, world_size=world_size
     )
     own: list[tuple[Tensor, Tensor, Tensor]] = []
-    of_rank, done = -(-dataset.num_samples // world_size), 0
+    of_rank, done = -(-dataset.num_kept // world_size), 0
     for batch in on_device(batches, device):
         features_BD = model.pool(model.tokens(normalize(batch.images_BHWC, preprocess))).float()
         samples_B = torch.from_numpy(batch.samples_B).to(device).where(batch.valid_B, -1)

@@ -2,7 +2,9 @@
 
     Part           one tensor of a file, or some rows of it: rows of one of ours, seen in another shape and order of axes
     parts          all of them, for a format and a model
-    named_shape    the shape that a tensor of ours has by a file's shapes, from which `recognise.py` learns what a file's model is
+    file_shapes    the tensors that a file of a model has
+    to_file        those tensors, made of ours          from_file    ours, made of those
+    theirs_of      what a format of torch calls one of ours, from which `recognise.py` learns what a file's model is
 
 Where it stands: `export.py` writes by it, `checkpoint.read_weights` and `adopt.py` read by it. Pure functions of names and shapes; what
 only other names or layouts can say is exact, so all that is here is. Sources: timm/models/vision_transformer.py, google-research/big_vision

@@ -147,7 +147,8 @@ def model_figures(model: ViTConfig) -> tuple[Figure, ...]:
     """Of the model alone."""
     P, forward, train = parameters(model), forward_flops(model), train_flops(model)
     kept = f", of which training sees {model.num_train_tokens}" * (model.num_train_tokens < model.num_tokens)
-    tokens = f"{sides(model.grid)} patches{' and a class token' * (model.pool == 'cls')}{kept}"
+    registers = f", {model.registers} registers" * (model.registers > 0)
+    tokens = f"{sides(model.grid)} patches{' and a class token' * model.class_token}{registers}{kept}"
     less = ", less what patch dropout and stochastic depth leave out" * (train < 3 * forward)
     return (
         Figure("parameters", P, f"{P:,}", "sum over the model's tensors", "exact"),

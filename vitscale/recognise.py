@@ -264,12 +264,8 @@ def _torch_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> _Fac
     if channels != 3 or height != width:
         raise ValueError(f"patches are {height} x {width} pixels of {channels} channels, not square ones of 3")
     depth = next(number for number in itertools.count() if not there(f"blocks.{number}.norm1.weight"))
-    swiglu = there("blocks.0.mlp.w3.weight") or (shape_of("blocks.0.mlp.fc2.weight", swiglu=True) is not None and form == "hf_dinov2")
-    swiglu = swiglu and not (form == "hf_dinov2" and there("blocks.0.mlp.fc1.weight"))
-    fc1, fc2 = (
-        shape_of(f"blocks.0.mlp.{layer}.weight", swiglu=swiglu or form == "dinov2") or needed(f"blocks.0.mlp.{layer}.weight")
-        for layer in ("fc1", "fc2")
-    )
+    layers = (f"blocks.0.mlp.{layer}.weight" for layer in ("fc1", "fc2"))
+    fc1, fc2 = (shape_of(layer, swiglu=True) or needed(layer) for layer in layers)
     gated = fc1[0] == 2 * fc2[1]
     position, latent = shape_of("pos_embed"), there("attn_pool.latent")
     class_token, pool_norm = there("cls_token"), there("fc_norm.weight") and not there("norm.weight")

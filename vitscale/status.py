@@ -109,7 +109,7 @@ def status(run: Path, *, verify: bool = False) -> dict[str, Any]:
         "starts": len(record["starts"]),
         "ends": [asdict(past) for past in history],
         "goodput": asdict(spent) | {"share": spent.share},
-        "seconds_left": timeline.images_left(steps[-1]["step"], config.model) / pace["images_per_second"]
+        "seconds_left": timeline.images_left(steps[-1]["step"], config.model, config.optimizer) / pace["images_per_second"]
         if timeline and pace.get("images_per_second")
         else None,
         "age": now - seen,

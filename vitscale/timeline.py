@@ -82,13 +82,13 @@ class Timeline:
         """The steps, counted from 1, whose images have another size than those of the step before."""
         return {after.first_step + 1 for before, after in pairwise(self.spans) if before.image_size != after.image_size}
 
-    def images_left(self, step: int, model: ViTConfig) -> float:
+    def images_left(self, step: int, model: ViTConfig, optimizer: OptimizerConfig | None = None) -> float:
         """Images to come after `step` steps, counted as so many of the last step made, by the FLOPs of each size."""
         left = sum(
-            max(0, end - max(step, span.first_step)) * span.global_batch_size * span.train_flops(model)
+            max(0, end - max(step, span.first_step)) * span.global_batch_size * span.train_flops(model, optimizer)
             for span, end in zip(self.spans, self.ends, strict=True)
         )
-        return left / self.at_step(max(0, step - 1)).train_flops(model)
+        return left / self.at_step(max(0, step - 1)).train_flops(model, optimizer)
 
 
 def steady(image_size: tuple[int, int], global_batch_size: int, micro_batch_size: int, total_steps: int = 0) -> Timeline:

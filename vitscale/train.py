@@ -362,7 +362,7 @@ def _used_up_by_all(stream: TrainStream | ForeignStream) -> int:
 
 def _outlook(images_per_second: float, step: int, timeline: Timeline, config: TrainConfig, world_size: int) -> dict[str, float]:
     """What a rate says of the run's end, and of its share of the devices' peak where that is known."""
-    found = {"seconds_left": timeline.images_left(step, config.model) / images_per_second}
+    found = {"seconds_left": timeline.images_left(step, config.model, config.optimizer) / images_per_second}
     of = (_device_name(), config.engine.precision)
     for name, ceiling in (("mfu", peak_flops(*of)), ("mfu_of_measured", measured_flops(*of))):
         if ceiling:

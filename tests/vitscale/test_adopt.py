@@ -483,7 +483,11 @@ def test_an_import_verifies_and_says_where_it_comes_from(tmp_path: Path) -> None
     assert description.origin["imported_from"] == "model.safetensors"
     assert len(description.origin["sha256"]) == 64
     assert all(found["holds"] for found in verify_export(description, "cpu", "fp32"))
-    assert "model.safetensors" in (tmp_path / "ours" / "README.md").read_text()
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert all(
+        words in card for words in ("imported into vitscale", description.origin["sha256"], "layer_norm_eps 1e-06 (timm's)", "license: mit")
+    )
+    assert "trained with vitscale" not in card
     with pytest.raises(CheckpointError, match="2 class names for a head of 3 classes"):
         adopt(folder, tmp_path / "other", ImportConfig(num_heads=4), class_names=names[:2])
     with pytest.raises(CheckpointError, match="every verb takes it as it is"):

@@ -311,8 +311,7 @@ def test_a_head_of_sigmoids_says_so(tmp_path: Path) -> None:
 def test_an_export_is_the_same_bytes_again(tmp_path: Path) -> None:
     description = write_checkpoint(tmp_path / "step", random_vit(SMALL), preprocess=SQUASHED)
     for to in LIBRARIES:
-        model = "lossy" if to == "npz" else ""
-        folders = [export(description, "weight", tmp_path / name / to, to=to, lossy=bool(model)) for name in ("a", "b")]  # type: ignore[arg-type]
+        folders = [export(description, "weight", tmp_path / name / to, to=to, lossy=to == "npz") for name in ("a", "b")]  # type: ignore[arg-type]
         assert (folders[0] / "SHA256SUMS").read_text() == (folders[1] / "SHA256SUMS").read_text()
 
 
@@ -392,6 +391,18 @@ def test_a_central_crop_in_transformers_is_off_for_some_images_and_nothing_else(
     assert found["holds"]
     assert found["differences"]["pixels"] > 0
     assert all(difference < 1e-5 for name, difference in found["differences"].items() if not name.startswith(("image_", "pixels")))
+
+
+@pytest.mark.parametrize("protocol", ["big_vision", "paper"])
+def test_googles_protocols_are_kept_with_plain_tensors_and_what_is_not_checked_is_told(tmp_path: Path, protocol: Any) -> None:
+    """Which is where a refusal for timm sends a user."""
+    preprocess = PreprocessConfig(eval_crop=1.0, eval_protocol=protocol)
+    out = exported(tmp_path, random_vit(SMALL), "safetensors", preprocess=preprocess)
+    found = replay(out)
+    assert found["holds"]
+    assert any(line.startswith("NOT CHECKED: the pixels") for line in found["lines"])
+    assert "pixels" not in found["differences"]
+    assert verify_export(describe(out), "cpu", "fp32")[0]["differences"]["pixels"] == 0, "vitscale itself sees them"
 
 
 def damaged(out: Path, name: str) -> None:

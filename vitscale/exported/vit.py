@@ -112,7 +112,7 @@ def view(model, picture):
     """What the model sees (3, H, W) of an RGB picture: the central crop of the resized image, or with a crop of 1 all of it, squashed."""
     said, (height, width) = model["preprocess"], model["model"]["image_size"]
     if said["eval_protocol"] != "timm":
-        raise SystemExit(f"this model was evaluated by {said['eval_protocol']}'s protocol (google-research), which is not written out here")
+        raise ValueError(f"this model was evaluated by {said['eval_protocol']}'s protocol (google-research), which is not written out here")
     resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[said["interpolation"]]
     size = (width, height)
     if said["eval_crop"] != 1:
