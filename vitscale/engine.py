@@ -138,7 +138,7 @@ class Engine:
         self.moments = {name: optimizer.moments(muon=name in muons) for name in self.parameters}
         self.updates = 0  # made so far, those of the run's earlier starts included; steps left out do not count
         self._grad_norm = float("nan")
-        exact = {name: p.detach().flatten().clone() for name, p in self.parameters.items()}
+        exact = {name: p.detach().flatten() for name, p in self.parameters.items()}
         self._attention, self._graphs = ExitStack(), config.compile == "graphs"
         self.computes = compute.prepare(model, config, device(), micro_batch_size=micro_batch_size, attention=self._attention)
         on_gpu = torch.cuda.is_available()
