@@ -1,10 +1,10 @@
-"""Exports of a checkpoint that many ranks wrote, beside DeepSpeed's zero_to_fp32: how long they take, how much memory, whether they are equal.
+"""Exports of a checkpoint that many ranks wrote, beside DeepSpeed's zero_to_fp32: time, memory, and whether they are equal.
 
     python -m benchmarks.export --save                       a ViT-H/14 (632 M) of 8 ranks of ZeRO-3 in bf16
     python -m benchmarks.export --model ti16 --ranks 2       a look at whether it runs
 
-Ranks over gloo make a step and write the same state twice, by `saving.Saver` and by DeepSpeed's `save_checkpoint`. Then each contestant
-converts it in a process of its own, in turns over the repeats, its files in the page cache:
+Ranks over gloo make a step of SGD, without moments so that eight fit, and write the same state twice, by `saving.Saver` and by DeepSpeed's
+`save_checkpoint`. Then each contestant converts it in a process of its own, in turns over the repeats, its files in the page cache:
 
     timm, hf, safetensors, npz      `export.export` of our checkpoint; npz is lossy, for big_vision has another GELU
     zero_to_fp32                    DeepSpeed's conversion as it comes: shards of 5 GB at the most, torch.save
@@ -12,17 +12,18 @@ converts it in a process of its own, in turns over the repeats, its files in the
     zero_to_fp32 lazy               its lazy tensors, made and written one after the other by `tensorfiles.write_safetensors`
 
 start      what the process holds once all that it needs is imported, and nothing is read
-weights    from there until all weights are written: seconds, and the most that the process held: resident (VmHWM, where pages of mapped files
-           count), and anonymous (RssAnon, looked at each 2 ms), which no machine can drop
+weights    from there until all weights are written: seconds, and the most that the process held: resident (VmHWM, where pages of mapped
+           files count), and anonymous (RssAnon, looked at each 2 ms), which no machine can drop
 rest       ours alone: the certificate, for which the model runs, sums of files, and waiting until all is on disk
 
-Nothing is subtracted. `equal` says whether each tensor has the bits that `zero_to_fp32 safetensors` gives; where a format has other position
-embeddings, the bits that follow from those.
+Nothing is subtracted. `equal` says whether each tensor has the bits that `zero_to_fp32 safetensors` gives; where a format has other
+position embeddings, the bits that follow from those.
 """
 
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -33,11 +34,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.distributed import ROOT, run_on_ranks
+from vitscale import checkpoint
 from vitscale.config import EngineConfig, ObjectiveConfig, OptimizerConfig, PreprocessConfig, ViTConfig, from_dict
 from vitscale.recipes import vit
 
@@ -67,6 +69,8 @@ class ExportConfig:
     repeats: int = 3
     folder: Path = Path("/tmp/vitscale-export-benchmark")
     """On the disk to measure; removed."""
+    keep: bool = False
+    """Leave the checkpoints there, and take those that an earlier call left."""
     save: bool = False
     """Write a dated JSON file."""
     results: Path = Path(__file__).parent / "results"
@@ -88,12 +92,16 @@ def main() -> None:
 
 def compare(config: ExportConfig) -> dict[str, Any]:
     """Writes the checkpoints, and converts them: all rows, and each contestant's medians."""
-    shutil.rmtree(config.folder, ignore_errors=True)
-    config.folder.mkdir(parents=True)
+    if not config.keep:
+        shutil.rmtree(config.folder, ignore_errors=True)
     try:
-        written = {"model": asdict(MODELS[config.model]), "zero_stage": config.zero_stage, "precision": config.precision}
-        with tempfile.TemporaryDirectory() as logs:
-            parameters = run_on_ranks("benchmarks.export:write", config.ranks, written | {"folder": str(config.folder)}, Path(logs))
+        if not (config.folder / "ours" / "checkpoints").exists():
+            config.folder.mkdir(parents=True, exist_ok=True)
+            written = {"model": asdict(MODELS[config.model]), "zero_stage": config.zero_stage, "precision": config.precision}
+            with tempfile.TemporaryDirectory() as logs:
+                run_on_ranks("benchmarks.export:write", config.ranks, written | {"folder": str(config.folder)}, Path(logs))
+        weights = checkpoint.describe(checkpoint.find_checkpoint(str(config.folder / "ours"))).tensors
+        shutil.rmtree(config.folder / "reference", ignore_errors=True)
         convert(REFERENCE, config.folder, config.folder / "reference")
         rows = []
         for repeat in range(config.repeats):
@@ -106,14 +114,15 @@ def compare(config: ExportConfig) -> dict[str, Any]:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     finally:
-        shutil.rmtree(config.folder)
+        if not config.keep:
+            shutil.rmtree(config.folder)
     settings = ("model", "ranks", "zero_stage", "precision", "repeats")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
         **{name: getattr(config, name) for name in settings},
-        "parameters": parameters,
+        "parameters": sum(math.prod(tensor.shape) for tensor in weights if tensor.kind == checkpoint.WEIGHT),
         "medians": {name: medians([row for row in rows if row["contestant"] == name]) for name in config.only},
         "rows": rows,
     }
@@ -138,11 +147,12 @@ def row_text(name: str, row: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def write(payload: dict[str, Any]) -> int:
-    """Makes a step, from weights of which none is zero, and two checkpoints of what came of it; returns the number of parameters."""
+def write(payload: dict[str, Any]) -> None:
+    """Makes a step, from weights that are not zero, and two checkpoints of what came of it."""
     import torch
     import torch.distributed as dist
 
+    from benchmarks.checkpoint import release
     from vitscale.checkpoint import Description
     from vitscale.engine import Engine
     from vitscale.retention import Policy
@@ -150,8 +160,9 @@ def write(payload: dict[str, Any]) -> int:
 
     folder, config = Path(payload["folder"]), from_dict(ViTConfig, payload["model"], "model")
     settings = EngineConfig(payload["zero_stage"], payload["precision"], deepspeed={"zero_optimization": _SMALL})
-    model, optimizer = shared_model(config, folder / "start"), OptimizerConfig("sgd", momentum=0.9)
+    model, optimizer = shared_model(config, folder / "start"), OptimizerConfig("sgd", momentum=0.0)
     engine = Engine(model, settings, optimizer, micro_batch_size=1, grad_accum_steps=1)
+    release()  # what malloc keeps of the whole model that each rank began with
     engine.backward(engine.forward(torch.randn(1, 3, *config.image_size)).square().mean())
     assert engine.step(1e-2)
     if dist.get_rank() == 0:
@@ -160,7 +171,6 @@ def write(payload: dict[str, Any]) -> int:
     saver = Saver(folder / "ours", engine, Policy(newest=1), 0)
     assert saver.snapshot(Description(folder, config, PreprocessConfig(eval_crop=1), ObjectiveConfig(), None, 1, 1))
     saver.finish()
-    return sum(shape.numel() for shape in engine.shapes.values())
 
 
 def shared_model(config: ViTConfig, file: Path) -> "ViT":
@@ -168,7 +178,6 @@ def shared_model(config: ViTConfig, file: Path) -> "ViT":
     import torch
     import torch.distributed as dist
 
-    from tests.vitscale.models import randomize
     from vitscale.model import ViT
 
     with torch.device("meta"):
@@ -178,11 +187,12 @@ def shared_model(config: ViTConfig, file: Path) -> "ViT":
         with open(file, "wb") as made:
             made.truncate(sum(sizes) * 4)
     dist.barrier()
-    flats = torch.from_file(str(file), shared=True, size=sum(sizes)).split(sizes)
-    model.load_state_dict({name: flat.view(of.shape) for (name, of), flat in zip(model.named_parameters(), flats, strict=True)}, assign=True)
+    whole = torch.from_file(str(file), shared=True, size=sum(sizes))
     if dist.get_rank() == 0:
-        randomize(model)
+        whole.uniform_(-0.02, 0.02)
     dist.barrier()
+    named = zip(model.named_parameters(), whole.split(sizes), strict=True)
+    model.load_state_dict({name: flat.view(of.shape) for (name, of), flat in named}, assign=True)
     return model
 
 
@@ -230,7 +240,6 @@ def measure(name: str, folder: str, out: str) -> None:
 
 
 def ours(name: str, folder: Path, out: Path) -> Callable[[Callable[[str], None]], None]:
-    from vitscale import checkpoint
     from vitscale.export import export
 
     def conversion(mark: Callable[[str], None]) -> None:
@@ -276,7 +285,6 @@ def is_equal(out: Path, folder: Path) -> bool:
     """Whether what was written has the bits of the reference."""
     import torch
 
-    from vitscale import checkpoint
     from vitscale.model import parameter_shapes
     from vitscale.targets import position_tensors
     from vitscale.tensorfiles import open_tensors
