@@ -141,7 +141,7 @@ class Engine:
             self.parameters[name].requires_grad_(False)
         self.updates = 0  # made so far, those of the run's earlier starts included; steps left out do not count
         self._grad_norm = float("nan")
-        exact = {name: p.detach().flatten().clone() for name, p in self.parameters.items()}
+        exact = {name: p.detach().flatten() for name, p in self.parameters.items()}
         # What is frozen DeepSpeed only computes with; its fp32 weights, which checkpoints hold, stay on the host, a share on each rank
         self._frozen = {self.parameters[name]: _share_of(exact[name]) for name in still}
         self._attention, self._graphs = ExitStack(), config.compile == "graphs"

@@ -17,12 +17,15 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
+from data_tools.durable import fsync
 from vitscale import checkpoint
 from vitscale.card import model_card, origin_of
 from vitscale.certificate import write_certificate
@@ -81,12 +84,15 @@ def export(
         (hidden / "README.md").write_text(card)
         for script in ("verify.py", "vit.py") if to == "safetensors" else ("verify.py",):
             shutil.copyfile(Path(__file__).parent / "exported" / script, hidden / script)
-        _certify(hidden, description, kind, model, wanted, to, dtype)
-        files = sorted(path for path in hidden.rglob("*") if path.is_file())
-        sums = {str(path.relative_to(hidden)): path for path in files}
-        (hidden / "SHA256SUMS").write_text("".join(f"{_sha256(path)}  {name}\n" for name, path in sums.items()))
-        sums["SHA256SUMS"] = hidden / "SHA256SUMS"
-        checkpoint.publish(hidden, out, {name: checkpoint.file_checksum(path) for name, path in sums.items()})
+        with ThreadPoolExecutor(2) as behind:  # both pass over all of the weights, while the model computes
+            of_weights, synced = behind.submit(_sums, hidden / wanted.weights), behind.submit(fsync, hidden / wanted.weights)
+            _certify(hidden, description, kind, model, wanted, to, dtype)
+        synced.result()
+        files = {str(path.relative_to(hidden)): path for path in sorted(hidden.rglob("*")) if path.is_file()}
+        sums = {name: of_weights.result() if name == wanted.weights else _sums(path) for name, path in files.items()}
+        (hidden / "SHA256SUMS").write_text("".join(f"{sha256}  {name}\n" for name, (sha256, _) in sums.items()))
+        sums["SHA256SUMS"] = _sums(hidden / "SHA256SUMS")
+        checkpoint.publish(hidden, out, {name: checksum for name, (_, checksum) in sums.items()})
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
@@ -156,9 +162,11 @@ def _certify(hidden: Path, description: Description, kind: str, model: Any, want
     write_certificate(hidden, trained, preprocess, about)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _sums(path: Path) -> tuple[str, str]:
+    """SHA-256 and xxh3_128 of a file's bytes, in hex."""
+    sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+            sha256.update(block)
+            xxh3.update(block)
+    return sha256.hexdigest(), xxh3.hexdigest()
