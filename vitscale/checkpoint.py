@@ -458,9 +458,12 @@ def _exported_tensors(description: Description) -> "Callable[[str], Tensor]":
     if not weights.is_file():
         raise CheckpointError(f"{weights} is missing")
     file, expected = open_tensors(weights), file_shapes(description.form, description.model, description.prefix)
-    if missing := sorted(expected.keys() - file.shapes.keys()):
+    missing, extra = sorted(expected.keys() - file.shapes.keys()), sorted(file.shapes.keys() - expected.keys())
+    extra = [name for name in extra if name not in description.origin.get("left_out", {})]  # of a stranger's file: `recognise.py` knows why
+    if missing or extra:
         raise CheckpointError(
-            f"{weights} does not fit the model: {len(missing)} of its {len(expected)} tensors are missing ({_first(missing)})"
+            f"{weights} does not fit the model: {len(missing)} of its {len(expected)} tensors are missing ({_first(missing)}) and "
+            f"{len(extra)} are not the model's ({_first(extra)})"
         )
     for name, shape in expected.items():
         if file.shapes[name] != shape:

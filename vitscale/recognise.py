@@ -26,6 +26,7 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interp
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711), "interpolation": "bicubic"}
 CENTRAL = 0.999999  # an eval_crop of all of the short side, which 1, the whole image squashed, is not
 MAE_DECODER = "of MAE's decoder"
+MASK_TOKEN = "stands for hidden patches in pre-training"
 # Heads by width: of ViT (arXiv 2010.11929, table 1), Ti and S (2106.10270), g and G (2106.04560), DINOv2's giant (dinov2/models)
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 _ACTIVATIONS = {
@@ -118,8 +119,8 @@ def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], a
             f"{where} is {form}'s, but only {fit} of its {len(expected)} tensors fit the model, and nothing is read:{table}"
         )
     names, multi_label = _classes(said, model, where)
-    is_mae = any(why == MAE_DECODER for _, why in left_out)
-    preprocess, taken = _preprocess(form, is_mae, said, asked, where)
+    is_metas = any(why in (MAE_DECODER, MASK_TOKEN) for _, why in left_out)
+    preprocess, taken = _preprocess(form, is_metas, said, asked, where)
     return Weights(form, prefix, model, preprocess, names, multi_label, tuple(left_out), (*assumed, *taken))
 
 
@@ -192,7 +193,7 @@ def _why_left_out(form: Format, prefix: str, name: str, asked: ImportConfig, mod
     """Why a tensor of a file is none of the model's, where that is known and right; else nothing."""
     inner, headless = name.removeprefix(prefix), asked.headless
     if inner == "mask_token" or inner == "embeddings.mask_token":
-        return "stands for hidden patches in pre-training"
+        return MASK_TOKEN
     if form in _OF_DECODER and _OF_DECODER[form].match(name if form == "hf_vit_mae" else inner):
         return MAE_DECODER
     is_head = name.startswith(("classifier", "visual_projection"))
@@ -548,7 +549,7 @@ def _classes(said: Mapping[str, dict[str, Any]], model: ViTConfig, where: str) -
 
 
 def _preprocess(
-    form: Format, is_mae: bool, said: Mapping[str, dict[str, Any]], asked: ImportConfig, where: str
+    form: Format, is_metas: bool, said: Mapping[str, dict[str, Any]], asked: ImportConfig, where: str
 ) -> tuple[PreprocessConfig, list[str]]:
     """What turns an image into the model's input, as the files beside the weights say, else as the family has it; and what was taken so.
 
@@ -558,8 +559,8 @@ def _preprocess(
         "dinov2": IMAGENET, "hf_dinov2": IMAGENET, "hf_vit_mae": IMAGENET,
         "open_clip": CLIP | {"eval_crop": CENTRAL}, "hf_clip": CLIP | {"eval_crop": CENTRAL},
     }  # fmt: skip
-    told: dict[str, Any] = IMAGENET if is_mae else of_family.get(form, {})
-    assumed = [f"preprocessing ({'MAE' if is_mae else form}'s)"]
+    told: dict[str, Any] = IMAGENET if is_metas else of_family.get(form, {})
+    assumed = [f"preprocessing ({'ImageNet' if is_metas else form}'s)"]
     config, processor = said.get("config.json", {}), said.get("preprocessor_config.json", {})
     try:
         if "pretrained_cfg" in config or ("architecture" in config and "mean" in config):

@@ -769,7 +769,7 @@ def no_file(site: Site) -> Case:
         os.mknod(path, 0o140600)
     elif what != "nothing":
         path.write_bytes({"empty": b"", "text": b"weights\n" * 100, "image": b"\x89PNG\r\n\x1a\n" + site.rng.randbytes(100)}[what])
-    return refused(path, "no plain file|files of weights|does not exist|no file of tensors")
+    return refused(path, "no plain file|files? of weights|does not exist|no file of tensors")
 
 
 @kind
