@@ -27,7 +27,7 @@ from launch.terminal import LaunchError, print_json
 from vitscale.config import FinetuneConfig, TrainConfig
 from vitscale.ending import Cause
 from vitscale.resolve import resolve
-from vitscale.run import check_directory, has_begun, is_finished, read_config, read_metrics, write_json
+from vitscale.run import check_directory, check_start, has_begun, is_finished, read_config, read_metrics, write_json
 from vitscale.status import status
 from vitscale.verdict import read_history
 
@@ -112,7 +112,12 @@ def best_of(trials: Sequence[Trial]) -> Trial:
         rates = " ".join(f"{trial.peak_lr:g}" for trial in trials)
         lower = min(trial.peak_lr for trial in trials) / 10
         raise SweepError(f"every trial of --sweep {rates} diverged; lower rates may work, as --sweep {lower:g}")
-    return max(finished, key=lambda trial: (trial.top1, -(trial.loss or 0.0), -trial.peak_lr))
+    return max(finished, key=lambda trial: (trial.top1, -_finite(trial.loss), -trial.peak_lr))
+
+
+def _finite(loss: float | None) -> float:
+    """A loss to compare by: NaN is worse than any."""
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def table(trials: Sequence[Trial], share: float) -> str:
@@ -144,6 +149,8 @@ def sweep(asked: FinetuneConfig, given: Sequence[float], nproc: int, *, as_json:
     check_directory(run)
     configs = [resolve(trial, nproc) for trial in trials_of(asked, grid)]
     check_alike([*configs, resolve(final_run(asked, grid[0]), nproc)])
+    for config in configs:
+        check_start(config)  # those that are finished, too: a result of other settings is none of this sweep's
     share = configs[0].holdout
     trials = [trial_at(Path(config.out), lr) for config, lr in zip(configs, grid, strict=True)]
     for number, (config, lr) in enumerate(zip(configs, grid, strict=True)):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from data_tools.errors import UserError
-from vitscale.checkpoint import Description
+from vitscale.checkpoint import AVERAGE, WEIGHT, Description
 from vitscale.config import TrainConfig
 from vitscale.run import read_config, read_metrics, read_record, trained_datasets
 from vitscale.targets import Target
@@ -38,7 +38,8 @@ def origin_of(description: Description, kind: str) -> dict[str, Any]:
     if config.init:
         origin["initialised_from"] = config.init.checkpoint
     lines = [line for line in read_metrics(run) if line.get("step") == description.step and "eval_top1" in line]
-    if lines:
+    evaluated = AVERAGE if config.optimizer.average_decay else WEIGHT
+    if lines and (kind, description.preprocess) == (evaluated, config.preprocess):  # else they are another model's
         origin["results"] = {name: lines[-1][name] for name in REPORTED if name in lines[-1]}
         origin["evaluated_on"] = {name: record["held_out"][name] for name in ("name", "hash", "samples")} if record.get("held_out") else {}
     return origin

@@ -58,6 +58,11 @@ def rendered_images(seed: int) -> tuple[bytes, ...]:
     return tuple(files)
 
 
+def seeded_inputs(image_size: tuple[int, int], seed: int = 0) -> Tensor:
+    """Normalised images (B, C, H, W) of noise."""
+    return torch.randn(NUM_INPUTS, 3, *image_size, generator=torch.Generator().manual_seed(seed))
+
+
 @torch.no_grad()
 def write_certificate(
     folder: Path, model: ViT, preprocess: PreprocessConfig, about: Mapping[str, Any], *, seed: int = 0
@@ -74,7 +79,7 @@ def write_certificate(
     for number, data in enumerate(files):
         (folder / FOLDER / f"{number:02d}.jpg").write_bytes(data)
     views_BHWC = torch.from_numpy(np.stack([evaluation_view(data, model.config.image_size, preprocess) for data in files]))
-    inputs_BCHW = torch.randn(NUM_INPUTS, 3, *model.config.image_size, generator=torch.Generator().manual_seed(seed))
+    inputs_BCHW = seeded_inputs(model.config.image_size, seed)
     expected = {"inputs_BCHW": inputs_BCHW, **outputs(model, inputs_BCHW), "image_views_BHWC": views_BHWC.float()}
     expected |= {f"image_{name}": value for name, value in outputs(model, normalize(views_BHWC, preprocess)).items()}
     if odd := next((name for name, value in expected.items() if not bool(torch.isfinite(value).all())), None):

@@ -530,8 +530,10 @@ def partial_folder(run: Path, step: int) -> Path:
 
 
 def commit(run: Path, step: int, checksums: dict[str, str]) -> None:
-    """Makes a written checkpoint durable and points `latest` at it."""
+    """Makes a written checkpoint durable, in place of one of that step that did not verify, and points `latest` at it."""
     folder = step_folder(run, step)
+    if folder.exists():  # one that did not verify, or that a run was taken back to before
+        shutil.rmtree(folder)
     publish(partial_folder(run, step), folder, checksums)
     with contextlib.suppress(OSError):  # it is for people and other tools; the checkpoint is there without
         replace_file(folder.parent / "latest", folder.name + "\n")
@@ -541,8 +543,6 @@ def publish(hidden: Path, folder: Path, checksums: dict[str, str]) -> None:
     """Gives a written folder its COMMIT.json, syncs it and renames it into place."""
     files = {name: {"size": (hidden / name).stat().st_size, "xxh3_128": checksum} for name, checksum in sorted(checksums.items())}
     (hidden / "COMMIT.json").write_text(json.dumps({"files": files}, indent=1))
-    if folder.exists():  # one that did not verify, or that a run was taken back to before
-        shutil.rmtree(folder)
     publish_folder(hidden, folder)
 
 

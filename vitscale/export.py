@@ -11,12 +11,15 @@
 What a library cannot say exactly is refused, or with `lossy` written and told.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,10 @@ from torch import Tensor
 from data_tools.durable import fsync
 from vitscale import checkpoint
 from vitscale.card import model_card, origin_of
-from vitscale.certificate import write_certificate
+from vitscale.certificate import outputs, seeded_inputs, write_certificate
 from vitscale.checkpoint import CheckpointError, Description, TensorReader
+from vitscale.config import ViTConfig
+from vitscale.exported.verify import difference
 from vitscale.formats import HEADS_WITHOUT_BIAS, file_shapes, to_file
 from vitscale.model import ViT, parameter_shapes
 from vitscale.targets import Library, Target, position_tensors, target, timm_config
@@ -70,39 +75,54 @@ def export(
         description, model=wanted.model, class_names=class_names, tensors=(), form=wanted.form, prefix=wanted.prefix,
         weights=wanted.weights, origin=origin_of(description, kind),
     )  # fmt: skip
-    hidden = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(hidden, ignore_errors=True)
-    hidden.mkdir(parents=True)
-    try:
+    with _place_beside(out) as hidden:
         _write_weights(hidden / wanted.weights, wanted, read, DTYPES[dtype], progress)
         for name, said in wanted.sidecars.items():
-            (hidden / name).write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n")
+            (hidden / name).write_text(json.dumps(said, indent=1) + "\n")
         checkpoint.write_description(hidden / checkpoint.EXPORT_DESCRIPTION, about)
         if class_names:
-            (hidden / "classes.txt").write_text("".join(f"{name}\n" for name in class_names))
+            (hidden / "classes.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
         card = model_card(out.name, to, wanted, about, dtype=dtype, multi_label=multi_label, licence=licence)
-        (hidden / "README.md").write_text(card)
+        (hidden / "README.md").write_text(card, encoding="utf-8")
         for script in ("verify.py", "vit.py") if to == "safetensors" else ("verify.py",):
             shutil.copyfile(Path(__file__).parent / "exported" / script, hidden / script)
         with ThreadPoolExecutor(2) as behind:  # both pass over all of the weights, while the model computes
             of_weights, synced = behind.submit(_sums, hidden / wanted.weights), behind.submit(fsync, hidden / wanted.weights)
-            _certify(hidden, description, kind, model, wanted, to, dtype)
+            _certify(hidden, description, kind, model, wanted, read, to, dtype)
         synced.result()
         files = {str(path.relative_to(hidden)): path for path in sorted(hidden.rglob("*")) if path.is_file()}
         sums = {name: of_weights.result() if name == wanted.weights else _sums(path) for name, path in files.items()}
         (hidden / "SHA256SUMS").write_text("".join(f"{sha256}  {name}\n" for name, (sha256, _) in sums.items()))
         sums["SHA256SUMS"] = _sums(hidden / "SHA256SUMS")
         checkpoint.publish(hidden, out, {name: checksum for name, (_, checksum) in sums.items()})
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
     return out
+
+
+@contextlib.contextmanager
+def _place_beside(out: Path) -> Iterator[Path]:
+    """An empty hidden folder to write to, gone afterwards unless it was renamed. Raises CheckpointError where another export has it."""
+    hidden = out.with_name(f".{out.name}.partial")
+    hidden.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(hidden, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in hidden.iterdir():  # by one that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield hidden
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
+    except BlockingIOError:
+        raise CheckpointError(f"another export to {out} is under way; give another folder, or wait for it") from None
+    finally:
+        os.close(descriptor)
 
 
 Stretch = Callable[[str, int, int], Tensor]  # (name, first element, how many) of one of our tensors, flattened
 
 
-def _reader(description: Description, kind: str, model: Any, wanted: Target) -> Stretch:
+def _reader(description: Description, kind: str, model: ViTConfig, wanted: Target) -> Stretch:
     """The tensors as the target has them: a checkpoint's, but for position embeddings that have another form there."""
     if not description.form:
         shapes = parameter_shapes(description.model)
@@ -136,17 +156,27 @@ def _write_weights(file: Path, wanted: Target, read: Stretch, dtype: torch.dtype
     progress(total, total)
 
 
-def _certify(hidden: Path, description: Description, kind: str, model: Any, wanted: Target, to: Library, dtype: str) -> None:
-    """Writes the certificate of the trained model, its weights rounded as they are written."""
-    reader, trained = TensorReader(description), ViT(model).eval()
-    with torch.no_grad():
-        for name, parameter in trained.named_parameters():
-            parameter.copy_(reader.whole(name, kind).to(DTYPES[dtype]))
+def _certify(
+    hidden: Path, description: Description, kind: str, model: ViTConfig, wanted: Target, read: Stretch, to: Library, dtype: str
+) -> None:  # fmt: skip
+    """Writes the certificate: of the model that was trained, or, where rounding or a lossy form changes it, of what it was changed to.
+
+    What it was changed to is built from the checkpoint, too, and how far it is from what was trained is told.
+    """
+    reader = TensorReader(description)
+    certified = _filled(model, lambda name, size: reader.stretch(name, kind, 0, size))
+    changed = {}
+    if dtype != "fp32" or any(loss.what == "computation" for loss in wanted.losses):
+        inputs_BCHW = seeded_inputs(model.image_size)
+        trained = outputs(certified, inputs_BCHW)
+        certified = _filled(wanted.model, lambda name, size: read(name, 0, size).to(DTYPES[dtype]).float())
+        changed = {name: difference(value, trained[name]) for name, value in outputs(certified, inputs_BCHW).items()}
     preprocess = description.preprocess
     about: dict[str, Any] = {
         "library": to, "dtype": dtype, "losses": [dataclasses.asdict(loss) for loss in wanted.losses], "mean": preprocess.mean,
         "std": preprocess.std, "protocol": preprocess.eval_protocol, "has_head": model.num_classes > 0,
-        "has_representation": model.representation_size > 0, "pool": model.pool,
+        "has_representation": model.representation_size > 0, "pool": model.pool, "layer_norm_eps": wanted.model.layer_norm_eps,
+        "changed": changed, "imported": "imported_from" in description.origin,
     }  # fmt: skip
     if to == "hf":
         about["model_type"] = wanted.sidecars["config.json"]["model_type"]
@@ -159,7 +189,16 @@ def _certify(hidden: Path, description: Description, kind: str, model: Any, want
             "model_args": said["model_args"],
             "transform": {name: cfg[name] for name in names},
         }
-    write_certificate(hidden, trained, preprocess, about)
+    write_certificate(hidden, certified, preprocess, about)
+
+
+@torch.no_grad()
+def _filled(model: ViTConfig, read: Callable[[str, int], Tensor]) -> ViT:
+    """A model with the weights that `read` gives by their names and sizes, flattened."""
+    net = ViT(model).eval()
+    for name, parameter in net.named_parameters():
+        parameter.copy_(read(name, parameter.numel()).view_as(parameter))
+    return net
 
 
 def _sums(path: Path) -> tuple[str, str]:

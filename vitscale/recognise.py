@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from vitscale.check import check_model
 from vitscale.checkpoint import CheckpointError, check_bounds
-from vitscale.config import UNREADABLE, Format, ImportConfig, PreprocessConfig, ViTConfig
+from vitscale.config import UNREADABLE, ConfigError, Format, ImportConfig, PreprocessConfig, ViTConfig
 from vitscale.formats import Shape, file_shapes, theirs_of
 from vitscale.tensorfiles import read_json
 
@@ -87,6 +87,7 @@ def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], a
 
     Raises CheckpointError where it is no ViT that this program has, or not all of one, or does not say enough and neither is `asked`.
     """
+    _check_asked(asked)
     form, prefix = find_form(shapes, said, asked.prefix, where)
     try:
         facts = _npz_facts(form, prefix, shapes) if "/" in _marker(form) else _torch_facts(form, prefix, shapes)
@@ -122,6 +123,19 @@ def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], a
     is_metas = any(why in (MAE_DECODER, MASK_TOKEN) for _, why in left_out)
     preprocess, taken = _preprocess(form, is_metas, said, asked, where)
     return Weights(form, prefix, model, preprocess, names, multi_label, tuple(left_out), (*assumed, *taken))
+
+
+def _check_asked(asked: ImportConfig) -> None:
+    """Raises ConfigError on what can be said of no file."""
+    if asked.layer_norm_eps is not None and not 0 < asked.layer_norm_eps < 1:
+        raise ConfigError(f"layer_norm_eps={asked.layer_norm_eps:g} must lie in (0, 1), as 1e-6 does")
+    if asked.num_heads is not None and asked.num_heads < 1:
+        raise ConfigError(f"num_heads={asked.num_heads} must be at least 1")
+    if asked.eval_crop is not None and not 0.1 <= asked.eval_crop <= 1:
+        raise ConfigError(f"eval_crop={asked.eval_crop:g} must lie in [0.1, 1]")
+    for name, values in (("mean", asked.mean), ("std", asked.std)):
+        if values is not None and not all(0 <= value <= 1 for value in values):
+            raise ConfigError(f"{name}={values} must lie in [0, 1], for pixels do; 114 of 255 is 0.447")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -330,19 +344,24 @@ def _model(form: Format, facts: _Facts, said: Mapping[str, dict[str, Any]], aske
     activation: Any = "gelu" if swiglu else settle("activation", family["activation"], f"{form}'s", "--activation says it")
     pool = asked.pool or told.get("pool") or facts.pool
     registers_placed = form == "timm" and facts.registers > 0
-    if facts.positions is None and told.get("position") != "none":
-        raise ValueError("it has no position embeddings; models that compute theirs are not known here")
+    position = asked.position or told.get("position") or "learned_1d"
+    if facts.positions is None and position not in ("sincos", "none"):
+        raise ValueError("it has no position embeddings; --position says whether they are computed (sincos, as big_vision's) or none")
+    if facts.positions is not None and position in ("sincos", "none"):
+        raise ValueError(f"position={position}, and the file has {facts.positions} position embeddings")
     grid, class_position = _grid(facts, asked.image_size or told.get("image_size"), registers_placed)
     if facts.class_token and class_position is told.get("no_class_position"):
         raise ValueError(
             f"config.json says no_embed_class={class_position}, and the class token has {'a' if class_position else 'no'} position"
         )
+    if facts.representation_size and form.startswith("hf_"):
+        assumed.append("the layer before the head (a pooler) belongs to the features; --headless leaves it out")
     if facts.positions is not None and not (asked.image_size or told.get("image_size")):
         assumed.append(f"image_size {grid[0] * facts.patch_size}x{grid[1] * facts.patch_size} (a square)")
     model = ViTConfig(
         depth=facts.depth, width=facts.width, mlp_dim=facts.mlp_dim, num_heads=heads, patch_size=facts.patch_size,
         image_size=(grid[0] * facts.patch_size, grid[1] * facts.patch_size), num_classes=facts.num_classes, pool=pool,
-        position="none" if facts.positions is None else "learned_1d", class_position=class_position, registers=facts.registers,
+        position=position if facts.positions is None else "learned_1d", class_position=class_position, registers=facts.registers,
         representation_size=facts.representation_size, qk_norm=facts.qk_norm, layer_scale=1e-5 if facts.layer_scale else 0.0,
         mlp="swiglu" if swiglu else "plain", activation=activation, pre_norm=facts.pre_norm, pool_norm=facts.pool_norm, layer_norm_eps=eps,
     )  # fmt: skip
@@ -560,23 +579,16 @@ def _preprocess(
         "open_clip": CLIP | {"eval_crop": CENTRAL}, "hf_clip": CLIP | {"eval_crop": CENTRAL},
     }  # fmt: skip
     told: dict[str, Any] = IMAGENET if is_metas else of_family.get(form, {})
-    assumed = [f"preprocessing ({'ImageNet' if is_metas else form}'s)"]
+    assumed = ["ImageNet's" if is_metas else "its family's" if told else "vitscale's own"]
     config, processor = said.get("config.json", {}), said.get("preprocessor_config.json", {})
     try:
         if "pretrained_cfg" in config or ("architecture" in config and "mean" in config):
             cfg = config.get("pretrained_cfg", config)
-            told = {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"]), "eval_crop": float(cfg.get("crop_pct") or 0.875)}
-            told["interpolation"] = cfg.get("interpolation", "bicubic")
-            squashed = cfg.get("crop_mode") == "squash"
-            told["eval_crop"] = 1.0 if squashed and told["eval_crop"] == 1 else min(CENTRAL, told["eval_crop"])
-            assumed = []
-        elif "image_mean" in processor:
-            told = {"mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])}
-            told["interpolation"] = {2: "bilinear", 3: "bicubic"}[processor.get("resample", 2)]
-            size, crop = processor.get("size"), processor.get("crop_size")
-            told["eval_crop"], assumed = 1.0, []
-            if processor.get("do_center_crop") and isinstance(size, dict) and "shortest_edge" in size and isinstance(crop, dict):
-                told["eval_crop"] = min(CENTRAL, crop["height"] / size["shortest_edge"])
+            told, assumed = _timm_views(cfg), []
+        elif "image_mean" in processor and form.startswith("hf_"):
+            told, assumed = _processor_views(processor), []
+        elif clip := said.get("open_clip_config.json", {}).get("preprocess_cfg", {}):
+            told, assumed = _clip_views(clip), []
         told |= {f.name: value for f in fields(PreprocessConfig) if (value := getattr(asked, f.name, None)) is not None}
         found = PreprocessConfig(**told)
         if not (
@@ -590,7 +602,48 @@ def _preprocess(
         raise CheckpointError(
             f"{where}: what lies beside the weights says no preprocessing ({' '.join(str(error).split())[:200]})"
         ) from None
+    if assumed and asked.mean is None:
+        assumed = [
+            f"preprocessing ({assumed[0]}: mean {found.mean}, deviation {found.std}, {found.interpolation}, crop {found.eval_crop:g})"
+        ]
     return found, assumed
+
+
+def _timm_views(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's pretrained_cfg says of preprocessing. Raises what `UNREADABLE` names."""
+    crop, mode = float(cfg.get("crop_pct") or 0.875), cfg.get("crop_mode") or "center"
+    if mode not in ("center", "squash") or (mode == "squash" and crop != 1):
+        raise ValueError(f"crop_mode {mode!r:.50} with crop_pct {crop:g}, which is not known here; --eval-crop says another")
+    found = {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"]), "interpolation": cfg.get("interpolation", "bicubic")}
+    return found | {"eval_crop": 1.0 if mode == "squash" else min(CENTRAL, crop)}
+
+
+def _processor_views(processor: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers' preprocessor_config.json says. Raises what `UNREADABLE` names, also where it is no preprocessing of ours."""
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if processor.get(name, True) is not True:
+            raise ValueError(f"{name} is {processor[name]!r:.50}, and images here are resized, divided by 255 and normalised")
+    if abs(processor.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
+        raise ValueError(f"rescale_factor is {processor['rescale_factor']!r:.50}, and not 1/255")
+    found = {"mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"]), "eval_crop": 1.0}
+    found["interpolation"] = {2: "bilinear", 3: "bicubic"}[processor.get("resample", 2)]
+    if processor.get("do_center_crop"):
+        size, crop = processor.get("size"), processor.get("crop_size")
+        short = size.get("shortest_edge") if isinstance(size, dict) else size  # a plain number is the older way to say it
+        side = crop.get("height") if isinstance(crop, dict) else crop
+        if not (isinstance(short, int) and isinstance(side, int) and 0 < side <= short):
+            raise ValueError(f"size {size!r:.80} with a central crop of {crop!r:.80} is not known here; --eval-crop says another")
+        found["eval_crop"] = min(CENTRAL, side / (short + 0.5))  # so that rounding down gives the very side that is resized to
+    return found
+
+
+def _clip_views(clip: Mapping[str, Any]) -> dict[str, Any]:
+    """What open_clip's preprocess_cfg says. Raises what `UNREADABLE` names."""
+    mode = clip.get("resize_mode", "shortest")
+    if mode not in ("shortest", "squash"):
+        raise ValueError(f"resize_mode is {mode!r:.50}; shortest and squash are known here")
+    found = {"mean": tuple(clip.get("mean", CLIP["mean"])), "std": tuple(clip.get("std", CLIP["std"]))}
+    return found | {"interpolation": clip.get("interpolation", "bicubic"), "eval_crop": 1.0 if mode == "squash" else CENTRAL}
 
 
 def _sides(shape: Shape) -> str:

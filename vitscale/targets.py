@@ -109,10 +109,11 @@ def _timm(model: ViTConfig, preprocess: PreprocessConfig, class_names: Sequence[
     if model.registers and model.class_token:  # timm gives registers positions, unless it gives the class token none either
         after = replace(after, class_position=False)
     losses = _timm_losses(preprocess)
-    eps = {1e-6: 1e-6, 1e-5: 1e-5}.get(model.layer_norm_eps)
-    if eps is None or (model.mlp == "swiglu" and eps != 1e-6):
+    eps = model.layer_norm_eps
+    if eps not in (1e-6, 1e-5) or (model.mlp == "swiglu" and eps != 1e-6):
         losses += (Loss("computation", f"timm's LayerNorm has an epsilon of 1e-6 here, this model's is {model.layer_norm_eps:g}"),)
         eps = 1e-6
+        after = replace(after, layer_norm_eps=eps)
     return Target("timm", "", "model.safetensors", after, {"config.json": timm_config(after, eps, preprocess, class_names)}, losses)
 
 
@@ -282,5 +283,8 @@ def _npz(model: ViTConfig, preprocess: PreprocessConfig, *, bf16: bool) -> Targe
         )
     if model.layer_norm_eps != 1e-6:
         losses.append(Loss("computation", f"big_vision's LayerNorm has an epsilon of 1e-6, this model's is {model.layer_norm_eps:g}"))
-    after = replace(model, position="learned_1d", class_position=model.class_position and not model.class_token)
+    after = replace(
+        model, position="learned_1d", class_position=model.class_position and not model.class_token, activation="gelu_tanh",
+        layer_norm_eps=1e-6,
+    )  # fmt: skip
     return Target("big_vision", "params/", "weights.npz", after, {}, tuple(losses))

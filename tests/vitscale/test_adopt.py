@@ -16,12 +16,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.vitscale.models import random_images, random_vit, randomize, relative_error
+from data_tools.images import decode
+from tests.vitscale.models import photograph, random_images, random_vit, randomize, relative_error, write_checkpoint
 from vitscale.adopt import adopt, open_foreign
 from vitscale.checkpoint import CheckpointError, describe, find_checkpoint
 from vitscale.config import ImportConfig, ViTConfig
 from vitscale.evaluate import load_model
-from vitscale.model import ViT
+from vitscale.export import export
+from vitscale.images import evaluation_view
+from vitscale.model import ViT, normalize
 from vitscale.verification import verify_export
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
@@ -492,6 +495,46 @@ def test_an_import_verifies_and_says_where_it_comes_from(tmp_path: Path) -> None
         adopt(folder, tmp_path / "other", ImportConfig(num_heads=4), class_names=names[:2])
     with pytest.raises(CheckpointError, match="every verb takes it as it is"):
         adopt(tmp_path / "ours", tmp_path / "other", NOTHING)
+
+
+def test_positions_that_are_computed_are_asked_for(tmp_path: Path) -> None:
+    """big_vision's `sincos2d` is no tensor of the file, and a model without positions is another one."""
+    model = random_vit(replace(PLAIN, position="sincos", pool="mean", activation="gelu_tanh"))
+    out = export(write_checkpoint(tmp_path / "step", model), "weight", tmp_path / "npz", to="npz")
+    arrays = {name: value for name, value in np.load(out / "weights.npz").items() if "pos_embedding" not in name}
+    np.savez(tmp_path / "theirs.npz", **arrays)
+    with pytest.raises(CheckpointError, match="--position says whether they are computed"):
+        open_foreign(tmp_path / "theirs.npz", ImportConfig(image_size=(32, 32)))
+    ours = imported(tmp_path, tmp_path / "theirs.npz", ImportConfig(image_size=(32, 32), position="sincos"))
+    images = random_images(PLAIN, 2)
+    with torch.no_grad():
+        agree(ours, images, model(images))
+
+
+@pytest.mark.parametrize(("processor", "crop", "reason"), [
+    ({"size": {"height": 32, "width": 32}}, 1.0, ""),
+    ({"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}, 32 / 36.5, ""),
+    ({"size": 32, "crop_size": 32, "do_center_crop": True}, 0.984, ""),
+    ({"size": {"height": 36, "width": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}, 0.0, "central crop"),
+    ({"size": {"height": 32, "width": 32}, "do_normalize": False}, 0.0, "do_normalize"),
+    ({"size": {"height": 32, "width": 32}, "rescale_factor": 1 / 127.5}, 0.0, "rescale_factor"),
+])  # fmt: skip
+def test_a_processor_is_read_as_it_works_or_refused(tmp_path: Path, processor: dict[str, Any], crop: float, reason: str) -> None:
+    """Held to the pixels that transformers' own processor makes of a photograph."""
+    hugging_face("vit").save_pretrained(tmp_path / "theirs")
+    said = {"image_processor_type": "BitImageProcessor", "do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
+    said |= {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.3], "do_center_crop": False} | processor
+    (tmp_path / "theirs" / "preprocessor_config.json").write_text(json.dumps(said))
+    if reason:
+        with pytest.raises(CheckpointError, match=reason):
+            open_foreign(tmp_path / "theirs", NOTHING)
+        return
+    found = open_foreign(tmp_path / "theirs", NOTHING).weights.preprocess
+    assert found.eval_crop == pytest.approx(crop, abs=1e-3)
+    picture = photograph((100, 80))  # margins of crops are even
+    theirs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "theirs", backend="pil")(decode(picture), return_tensors="np")
+    view = torch.from_numpy(evaluation_view(picture, (32, 32), found).copy())[None]
+    assert np.abs(normalize(view, found)[0].numpy() - theirs["pixel_values"][0]).max() < 1e-5
 
 
 @pytest.mark.peers

@@ -326,6 +326,76 @@ def test_an_export_of_an_export_is_that_of_the_checkpoint(tmp_path: Path) -> Non
         assert describe(again).origin == describe(direct).origin
 
 
+@pytest.mark.parametrize("to", ["hf", "safetensors"])
+@pytest.mark.parametrize("option", ["sincos", "no-class-position"])
+def test_bf16_weights_that_are_folded_are_certified_as_they_are_written(tmp_path: Path, option: str, to: str) -> None:
+    """Rounded after they were added up, which is not the sum of what was rounded."""
+    out = exported(tmp_path, random_vit(OPTIONS[option]), to, dtype="bf16")
+    holds(replay(out))
+    changed = json.loads((out / "certificate/certificate.json").read_text())["changed"]
+    assert 1e-4 < changed["logits_BK"] < 2e-2, "and how far that is from what was trained is told"
+    assert all(found["holds"] for found in verify_export(describe(out), "cpu", "fp32"))
+
+
+def test_a_folder_that_appears_meanwhile_is_left_as_it_is(tmp_path: Path) -> None:
+    description = write_checkpoint(tmp_path / "step", random_vit(SMALL))
+    out = tmp_path / "out"
+
+    def others(done: int, total: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("not yours")
+
+    with pytest.raises(OSError, match="out"):
+        export(description, "weight", out, to="safetensors", progress=others)
+    assert [file.name for file in out.iterdir()] == ["mine.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"step", "out"}
+
+
+def test_a_second_export_to_the_same_folder_is_refused_and_spoils_nothing(tmp_path: Path) -> None:
+    description = write_checkpoint(tmp_path / "step", random_vit(SMALL))
+    refused = []
+
+    def again(done: int, total: int) -> None:
+        if not done:
+            with pytest.raises(CheckpointError, match=r"another export .* is under way") as error:
+                export(description, "weight", tmp_path / "out", to="safetensors")
+            refused.append(error)
+
+    out = export(description, "weight", tmp_path / "out", to="safetensors", progress=again)
+    assert refused
+    holds(replay(out))
+
+
+def test_what_a_killed_export_left_is_cleared(tmp_path: Path) -> None:
+    description = write_checkpoint(tmp_path / "step", random_vit(SMALL))
+    (tmp_path / ".out.partial" / "certificate").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "stale.bin").write_bytes(b"half")
+    out = export(description, "weight", tmp_path / "out", to="safetensors")
+    assert not (out / "stale.bin").exists()
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_results_are_told_of_the_weights_and_views_that_had_them(tmp_path: Path) -> None:
+    """A run evaluates its average where it keeps one, by its own preprocessing; other weights have other results."""
+    from vitscale.card import origin_of
+    from vitscale.config import OptimizerConfig, TrainConfig, to_dict
+
+    run = tmp_path / "run"
+    step = write_checkpoint(run / "checkpoints/step-00000002", random_vit(SMALL), average=random_vit(SMALL, seed=1)).path
+    config = TrainConfig(out=str(run), recipe="r", model=SMALL, optimizer=OptimizerConfig(average_decay=0.9))
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    dataset = {"path": "d", "name": "d", "hash": "h", "samples": 9}
+    (run / "run.json").write_text(
+        json.dumps({"format_version": 1, "dataset": dataset, "held_out": dataset, "total_steps": 2, "starts": []})
+    )
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"step": 2, "eval_top1": 0.81, "eval_top5": 0.9, "eval_loss": 1.0, "eval_samples": 9}) + "\n"
+    )
+    assert origin_of(describe(step), "average")["results"]["eval_top1"] == 0.81
+    assert "results" not in origin_of(describe(step), "weight")
+    assert "results" not in origin_of(describe(step).evaluated_by("paper", 1.0), "average")
+
+
 def test_a_folder_that_exists_is_refused_and_left(tmp_path: Path) -> None:
     description = write_checkpoint(tmp_path / "step", random_vit(SMALL))
     (tmp_path / "out").mkdir()
@@ -422,6 +492,52 @@ def test_a_damaged_export_does_not_verify(tmp_path: Path) -> None:
         find_checkpoint(str(out))
 
 
+def summed_again(out: Path, name: str) -> None:
+    """The line of a changed file in SHA256SUMS, as whoever changes it on purpose would have it."""
+    fresh = subprocess.run(["sha256sum", name], cwd=out, capture_output=True, text=True, check=True).stdout.strip()
+    lines = (out / "SHA256SUMS").read_text().splitlines()
+    (out / "SHA256SUMS").write_text("".join(f"{fresh if line.endswith(f'  {name}') else line}\n" for line in lines))
+
+
+def test_a_lossy_export_is_held_to_what_it_was_changed_to(tmp_path: Path) -> None:
+    """Its certificate can fail: other weights are not the loss that it tells of."""
+    out = exported(tmp_path, random_vit(SMALL), "npz", lossy=True)
+    assert verify_export(describe(out), "cpu", "fp32")[0]["holds"]
+    weights = dict(np.load(out / "weights.npz"))
+    weights["params/head/kernel"] = weights["params/head/kernel"] * 1.01
+    np.savez(out / "weights.npz", **weights)
+    assert not verify_export(describe(out), "cpu", "fp32")[0]["holds"]
+
+
+def test_a_head_of_zeros_verifies(tmp_path: Path) -> None:
+    """As of a run that has not begun to learn: no difference is none, whatever it would be divided by."""
+    model = random_vit(SMALL)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+    out = exported(tmp_path, model, "hf")
+    holds(replay(out))
+    assert verify_export(describe(out), "cpu", "fp32")[0]["differences"]["logits_BK"] == 0
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = random_vit(SMALL)
+    with torch.no_grad():
+        model.head.bias[3] = float("nan")
+    with pytest.raises(CheckpointError, match="not finite"):
+        exported(tmp_path, model, "hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_a_sum_is_told(tmp_path: Path) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    lines = [line for line in (out / "SHA256SUMS").read_text().splitlines() if not line.endswith("model.safetensors")]
+    (out / "SHA256SUMS").write_text("".join(f"{line}\n" for line in lines))
+    found = replay(out)
+    assert not found["holds"]
+    assert found["lines"] == ["FAILED model.safetensors has no line in SHA256SUMS"]
+
+
 @pytest.mark.parametrize(("what", "setting", "value"), [
     ("eps", "layer_norm_eps", 1e-3), ("activation", "hidden_act", "gelu_new"), ("heads", "num_attention_heads", 8),
 ])  # fmt: skip
@@ -430,20 +546,29 @@ def test_numbers_that_differ_where_names_fit_are_seen(tmp_path: Path, what: str,
     out = exported(tmp_path, random_vit(SMALL), "hf")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {setting: value}))
-    sums = (out / "SHA256SUMS").read_text().splitlines()
-    fresh = subprocess.run(["sha256sum", "config.json"], cwd=out, capture_output=True, text=True, check=True).stdout.strip()
-    (out / "SHA256SUMS").write_text("".join(f"{fresh if line.endswith('  config.json') else line}\n" for line in sums))
+    summed_again(out, "config.json")
     found = replay(out)
     assert not found["holds"], what
     assert any(line.startswith("FAILED logits_BK") for line in found["lines"])
+
+
+def test_an_epsilon_that_noise_does_not_show_is_seen(tmp_path: Path) -> None:
+    """transformers' own default, in place of the 1e-6 that nearly all ViTs are trained with."""
+    out = exported(tmp_path, random_vit(SMALL), "hf")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-12}))
+    summed_again(out, "config.json")
+    found = replay(out)
+    assert not found["holds"]
+    assert any("epsilon of 1e-12, the model was trained with 1e-06" in line for line in found["lines"])
+    assert found["differences"]["logits_BK"] < 1e-5, "which is why the number itself is compared"
 
 
 def test_preprocessing_that_differs_is_seen(tmp_path: Path) -> None:
     out = exported(tmp_path, random_vit(SMALL), "hf")
     said = json.loads((out / "preprocessor_config.json").read_text())
     (out / "preprocessor_config.json").write_text(json.dumps(said | {"resample": 2}))
-    sums = [line for line in (out / "SHA256SUMS").read_text().splitlines() if not line.endswith("preprocessor_config.json")]
-    (out / "SHA256SUMS").write_text("".join(f"{line}\n" for line in sums))
+    summed_again(out, "preprocessor_config.json")
     found = replay(out)
     assert not found["holds"]
     assert found["differences"]["pixels"] > 0

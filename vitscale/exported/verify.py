@@ -46,6 +46,9 @@ def replay(folder, device="cpu", precision="fp32"):
     outputs, view, library = loader(folder, about, device, torch.bfloat16 if precision == "bf16" else torch.float32)
     lossy = {loss["what"]: loss["words"] for loss in about["losses"]}
     differences, holds = {}, True
+    if odd := sorted(eps for eps in outputs.epsilons if abs(eps - about["layer_norm_eps"]) > 1e-3 * about["layer_norm_eps"]):
+        holds = False  # which hardly shows in the outputs of noise, and does in those of some images
+        lines.append(f"FAILED LayerNorm has an epsilon of {odd[0]:g}, the model was trained with {about['layer_norm_eps']:g}")
     paths = sorted((folder / "certificate").glob("*.jpg"))
     mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
     if view:
@@ -73,17 +76,34 @@ def replay(folder, device="cpu", precision="fp32"):
         for name in found[0]:
             ours = torch.cat([one[name].float().cpu() for one in found])
             theirs = expected[prefix + name]
-            difference = float((ours - theirs).norm() / theirs.norm()) if ours.shape == theirs.shape else float("inf")
-            differences[prefix + name] = difference
-            known = "computation" in lossy or (prefix and "preprocessing" in lossy)
-            good = difference <= tolerance
-            holds = bool(holds and (good or known))
+            differences[prefix + name] = difference(ours, theirs)
+            known = bool(prefix) and "preprocessing" in lossy
+            good = differences[prefix + name] <= tolerance
+            holds = holds and (good or known)
             state = "ok    " if good else "lossy " if known else "FAILED"
-            lines.append(f"{state} {name} of {len(images)} {what}: relative difference {difference:.1e}, at most {tolerance:g} is rounding")
+            found_is = f"relative difference {differences[prefix + name]:.1e}, at most {tolerance:g} is rounding"
+            lines.append(f"{state} {name} of {len(images)} {what}: {found_is}")
     lines += [f"lossy  {words}" for words in lossy.values()]
-    verdict = "does NOT give what was trained" if not holds else "differs as said above" if lossy else "gives what was trained"
+    if about["changed"]:
+        far = ", ".join(f"{name} {value:.1e}" for name, value in about["changed"].items())
+        lines.append(f"       and so is held to what the trained model was changed to, which is off by: {far}")
+    wanted = "what vitscale made of the imported file" if about["imported"] else "what was trained"
+    verdict = f"does NOT give {wanted}" if not holds else "differs as said above" if lossy else f"gives {wanted}"
     lines.append(f"{library} {verdict} ({precision})")
     return {"lines": lines, "holds": holds, "differences": differences, "library": library, "precision": precision}
+
+
+def difference(ours, theirs):
+    """Norm of the difference over the norm; infinite where shapes differ or a number is not finite."""
+    if ours.shape != theirs.shape or not bool(torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
+        return float("inf")
+    apart, norm = float((ours - theirs).norm()), float(theirs.norm())
+    return apart / norm if norm else float("inf") if apart else 0.0
+
+
+def epsilons_of(model):
+    """The epsilons of a module's LayerNorms."""
+    return {module.eps for module in model.modules() if isinstance(module, torch.nn.LayerNorm)}
 
 
 def sums(folder):
@@ -105,6 +125,11 @@ def wrong_sums(folder):
                 found.update(block)
         if found.hexdigest() != digest:
             yield f"{name} does not have its SHA-256 sum: the file is damaged or was changed"
+    summed = {name for _, name in sums(folder)} | {"SHA256SUMS", "COMMIT.json"}
+    for path in [*folder.iterdir(), *(folder / "certificate").iterdir()]:
+        name = str(path.relative_to(folder))
+        if path.is_file() and not path.name.startswith(".") and name not in summed:
+            yield f"{name} has no line in SHA256SUMS"
 
 
 # Each loads the export and returns: outputs of images (1, 3, H, W) by name, the view (3, H, W) of a picture, and the library's name
@@ -130,6 +155,7 @@ def timm_outputs(model, dtype):
         found = {"features_BD": features_BD, "tokens_BND": tokens_BND[:, model.num_prefix_tokens :]}
         return found | ({"logits_BK": model.head(features_BD)} if model.num_classes else {})
 
+    outputs.epsilons = epsilons_of(model)
     return outputs
 
 
@@ -158,6 +184,7 @@ def npz_in_timm(folder, about, device, dtype):
             found["logits_BK"] = found["features_BD"] @ layers["head"][0] + layers["head"][1]
         return found
 
+    outputs.epsilons = inner.epsilons
     return outputs, transform, f"timm {timm.__version__}, from npz,"
 
 
@@ -192,6 +219,8 @@ def in_transformers(folder, about, device, dtype):
             found = {"features_BD": features_BD, "tokens_BND": tokens_BND}
         return found | ({"logits_BK": model(pixel_values=images_BCHW.to(dtype)).logits} if about["has_head"] else {})
 
+    outputs.epsilons = epsilons_of(model)
+
     def view(picture):
         return torch.as_tensor(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0]))
 
@@ -203,11 +232,13 @@ def in_torch(folder, about, device, dtype):
     vit = types.ModuleType("vit")
     exec((Path(folder) / "vit.py").read_text(), vit.__dict__)  # an import would look for compiled code beside it
     model = vit.load(folder, device=device, dtype=dtype)
-    return (
-        (lambda images_BCHW: vit.forward(model, images_BCHW.to(dtype))),
-        (lambda picture: vit.view(model, picture)) if about["protocol"] == "timm" else None,
-        f"torch {torch.__version__}",
-    )
+
+    def outputs(images_BCHW):
+        return vit.forward(model, images_BCHW.to(dtype))
+
+    outputs.epsilons = {model["model"]["layer_norm_eps"]}
+    view = (lambda picture: vit.view(model, picture)) if about["protocol"] == "timm" else None
+    return outputs, view, f"torch {torch.__version__}"
 
 
 if __name__ == "__main__":
