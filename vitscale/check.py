@@ -63,6 +63,8 @@ def check_config(config: TrainConfig, world_size: int) -> None:
             if f"{name}.".startswith(f"{ours}."):
                 raise ConfigError(f"engine.deepspeed sets {name}, which vitscale sets itself; {instead}")
     _check_freeze(config)
+    if config.optimizer.name == "muon" and config.model.mlp == "swiglu":
+        raise ConfigError("optimizer.name=muon takes each weight for one matrix, and mlp=swiglu has two in one; adamw works")
     if config.objective.kind == "softmax" and config.model.head_bias:
         raise ConfigError(f"head_bias={config.model.head_bias:g} does nothing under softmax; set it to 0 or use --objective.kind sigmoid")
 

@@ -419,6 +419,8 @@ def initialize_parameter(name: str, parameter: Tensor, seed: int, config: ViTCon
         fan_out, fan_in = value.shape
         if name.endswith((".qkv.weight", ".kv.weight")):  # q, k and v are separate D x D kernels, though stored as one
             fan_out = fan_in
+        elif config.mlp == "swiglu" and name.startswith("blocks.") and name.endswith(".fc1.weight"):  # and so are the gate and its values
+            fan_out //= 2
         bound = math.sqrt(6 / (fan_in + fan_out))
         value.uniform_(-bound, bound, generator=generator)
     elif not name.endswith(".bias"):

@@ -1,5 +1,6 @@
 """Which parameters decay, and what the learning rate is at a step, against formulas written out here."""
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -8,11 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitscale.config import OptimizerConfig, ScheduleConfig, ViTConfig
+from vitscale.check import check_config
+from vitscale.config import ConfigError, OptimizerConfig, ScheduleConfig, ViTConfig
 from vitscale.exchange import choose_owners, cut
 from vitscale.model import ViT
 from vitscale.muon import orthogonalize
 from vitscale.optim import build_optimizer, learning_rate, param_groups, split_by_decay
+from vitscale.recipes import tiny_digits
 
 TINY = {"depth": 2, "width": 16, "mlp_dim": 32, "num_heads": 2, "patch_size": 4, "image_size": (8, 8), "num_classes": 3}
 
@@ -211,3 +214,11 @@ def test_learning_rate_rises_then_never_rises_again(kind: str, warmup: int) -> N
     assert rates[turn:] == sorted(rates[turn:], reverse=True)
     if warmup < TOTAL:
         assert rates[turn] == PEAK
+
+
+def test_muon_does_not_take_two_matrices_for_one() -> None:
+    config = tiny_digits()
+    swiglu = dataclasses.replace(config, model=dataclasses.replace(config.model, mlp="swiglu"))
+    check_config(swiglu, 1)
+    with pytest.raises(ConfigError, match="mlp=swiglu has two in one; adamw works"):
+        check_config(dataclasses.replace(swiglu, optimizer=OptimizerConfig("muon")), 1)
