@@ -126,7 +126,7 @@ def tables(found: dict[str, Any]) -> str:
     """What was found, as Markdown."""
     seeds = found["seeds"]
     of = {(row["seed"], row["labelled"]): row for row in found["tuned"]}
-    lines = ["| labelled images a class | fine-tuned, 28 px | from random weights, 28 px | difference | fine-tuned, 20 px | 28 over 20 px |",
+    lines = ["| labelled, a class | fine-tuned, 28 px | from random weights, 28 px | difference | fine-tuned, 20 px | 28 over 20 px |",
              "|---|---|---|---|---|---|"]  # fmt: skip
     for labelled in LABELLED:
         rows = [of[seed, labelled] for seed in seeds]
