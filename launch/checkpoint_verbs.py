@@ -12,7 +12,7 @@ from tyro.conf import Positional
 
 from launch.flags import Checkpoint, UsageError, Weights, parse
 from launch.terminal import Json, Verb, VerbError, need, print_json, progress_bar
-from vitscale.config import EvalProtocol, ImportConfig
+from vitscale.config import EvalProtocol, ImportConfig, Library
 
 Out = Annotated[Positional[str], tyro.conf.arg(metavar="OUT", help="The folder to write; it must not exist.")]
 Licence = Annotated[str, tyro.conf.arg(help="Of the weights, as hubs name it (apache-2.0, cc-by-nc-4.0), for the model card.")]
@@ -110,7 +110,7 @@ class ExportFlags:
 
     checkpoint: Checkpoint
     out: Out
-    to: Literal["timm", "hf", "npz", "safetensors"] = "timm"
+    to: Library = "timm"
     """timm; Hugging Face transformers; Google's npz (big_vision, vision_transformer); safetensors with the model in plain torch."""
     headless: bool = False
     """Leave out the head, and a representation layer before it."""

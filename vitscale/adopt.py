@@ -15,7 +15,7 @@ from typing import Any
 from vitscale.checkpoint import EXPORT_DESCRIPTION, CheckpointError, Description
 from vitscale.config import ImportConfig, ObjectiveConfig
 from vitscale.export import export
-from vitscale.recognise import Weights, read_sidecars, recognise
+from vitscale.recognise import Recognised, read_sidecars, recognise
 from vitscale.tensorfiles import SHARDS, TensorFile, open_tensors
 
 # Of a folder, the file that has the weights: what timm, transformers and open_clip write, in the order in which they look for them
@@ -28,7 +28,7 @@ class Foreign:
     """A file of weights that is none of ours."""
 
     tensors: TensorFile
-    weights: Weights
+    weights: Recognised
 
 
 def open_foreign(path: Path, asked: ImportConfig) -> Foreign:

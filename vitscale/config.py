@@ -32,6 +32,7 @@ Format = Literal[
     "timm", "dinov2", "open_clip", "hf_vit", "hf_vit_mae", "hf_dinov2", "hf_siglip", "hf_clip",
     "big_vision", "big_vision_scan", "vision_transformer",
 ]  # fmt: skip
+Library = Literal["timm", "hf", "npz", "safetensors"]  # that an export is for; the last is plain torch
 # Whose evaluation preprocessing: what timm does, big_vision, or the paper's code.
 EvalProtocol = Literal["timm", "big_vision", "paper"]
 

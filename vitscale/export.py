@@ -33,11 +33,11 @@ from vitscale import checkpoint
 from vitscale.card import model_card, origin_of
 from vitscale.certificate import outputs, seeded_inputs, write_certificate
 from vitscale.checkpoint import CheckpointError, Description, TensorReader
-from vitscale.config import ViTConfig
+from vitscale.config import Library, ViTConfig
 from vitscale.exported.verify import difference
 from vitscale.formats import HEADS_WITHOUT_BIAS, file_shapes, to_file
 from vitscale.model import ViT, parameter_shapes
-from vitscale.targets import Library, Target, position_tensors, target, timm_config
+from vitscale.targets import Target, position_tensors, target, timm_config
 from vitscale.tensorfiles import write_npz, write_safetensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

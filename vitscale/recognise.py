@@ -1,11 +1,11 @@
 """What a file of weights is that somebody else wrote: its format, the model that its tensors are of, and what goes with it.
 
 Shapes tell nearly all of a model. What they do not (heads, the epsilon of LayerNorm, which GELU, the grid of a rectangle) is taken from the
-JSON files that lie beside the weights, else from what the family of models has, which is then told (`Weights.assumed`), else asked for.
+JSON files that lie beside the weights, else from what the family of models has, which is then told (`Recognised.assumed`), else asked for.
 Nothing is guessed in silence, for names that fit with numbers that do not are what goes wrong in the field.
 
 `recognise` looks at names and shapes alone; every tensor of the file is one of the model's, or is left out for a reason that is known
-(`Weights.left_out`), or the file is refused with a table of what does not fit.
+(`Recognised.left_out`), or the file is refused with a table of what does not fit.
 """
 
 import itertools
@@ -47,7 +47,7 @@ _OF_DECODER: Mapping[str, re.Pattern[str]] = {
 
 
 @dataclass(frozen=True)
-class Weights:
+class Recognised:
     """What a file of weights is."""
 
     form: Format
@@ -78,7 +78,7 @@ def read_sidecars(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], asked: ImportConfig, where: str) -> Weights:
+def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], asked: ImportConfig, where: str) -> Recognised:
     """What a file is, by the names and shapes of its tensors and what lies beside it.
 
     Args:
@@ -122,7 +122,7 @@ def recognise(shapes: Mapping[str, Shape], said: Mapping[str, dict[str, Any]], a
     names, multi_label = _classes(said, model, where)
     is_metas = any(why in (MAE_DECODER, MASK_TOKEN) for _, why in left_out)
     preprocess, taken = _preprocess(form, is_metas, said, asked, where)
-    return Weights(form, prefix, model, preprocess, names, multi_label, tuple(left_out), (*assumed, *taken))
+    return Recognised(form, prefix, model, preprocess, names, multi_label, tuple(left_out), (*assumed, *taken))
 
 
 def _check_asked(asked: ImportConfig) -> None:

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from vitscale.checkpoint import CheckpointError
-from vitscale.config import Format, PreprocessConfig, ViTConfig
+from vitscale.config import Format, Library, PreprocessConfig, ViTConfig
 from vitscale.model import grid_2d, sincos_2d
-
-Library = Literal["timm", "hf", "npz", "safetensors"]
 
 
 @dataclass(frozen=True)
