@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from launch.verbs import checkpoint_prune
+from launch.checkpoint_verbs import checkpoint_prune
 from tests.runs import begin, log
 from tests.vitscale.savers import about
 from vitscale import checkpoint
