@@ -74,14 +74,14 @@ def extract_features(
         done += len(samples_B)
         if progress:
             progress(min(done, of_rank), of_rank)
-    features_ND, labels_NL, samples_N = (_of_all_ranks(torch.cat(parts)) for parts in zip(*own, strict=True))
-    usable_N = samples_N >= 0
-    if not usable_N.any():
-        removed = dataset.overlay.num_removed
-        raise DatasetError(
-            f"none of the {dataset.num_samples} samples of {dataset.path} can be read ({removed} are removed by overlays); pack it again"
-        )
-    return Features(features_ND, labels_NL, samples_N).take(usable_N)
+    if own:  # where all samples are removed no rank has a batch
+        features_ND, labels_NL, samples_N = (_of_all_ranks(torch.cat(parts)) for parts in zip(*own, strict=True))
+        if (usable_N := samples_N >= 0).any():
+            return Features(features_ND, labels_NL, samples_N).take(usable_N)
+    removed = dataset.overlay.num_removed
+    raise DatasetError(
+        f"none of the {dataset.num_samples} samples of {dataset.path} can be read ({removed} are removed by overlays); pack it again"
+    )
 
 
 def _of_all_ranks(rows: Tensor) -> Tensor:
