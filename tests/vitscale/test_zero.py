@@ -103,7 +103,9 @@ def test_every_stage_is_plain_torch(config: TrainConfig, tmp_path: Path, world_s
     assert len({tuple(r["images"]) for r in results.values()}) == 1, "every case must have seen the same images"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=[pytest.mark.soak, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("optimizer", [
+    pytest.param("adamw", marks=pytest.mark.timeout(1800)), pytest.param("sgd", marks=[pytest.mark.soak, pytest.mark.timeout(1800)]),
+])  # fmt: skip
 def test_a_run_goes_on_at_any_stage_and_world_size(config: TrainConfig, tmp_path: Path, optimizer: str) -> None:
     """Stopped at stage a and world size b, resumed at stage c and world size d: all pairs over {0,1,2,3} x {1,2}, and world size 3 once."""
     last = STOP + STEPS
