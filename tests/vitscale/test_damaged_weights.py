@@ -3,6 +3,7 @@
 The cases are `damage.py`'s, each made by its number; `make soak` runs many more of them than the default.
 """
 
+import hashlib
 import json
 import os
 import py_compile
@@ -122,7 +123,9 @@ def changed(export: Path, folder: Path, name: str, data: str) -> Path:
     shutil.copytree(export, hidden)
     (hidden / name).write_text(data)
     (hidden / "COMMIT.json").unlink()
-    (hidden / "SHA256SUMS").write_text("")
+    (hidden / "SHA256SUMS").unlink()
+    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(hidden)}\n" for f in hidden.rglob("*") if f.is_file()]
+    (hidden / "SHA256SUMS").write_text("".join(lines))
     files = [file for file in hidden.rglob("*") if file.is_file()]
     checkpoint.publish(hidden, folder / "copy", {str(file.relative_to(hidden)): checkpoint.file_checksum(file) for file in files})
     return folder / "copy"
@@ -141,7 +144,8 @@ def test_code_of_a_strangers_export_is_not_run(export: Path, tmp_path: Path) -> 
     copy = changed(export, tmp_path, "vit.py", evil + (export / "vit.py").read_text())
     found = verify_export(describe(find_checkpoint(str(copy))), "cpu", "fp32")
     assert "is not run" in found[1]["lines"][0]
-    shutil.copyfile(export / "vit.py", copy / "vit.py")
+    for name in ("vit.py", "SHA256SUMS"):
+        shutil.copyfile(export / name, copy / name)
     (tmp_path / "evil.py").write_text(evil)
     compiled = copy / "__pycache__" / f"vit.{sys.implementation.cache_tag}.pyc"
     py_compile.compile(str(tmp_path / "evil.py"), cfile=str(compiled), invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
