@@ -209,7 +209,8 @@ def _hugging_face(
         named = {
             "id2label": {str(number): name for number, name in enumerate(names)},
             "label2id": {name: number for number, name in reversed(list(enumerate(names)))},
-            "problem_type": "multi_label_classification" if multi_label else "single_label_classification",
+            # transformers takes one class alone for no single-label problem
+            "problem_type": "multi_label_classification" if multi_label or model.num_classes == 1 else "single_label_classification",
         }
     dtype = {"torch_dtype": "bfloat16" if bf16 else "float32"}
     form: Format = "hf_siglip" if siglip else "hf_vit"
