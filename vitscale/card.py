@@ -1,87 +1,248 @@
-"""Where an export's weights come from, and its model card: README.md, for people and for model hubs.
+"""An export's model card: README.md, for people and for model hubs.
 
-`origin_of` collects what a run's directory says of a checkpoint; of an export that was exported again, or was imported, what that said.
+What a team needs that is given the folder and nothing else: how it is loaded, what goes in and what comes out, where it comes from, what
+was measured, and how it is fine-tuned. The code in it is tested as it stands there.
 """
 
 import json
-from dataclasses import asdict
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from data_tools.errors import UserError
-from vitscale.checkpoint import AVERAGE, WEIGHT, Description
-from vitscale.config import TrainConfig
-from vitscale.run import read_config, read_metrics, read_record, trained_datasets
+from vitscale.checkpoint import Description
+from vitscale.config import PreprocessConfig, ViTConfig
+from vitscale.model import parameter_shapes
 from vitscale.targets import Target
 
-REPORTED = ("eval_top1", "eval_top5", "eval_loss", "eval_samples")  # of a line of metrics.jsonl
-
-
-def origin_of(description: Description, kind: str) -> dict[str, Any]:
-    """What is known of a checkpoint's making, as JSON holds it."""
-    if description.form:
-        return description.origin
-    origin: dict[str, Any] = {"step": description.step, "samples_seen": description.samples_seen, "weights": kind}
-    run = description.path.parent.parent
-    try:
-        config, record = read_config(run), read_record(run)
-    except (UserError, OSError):  # a step's folder that was copied out of its run
-        return origin
-    start: dict[str, Any] = next(reversed(record.get("starts", [])), {})
-    origin |= {
-        "recipe": config.recipe,
-        "seed": config.seed,
-        "datasets": [{name: of[name] for name in ("name", "hash", "samples") if name in of} for of in trained_datasets(record)],
-        "commit": start.get("commit", ""),
-        "versions": start.get("versions", {}),
-        "training": _training(config),
-    }
-    if config.init:
-        origin["initialised_from"] = config.init.checkpoint
-    lines = [line for line in read_metrics(run) if line.get("step") == description.step and "eval_top1" in line]
-    evaluated = AVERAGE if config.optimizer.average_decay else WEIGHT
-    if lines and (kind, description.preprocess) == (evaluated, config.preprocess):  # else they are another model's
-        origin["results"] = {name: lines[-1][name] for name in REPORTED if name in lines[-1]}
-        origin["evaluated_on"] = {name: record["held_out"][name] for name in ("name", "hash", "samples")} if record.get("held_out") else {}
-    return origin
-
-
-def _training(config: TrainConfig) -> dict[str, Any]:
-    return {
-        "objective": asdict(config.objective), "optimizer": asdict(config.optimizer), "schedule": asdict(config.schedule),
-        "mix": asdict(config.mix), "global_batch_size": config.global_batch_size, "epochs": config.epochs, "steps": config.steps,
-        "precision": config.engine.precision,
-    }  # fmt: skip
+_NAMED = 20  # classes, which are listed in the card itself
+_LIBRARIES = {"timm": "timm", "hf": "transformers", "npz": "big_vision", "safetensors": "pytorch"}  # as hubs name them
+_FILES = {
+    "model.safetensors": "the weights",
+    "weights.npz": "the weights",
+    "config.json": "what the library reads to build the model",
+    "preprocessor_config.json": "what transformers prepares images by",
+    "classes.txt": "names of the classes, a line each, in the order of the logits",
+    "vit.py": "the model and its preprocessing in plain torch, to copy and change",
+    "verify.py": "holds the library to the certificate",
+    "certificate": "twenty images rendered from a seed (nobody's; free to use) and what the model says of them",
+    "vitscale.json": "what vitscale reads, where the folder is given to it as a checkpoint",
+    "SHA256SUMS": "of all files; `sha256sum -c SHA256SUMS`",
+    "COMMIT.json": "the same for vitscale",
+}
 
 
 def model_card(
-    name: str, library: str, target: Target, description: Description, *, dtype: str, multi_label: bool, licence: str
+    name: str, target: Target, description: Description, certificate: Mapping[str, Any], *, multi_label: bool, licence: str
 ) -> str:  # fmt: skip
-    """README.md of an export: what it is, how it is loaded, how its images are prepared, what its numbers mean, where it comes from."""
-    model, preprocess, origin = target.model, description.preprocess, description.origin
-    header = {"license": licence or "other", "pipeline_tag": "image-classification" if model.num_classes else "image-feature-extraction"}
-    header |= {"timm": {"library_name": "timm"}, "hf": {"library_name": "transformers"}}.get(library, {})
-    height, width = model.image_size
-    crop = (
-        "the whole image, squashed to that size"
-        if preprocess.eval_crop == 1
-        else f"the central {preprocess.eval_crop:g} of the resized short side"
+    """README.md of an export.
+
+    Args:
+        certificate: what certificate.json says: `library`, `dtype`, `changed`, and for npz `timm`.
+    """
+    model, preprocess, origin, library = target.model, description.preprocess, description.origin, certificate["library"]
+    parameters = sum(map(math.prod, parameter_shapes(model).values()))
+    made = "imported into" if "imported_from" in origin else "trained with"
+    paragraphs = [
+        _header(name, library, model, origin, licence),
+        f"# {name}",
+        f"A Vision Transformer of {_size(parameters)} parameters, {made} vitscale: {model.depth} blocks, {model.width} features, "
+        f"{model.num_heads} heads, MLPs of {model.mlp_dim}, patches of {model.patch_size} pixels. {_head(model.num_classes, multi_label)}",
+        "## Load",
+        "\n".join(["```python", *_loading(library, target, certificate, multi_label=multi_label), "```"]),
+        *_outputs(library, target),
+        f"`python verify.py` holds that library to what the trained model said of twenty images and of seeded tensors (`certificate/`), and "
+        f"every file to its SHA-256 sum; it needs torch{_needs(library)}.",
+        "## Preprocessing",
+        _preprocessing(model.image_size, preprocess),
+        *_classes(description),
+        *_changes(target, certificate),
+        "## Fine-tune",
+        *_tuning(library, target),
+        "## Where it comes from",
+        _table(_rows(origin, model, certificate["dtype"], licence)),
+    ]
+    if "training" in origin:
+        paragraphs += ["How it was trained:", f"```json\n{json.dumps(origin['training'], indent=1)}\n```"]
+    there = {target.weights, *target.sidecars, "vitscale.json", "verify.py", "certificate", "SHA256SUMS", "COMMIT.json"}
+    there |= {"vit.py"} if library == "safetensors" else set()
+    there |= {"classes.txt"} if description.class_names else set()
+    paragraphs += ["## Files", _table({f"`{file}`": words for file, words in _FILES.items() if file in there})]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _header(name: str, library: str, model: ViTConfig, origin: Mapping[str, Any], licence: str) -> str:
+    """What model hubs read; its values are JSON, which YAML takes."""
+    task = "image-classification" if model.num_classes else "image-feature-extraction"
+    header: dict[str, Any] = {
+        "license": licence or "unknown", "library_name": _LIBRARIES[library], "pipeline_tag": task, "tags": ["vit", "vitscale"],
+    }  # fmt: skip
+    if model.num_classes and (results := _results(origin)):
+        called = origin.get("evaluated_on", {}).get("name") or "held out"
+        metrics = [{"type": "accuracy", "name": measure, "value": round(value, 6)} for measure, value in results.items()]
+        result = {"task": {"type": task}, "dataset": {"name": called, "type": called}, "metrics": metrics}
+        header |= {"metrics": ["accuracy"], "model-index": [{"name": name, "results": [result]}]}
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---"])
+
+
+def _results(origin: Mapping[str, Any]) -> dict[str, float]:
+    """Shares of samples by their measure."""
+    found = origin.get("results", {})
+    return {words: found[name] for name, words in (("eval_top1", "top-1"), ("eval_top5", "top-5")) if name in found}
+
+
+def _size(parameters: int) -> str:
+    return f"{parameters / 1e6:.3g} M" if parameters < 1e9 else f"{parameters / 1e9:.3g} B"
+
+
+def _head(num_classes: int, multi_label: bool) -> str:
+    if not num_classes:
+        return "It has no head: what comes out are features."
+    if multi_label:
+        return f"Its {num_classes:,} logits are those of sigmoids: several classes may be right, sigmoid(logit) is the probability of each."
+    return f"Its {num_classes:,} logits are those of a softmax: one class is right, and softmax(logits) are the probabilities."
+
+
+def _needs(library: str) -> str:
+    return {"timm": " and timm", "npz": " and timm, which reads npz, too", "hf": " and transformers", "safetensors": " alone"}[library]
+
+
+# -- Code ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _loading(library: str, target: Target, certificate: Mapping[str, Any], *, multi_label: bool) -> list[str]:
+    """From a picture to a class or features."""
+    model = target.model
+    begin = ["from pathlib import Path", "", "from PIL import Image"]
+    folder = 'folder = Path("{}").resolve()  # where this folder lies; "." from within it'
+    opened = [folder.format("."), 'picture = Image.open(folder / "certificate" / "00.jpg").convert("RGB")']
+    best = "(logits_BK[0].sigmoid() > 0.5).nonzero().flatten().tolist()" if multi_label else "logits_BK.argmax().item()"
+    if library == "timm":
+        lines = ["import timm", "from timm.data import create_transform, resolve_data_config", *begin, "", *opened]
+        lines += ['model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()  # timm 1.0.20 or later']
+        lines += ["transform = create_transform(**resolve_data_config({}, model=model))"]
+        given = "transform(picture)[None]"
+    elif library == "npz":
+        timm = certificate["timm"]
+        lines = ["import timm", "from timm.data import create_transform", *begin, "", *opened]
+        lines += [f"model = timm.create_model({timm['architecture']!r}, num_classes={model.num_classes}, **{timm['model_args']!r})"]
+        lines += ['model.load_pretrained(str(folder / "weights.npz"))', "model.eval()"]
+        lines += [f"transform = create_transform(**{timm['transform']!r})"]
+        given = "transform(picture)[None]"
+        if model.representation_size:  # which timm leaves out, and its head is not to be seen without
+            return [*lines, f"tokens_BND = model.forward_features({given})  # timm leaves the representation layer and the head out"]
+    elif library == "hf":
+        auto = "AutoModelForImageClassification" if model.num_classes else "AutoModel"
+        pooler = ", add_pooling_layer=False" if _has_no_pooler(target) else ""
+        lines = [f"from transformers import AutoImageProcessor, {auto}", *begin, "", *opened]
+        lines += [f"model = {auto}.from_pretrained(folder{pooler}).eval()"]
+        lines += ['processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # Pillow resizes, as in training']
+        lines += ['outputs = model(**processor(picture, return_tensors="pt"))']
+        if not model.num_classes:
+            return [*lines, f"features_BD = {_hf_features(target)}"]
+        return [*lines, "logits_BK = outputs.logits", f"print({best if multi_label else f'model.config.id2label[{best}]'})"]
+    else:
+        lines = ["import sys", *begin, "", *opened, "sys.path.insert(0, str(folder))", "import vit  # vit.py, in this folder", ""]
+        lines += ["model = vit.load(folder)", "found = vit.forward(model, vit.view(model, picture)[None])"]
+        return [*lines, 'logits_BK = found["logits_BK"]', f"print({best})"] if model.num_classes else [*lines, 'found["features_BD"]']
+    return [*lines, f"logits_BK = model({given})", f"print({best})"] if model.num_classes else [*lines, f"features_BD = model({given})"]
+
+
+def _has_no_pooler(target: Target) -> bool:
+    """Whether transformers' model would have a pooler of its own making, which no weights are for."""
+    return target.form == "hf_vit" and not target.model.num_classes and not target.model.representation_size
+
+
+def _hf_features(target: Target) -> str:
+    if target.model.representation_size or target.model.pool == "map":
+        return "outputs.pooler_output"
+    return "outputs.last_hidden_state[:, 0]" if target.form == "hf_vit" else "outputs.last_hidden_state.mean(dim=1)"
+
+
+def _tuning(library: str, target: Target) -> list[str]:
+    """What the library takes for a new head and another resolution."""
+    p = target.model.patch_size
+    size = 2 * max(target.model.image_size) // p * p
+    said = ["`vitscale finetune RECIPE --init FOLDER --data TRAIN --model.image-size H W` takes this folder as it is."]
+    if library == "timm":
+        said += [
+            f'With a new head, at another resolution: `timm.create_model(f"local-dir:{{folder}}", pretrained=True, num_classes=10, '
+            f"img_size={size})`, which resamples the position embeddings; the images' transform is then to have that size, too."
+        ]
+    if library == "hf":
+        said += [
+            "With a new head: `AutoModelForImageClassification.from_pretrained(folder, num_labels=10, ignore_mismatched_sizes=True)`; with as "
+            "many classes as before the old head stays. At another resolution: `model(pixel_values, interpolate_pos_encoding=True)`."
+        ]
+    return said
+
+
+# -- Words --------------------------------------------------------------------------------------------------------------------------------
+
+
+def _outputs(library: str, target: Target) -> list[str]:
+    """What features are, where they come out."""
+    model = target.model
+    mean = "the mean of the patch tokens"
+    pooled = {"cls": "the class token", "mean": mean, "mean_with_cls": mean, "map": "what attention pooling makes of the patch tokens"}
+    norm = ", then a LayerNorm" if model.pool_norm else " after the last LayerNorm"
+    layer = ", through the representation layer and its tanh" if model.representation_size else ""
+    said = (
+        f"Features are {model.representation_size or model.width} numbers: {pooled[model.pool]}{norm}{layer}. Patch tokens are a grid of "
+        f"{model.grid[0]} x {model.grid[1]}, row by row."
     )
-    lines = ["---", *(f"{key}: {value}" for key, value in header.items()), "---", "", f"# {name}", ""]
-    lines += [
-        f"A Vision Transformer of {model.depth} blocks, {model.width} features, {model.num_heads} heads and patches of {model.patch_size} "
-        f"pixels, {'imported into' if 'imported_from' in origin else 'trained with'} vitscale. {_head(model.num_classes, multi_label)}", "",
-        "## Load", "", "```python", *_loading(library, target, name), "```", "",
-        "Then `python verify.py` here holds that library to what the trained model said of twenty images and of seeded tensors "
-        "(`certificate/`), and every file to its SHA-256 sum.", "",
-        "## Preprocessing", "",
-        f"{height} x {width} pixels (height x width): {crop}, {preprocess.interpolation} with antialias, by {preprocess.eval_protocol}'s "
-        f"protocol; then (pixel / 255 - {list(preprocess.mean)}) / {list(preprocess.std)}.", "",
-    ]  # fmt: skip
-    if target.losses:
-        lines += ["## What is not as it was trained", "", *(f"- {loss.words}" for loss in target.losses), ""]
-    lines += ["## Where it comes from", ""]
-    results = origin.get("results", {})
-    rows = {
+    if library == "hf" and _has_no_pooler(target):
+        said += (
+            " Without `add_pooling_layer=False` transformers makes up a pooler of random weights: its `pooler_output`, and what "
+            'a pipeline gives by `pool=True`, mean nothing (`pipeline(..., model_kwargs={"add_pooling_layer": False})`).'
+        )
+    return [said]
+
+
+def _preprocessing(image_size: tuple[int, int], preprocess: PreprocessConfig) -> str:
+    crop = "the whole image, squashed to that size"
+    if preprocess.eval_crop != 1:
+        crop = f"the central {preprocess.eval_crop:g} of the resized short side"
+    return (
+        f"An RGB image (grey ones and those with transparency are converted) to {image_size[0]} x {image_size[1]} pixels (height x width): "
+        f"{crop}, {preprocess.interpolation} with antialias, as {preprocess.eval_protocol} evaluates; then "
+        f"(pixel / 255 - {list(preprocess.mean)}) / {list(preprocess.std)}."
+    )
+
+
+def _classes(description: Description) -> list[str]:
+    """Names in the order of the logits."""
+    names = description.class_names
+    if not names:
+        return []
+    some = ", ".join(f"{number} {name}" for number, name in enumerate(names[:_NAMED]))
+    return ["## Classes", f"{some}{f', ... (`classes.txt` has all {len(names):,})' if len(names) > _NAMED else ''}."]
+
+
+def _changes(target: Target, certificate: Mapping[str, Any]) -> list[str]:
+    """What the library computes otherwise, and rounding."""
+    said = [f"- {loss.words}" for loss in target.losses]
+    if certificate["dtype"] != "fp32":
+        said.append(f"- weights are rounded to {certificate['dtype']}")
+    if not said:
+        return []
+    if certificate["changed"]:
+        far = ", ".join(f"{name.partition('_')[0]} {value:.1e}" for name, value in certificate["changed"].items())
+        said.append(f"\nOf seeded tensors, outputs are off by (norm of the difference over the norm): {far}.")
+    return ["## What is not as it was trained", "\n".join(said)]
+
+
+def _rows(origin: Mapping[str, Any], model: ViTConfig, dtype: str, licence: str) -> dict[str, str | None]:
+    """What is known of its making, empty where nothing is."""
+    results, evaluated = _results(origin), origin.get("evaluated_on", {})
+    measured = ", ".join(f"{name} {value:.2%}" for name, value in results.items() if name == "top-1" or model.num_classes > 5)
+    if results and "eval_samples" in origin["results"]:
+        measured += f" of {origin['results']['eval_samples']:,} samples"
+    if results and evaluated:
+        measured += f" of {evaluated.get('name')}, hash {evaluated.get('hash')}"
+    if results and not model.num_classes:
+        measured += " (with its head, which is left out here)"
+    seen = f"{origin['samples_seen']:,} in {origin['step']:,} steps" if "samples_seen" in origin else None
+    return {
         "recipe": origin.get("recipe"),
         "trained on": "; ".join(
             f"{of.get('name')}, {of.get('samples', 0):,} samples, hash {of.get('hash', of.get('names_hash'))}"
@@ -93,60 +254,15 @@ def model_card(
         "its format": origin.get("format"),
         "not in it, and taken for granted": "; ".join(origin.get("assumed", [])),
         "in it, and left out": "; ".join(f"{name} ({why})" for name, why in list(origin.get("left_out", {}).items())[:10]),
-        "samples seen": f"{origin['samples_seen']:,} in {origin['step']:,} steps" if "samples_seen" in origin else None,
+        "samples seen": f"{seen}, from there on" if seen and "initialised_from" in origin else seen,
         "weights": {"average": "the average over training", "weight": "as trained, no average"}.get(origin.get("weights", "")),
         "stored in": dtype,
-        "held-out results": ", ".join(f"{key.removeprefix('eval_')} {value:.4g}" for key, value in results.items()),
-        "evaluated on": f"{origin['evaluated_on'].get('name')}, hash {origin['evaluated_on'].get('hash')}"
-        if origin.get("evaluated_on")
-        else None,
+        "held out": measured,
         "commit": origin.get("commit"),
         "versions": ", ".join(f"{key} {value}" for key, value in origin.get("versions", {}).items()),
-        "licence": licence or "not stated",
+        "licence": licence or "not stated: ask who made it",
     }
-    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value), ""]
-    if "training" in origin:
-        lines += ["How it was trained:", "", "```json", json.dumps(origin["training"], indent=1), "```", ""]
-    return "\n".join(lines)
 
 
-def _head(num_classes: int, multi_label: bool) -> str:
-    if not num_classes:
-        return "It has no head: what comes out are features."
-    if multi_label:
-        return f"Its {num_classes:,} logits are those of sigmoids: several classes may be right, sigmoid(logit) is the probability of each."
-    return f"Its {num_classes:,} logits are those of a softmax: one class is right, and softmax(logits) are the probabilities."
-
-
-def _loading(library: str, target: Target, name: str) -> list[str]:
-    if library == "timm":
-        return [
-            "import timm",
-            "from timm.data import create_transform, resolve_data_config",
-            "",
-            f'model = timm.create_model("local-dir:{name}", pretrained=True).eval()  # timm 1.0.20 or later; where this folder lies',
-            "transform = create_transform(**resolve_data_config({}, model=model))",
-            "logits = model(transform(picture)[None])  # picture: a PIL image in RGB",
-        ]
-    if library == "hf":
-        auto = "AutoModelForImageClassification" if target.model.num_classes else "AutoModel"
-        headless = not target.model.num_classes and target.form == "hf_vit" and not target.model.representation_size
-        return [
-            f"from transformers import AutoImageProcessor, {auto}",
-            "",
-            f'model = {auto}.from_pretrained("{name}"{", add_pooling_layer=False" if headless else ""}).eval()  # where this folder lies',
-            f'processor = AutoImageProcessor.from_pretrained("{name}")',
-            'outputs = model(**processor(picture, return_tensors="pt"))  # picture: a PIL image in RGB',
-        ]
-    if library == "npz":
-        return [
-            "import numpy as np",
-            "",
-            f'weights = np.load("{name}/weights.npz")  # big_vision: model_init="{name}/weights.npz"; timm: model.load_pretrained(...)',
-        ]
-    return [
-        "import vit  # vit.py, in this folder: plain torch",
-        "",
-        f'model = vit.load("{name}")',
-        'found = vit.forward(model, vit.view(model, picture)[None])  # picture: a PIL image in RGB; found["features_BD"], ["logits_BK"]',
-    ]
+def _table(rows: Mapping[str, str | None]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)])

@@ -30,13 +30,14 @@ from torch import Tensor
 
 from data_tools.durable import fsync
 from vitscale import checkpoint
-from vitscale.card import model_card, origin_of
+from vitscale.card import model_card
 from vitscale.certificate import outputs, seeded_inputs, write_certificate
 from vitscale.checkpoint import CheckpointError, Description, TensorReader
 from vitscale.config import Library, ViTConfig
 from vitscale.exported.verify import difference
 from vitscale.formats import HEADS_WITHOUT_BIAS, file_shapes, to_file
 from vitscale.model import ViT, parameter_shapes
+from vitscale.origin import origin_of
 from vitscale.targets import Target, position_tensors, target, timm_config
 from vitscale.tensorfiles import write_npz, write_safetensors
 
@@ -82,18 +83,18 @@ def export(
         checkpoint.write_description(hidden / checkpoint.EXPORT_DESCRIPTION, about)
         if class_names:
             (hidden / "classes.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
-        card = model_card(out.name, to, wanted, about, dtype=dtype, multi_label=multi_label, licence=licence)
-        (hidden / "README.md").write_text(card, encoding="utf-8")
         for script in ("verify.py", "vit.py") if to == "safetensors" else ("verify.py",):
             shutil.copyfile(Path(__file__).parent / "exported" / script, hidden / script)
         with ThreadPoolExecutor(2) as behind:  # both pass over all of the weights, while the model computes
             of_weights, synced = behind.submit(_sums, hidden / wanted.weights), behind.submit(fsync, hidden / wanted.weights)
-            _certify(hidden, description, kind, model, wanted, read, to, dtype)
+            certificate = _certify(hidden, description, kind, model, wanted, read, to, dtype, class_names)
         synced.result()
+        card = model_card(out.name, wanted, about, certificate, multi_label=multi_label, licence=licence)
         files = {str(path.relative_to(hidden)): path for path in sorted(hidden.rglob("*")) if path.is_file()}
         sums = {name: of_weights.result() if name == wanted.weights else _sums(path) for name, path in files.items()}
         (hidden / "SHA256SUMS").write_text("".join(f"{sha256}  {name}\n" for name, (sha256, _) in sums.items()))
         sums["SHA256SUMS"] = _sums(hidden / "SHA256SUMS")
+        (hidden / "README.md").write_text(card, encoding="utf-8")  # without a sum: hubs and their users write on
         checkpoint.publish(hidden, out, {name: checksum for name, (_, checksum) in sums.items()})
     return out
 
@@ -157,11 +158,12 @@ def _write_weights(file: Path, wanted: Target, read: Stretch, dtype: torch.dtype
 
 
 def _certify(
-    hidden: Path, description: Description, kind: str, model: ViTConfig, wanted: Target, read: Stretch, to: Library, dtype: str
-) -> None:  # fmt: skip
+    hidden: Path, description: Description, kind: str, model: ViTConfig, wanted: Target, read: Stretch, to: Library, dtype: str,
+    class_names: tuple[str, ...] | None,
+) -> dict[str, Any]:  # fmt: skip
     """Writes the certificate: of the model that was trained, or, where rounding or a lossy form changes it, of what it was changed to.
 
-    What it was changed to is built from the checkpoint, too, and how far it is from what was trained is told.
+    What it was changed to is built from the checkpoint, too, and how far it is from what was trained is told. Returns what it says.
     """
     reader = TensorReader(description)
     certified = _filled(model, lambda name, size: reader.stretch(name, kind, 0, size))
@@ -176,7 +178,7 @@ def _certify(
         "library": to, "dtype": dtype, "losses": [dataclasses.asdict(loss) for loss in wanted.losses], "mean": preprocess.mean,
         "std": preprocess.std, "protocol": preprocess.eval_protocol, "has_head": model.num_classes > 0,
         "has_representation": model.representation_size > 0, "pool": model.pool, "layer_norm_eps": wanted.model.layer_norm_eps,
-        "changed": changed, "imported": "imported_from" in description.origin,
+        "changed": changed, "imported": "imported_from" in description.origin, "class_names": class_names,
     }  # fmt: skip
     if to == "hf":
         about["model_type"] = wanted.sidecars["config.json"]["model_type"]
@@ -190,6 +192,7 @@ def _certify(
             "transform": {name: cfg[name] for name in names},
         }
     write_certificate(hidden, certified, preprocess, about)
+    return about
 
 
 @torch.no_grad()
