@@ -33,7 +33,8 @@ class ShowFlags:
 def checkpoint_show(words: list[str]) -> None:
     """What a checkpoint, or any file of weights, holds."""
     flags = parse(ShowFlags, words, "checkpoint show")
-    from vitscale.checkpoint import describe, find_checkpoint, is_foreign
+    from vitscale.checkpoint import describe
+    from vitscale.finding import find_checkpoint, is_foreign
 
     path = Path(flags.checkpoint)
     if is_foreign(path):
@@ -84,7 +85,8 @@ class VerifyFlags:
 def checkpoint_verify(words: list[str]) -> None:
     """Whether a checkpoint is whole, and an export what was trained."""
     flags = parse(VerifyFlags, words, "checkpoint verify")
-    from vitscale.checkpoint import describe, find_checkpoint
+    from vitscale.checkpoint import describe
+    from vitscale.finding import find_checkpoint
 
     description = describe(find_checkpoint(flags.checkpoint))
     found: dict[str, Any] = {"checkpoint": str(description.path), "holds": True, "replays": []}
@@ -132,7 +134,8 @@ def checkpoint_export(words: list[str]) -> None:
     flags = parse(ExportFlags, words, "checkpoint export")
     if flags.eval_crop is not None and not 0.1 <= flags.eval_crop <= 1:
         raise UsageError(f"eval-crop={flags.eval_crop:g} must lie in [0.1, 1]")
-    from vitscale.checkpoint import describe, find_checkpoint
+    from vitscale.checkpoint import describe
+    from vitscale.finding import find_checkpoint
 
     description = describe(find_checkpoint(flags.checkpoint)).evaluated_by(flags.eval_protocol, flags.eval_crop)
     need("torch", "safetensors")
@@ -213,7 +216,8 @@ def checkpoint_prune(words: list[str]) -> None:
     """Remove the checkpoints of a run that are not to be kept."""
     flags = parse(PruneFlags, words, "checkpoint prune")
     from vitscale import retention
-    from vitscale.checkpoint import CheckpointError, describe, newest_durable, step_folder, step_of
+    from vitscale.checkpoint import describe, newest_durable, step_folder, step_of
+    from vitscale.errors import CheckpointError
     from vitscale.run import read_config, read_metrics
 
     run = Path(flags.run)

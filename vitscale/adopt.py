@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitscale.checkpoint import EXPORT_DESCRIPTION, CheckpointError, Description
+from vitscale.checkpoint import EXPORT_DESCRIPTION, Description
 from vitscale.config import ImportConfig, ObjectiveConfig
+from vitscale.errors import CheckpointError
 from vitscale.export import export
 from vitscale.recognise import Recognised, read_sidecars, recognise
 from vitscale.tensorfiles import SHARDS, TensorFile, open_tensors

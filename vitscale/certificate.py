@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitscale.checkpoint import CheckpointError
 from vitscale.config import PreprocessConfig
+from vitscale.errors import CheckpointError
 from vitscale.images import evaluation_view
 from vitscale.model import ViT, normalize
 from vitscale.tensorfiles import write_safetensors

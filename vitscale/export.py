@@ -32,13 +32,15 @@ from data_tools.durable import fsync
 from vitscale import checkpoint
 from vitscale.card import model_card, origin_of
 from vitscale.certificate import outputs, seeded_inputs, write_certificate
-from vitscale.checkpoint import CheckpointError, Description, TensorReader
+from vitscale.checkpoint import Description
 from vitscale.config import Library, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.exported.verify import difference
 from vitscale.formats import HEADS_WITHOUT_BIAS, file_shapes, to_file
 from vitscale.model import ViT, parameter_shapes
 from vitscale.targets import Target, position_tensors, target, timm_config
 from vitscale.tensorfiles import write_npz, write_safetensors
+from vitscale.weights import TensorReader, check_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -126,7 +128,7 @@ def _reader(description: Description, kind: str, model: ViTConfig, wanted: Targe
     """The tensors as the target has them: a checkpoint's, but for position embeddings that have another form there."""
     if not description.form:
         shapes = parameter_shapes(description.model)
-        checkpoint.check_tensors(description, shapes, {kind: shapes.keys()})
+        check_tensors(description, shapes, {kind: shapes.keys()})
     reader = TensorReader(description)
     made = position_tensors(model, wanted.model, lambda name: reader.whole(name, kind))
     if wanted.form in HEADS_WITHOUT_BIAS and model.num_classes and bool(reader.whole("head.bias", kind).any()):

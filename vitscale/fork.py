@@ -11,6 +11,7 @@ from pathlib import Path
 from data_tools.durable import publish_folder
 from vitscale import checkpoint
 from vitscale.config import Phase, TrainConfig, changes, to_dict, written
+from vitscale.finding import find_checkpoint
 from vitscale.run import (
     RunError,
     check_same_data,
@@ -42,7 +43,7 @@ _FREE = ("model.drop_path_rate", "model.dropout", "model.patch_dropout")  # of t
 
 def origin_of(spec: str) -> tuple[Path, checkpoint.Description]:
     """The run and the checkpoint that RUN@STEP, or a run's or a step's folder, names; it is whole. Raises CheckpointError, RunError."""
-    folder = checkpoint.find_checkpoint(spec)
+    folder = find_checkpoint(spec)
     run = folder.parent.parent
     if folder.parent.name != "checkpoints" or not (run / "run.json").is_file():
         raise RunError(f"{spec} is not in a run directory; what is forked is a run, RUN@STEP or a step's folder in a run")

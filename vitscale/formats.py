@@ -6,7 +6,7 @@
     to_file        those tensors, made of ours          from_file    ours, made of those
     theirs_of      what a format of torch calls one of ours, from which `recognise.py` learns what a file's model is
 
-Where it stands: `export.py` writes by it, `checkpoint.read_weights` and `adopt.py` read by it. Pure functions of names and shapes; what
+Where it stands: `export.py` writes by it, `weights.py` reads by it. Pure functions of names and shapes; what
 only other names or layouts can say is exact, so all that is here is. Sources: timm/models/vision_transformer.py, google-research/big_vision
 (models/vit.py) and vision_transformer (vit_jax/models_vit.py), transformers' modeling files, facebookresearch/dinov2, openai/CLIP.
 """
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitscale.checkpoint import CheckpointError
 from vitscale.config import Format, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.model import parameter_shapes
 
 Shape = tuple[int, ...]

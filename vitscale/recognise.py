@@ -16,9 +16,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vitscale.check import check_model
-from vitscale.checkpoint import CheckpointError, check_bounds
+from vitscale.check import check_bounds, check_model
 from vitscale.config import UNREADABLE, ConfigError, Format, ImportConfig, PreprocessConfig, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.formats import Shape, file_shapes, theirs_of
 from vitscale.tensorfiles import read_json
 

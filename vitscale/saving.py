@@ -36,8 +36,9 @@ from torch import Tensor
 from data_tools.durable import replace_file
 from data_tools.errors import UserError
 from vitscale import checkpoint, retention
-from vitscale.checkpoint import CheckpointError, Description, Piece, TensorEntry, partial_folder, piece_key, step_folder
+from vitscale.checkpoint import Description, Piece, TensorEntry, partial_folder, piece_key, step_folder
 from vitscale.engine import Engine, device
+from vitscale.errors import CheckpointError
 from vitscale.machine import available_memory
 from vitscale.retention import Policy
 from vitscale.run import read_metrics

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitscale.checkpoint import CheckpointError
 from vitscale.config import Format, Library, PreprocessConfig, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.model import grid_2d, sincos_2d
 
 

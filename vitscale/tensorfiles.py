@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vitscale.checkpoint import CheckpointError
+from vitscale.errors import CheckpointError
 from vitscale.pickles import Stored, check_member, open_pickle
 
 Shape = tuple[int, ...]

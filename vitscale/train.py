@@ -23,11 +23,11 @@ from data_tools.dataset import Dataset
 from vitscale import checkpoint, keyed, stopping
 from vitscale.agreement import Agreement
 from vitscale.announce import cost_line, data_warnings, eval_line, headline, holdout_line, origin_line, overlays_in_use, size_and_work
-from vitscale.checkpoint import CheckpointError
 from vitscale.compute import Compiling
 from vitscale.config import TrainConfig, grad_accum_steps
 from vitscale.ending import Cause, Ended
 from vitscale.engine import Engine, device
+from vitscale.errors import CheckpointError
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
 from vitscale.flops import measured_flops, peak_flops
@@ -50,6 +50,7 @@ from vitscale.timeline import Timeline, timeline_of
 from vitscale.timing import BACKWARD, CHECKPOINT, DATA, FORWARD, LOGGING, OUTSIDE, UPDATE, Clock
 from vitscale.transfer import on_device
 from vitscale.unindexed import Tars
+from vitscale.weights import TensorReader, check_tensors, read_weights
 
 _LARGEST = torch.finfo(torch.float32).max  # stands for an infinite loss, which JSON has no word for
 Beat = Callable[[int, int, str], None]  # (step, samples_seen, phase): tells that the rank goes on
@@ -93,7 +94,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
     resumed = checkpoint.describe(folder) if folder else None
     origin = ""
     if resumed:
-        model.load_state_dict(checkpoint.read_weights(resumed, checkpoint.WEIGHT, shapes))
+        model.load_state_dict(read_weights(resumed, checkpoint.WEIGHT, shapes))
     elif init := config.init:
         source = checkpoint.describe(Path(init.folder))  # rank 0 has checked that it is whole
         origin = f"\n{origin_line(source, config.model, keep_head=init.keep_head)}"
@@ -110,8 +111,8 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         model, config.engine, config.optimizer, micro_batch_size=span.micro_batch_size, grad_accum_steps=accumulate, clock=clock
     )  # fmt: skip
     if resumed:
-        checkpoint.check_tensors(resumed, shapes, engine.kinds)
-        engine.load(checkpoint.TensorReader(resumed).stretch, resumed.step if resumed.updates is None else resumed.updates)
+        check_tensors(resumed, shapes, engine.kinds)
+        engine.load(TensorReader(resumed).stretch, resumed.step if resumed.updates is None else resumed.updates)
 
     # -- Stream -----------------------------------------------------------------------------------------------------------------------
     share, quarantine = Share(timeline, rank, world_size), run / "quarantine.jsonl"

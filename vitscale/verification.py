@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from vitscale.certificate import FOLDER, TOLERANCES, outputs
-from vitscale.checkpoint import CheckpointError, Description
+from vitscale.checkpoint import Description
+from vitscale.errors import CheckpointError
 from vitscale.evaluate import load_model
 from vitscale.exported import verify
 from vitscale.exported.verify import difference, replay

@@ -20,9 +20,12 @@ from safetensors.torch import save_file
 
 from tests.kills import killed_everywhere
 from vitscale import checkpoint
-from vitscale.checkpoint import CheckpointError, Description, Piece, TensorEntry, TensorReader, check_tensors, describe, find_checkpoint
+from vitscale.checkpoint import Description, Piece, TensorEntry, describe, piece_key
 from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig
+from vitscale.errors import CheckpointError
+from vitscale.finding import find_checkpoint
 from vitscale.retention import Policy, remove, sizes_up_to, superfluous
+from vitscale.weights import TensorReader, check_tensors
 
 MODEL = ViTConfig(depth=1, width=8, mlp_dim=8, num_heads=2, patch_size=4, image_size=(8, 8), num_classes=3)
 
@@ -38,7 +41,7 @@ def write(run: Path, step: int, tensors: dict[tuple[str, str], torch.Tensor], cu
         pieces = []
         for i, (start, end) in enumerate(itertools.pairwise(bounds)):
             file = f"node-{(number + i) % 3:04d}.safetensors"
-            files.setdefault(file, {})[checkpoint.piece_key(name, kind, start)] = tensor.flatten()[start:end].clone()
+            files.setdefault(file, {})[piece_key(name, kind, start)] = tensor.flatten()[start:end].clone()
             pieces.append(Piece(file, start, end - start))
         entries.append(TensorEntry(name, kind, tuple(tensor.shape), tuple(pieces)))
     for file, content in files.items():

@@ -28,17 +28,20 @@ from tests.vitscale.models import (
     write_checkpoint,
 )
 from vitscale.adopt import adopt
-from vitscale.checkpoint import CheckpointError, describe, find_checkpoint, read_weights, verify
+from vitscale.checkpoint import describe, verify
 from vitscale.config import ImportConfig, ObjectiveConfig, PreprocessConfig, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.evaluate import load_model
 from vitscale.export import export
 from vitscale.exported.verify import replay
+from vitscale.finding import find_checkpoint
 from vitscale.finetune import resample
 from vitscale.images import evaluation_view
 from vitscale.model import ViT, normalize, parameter_shapes
 from vitscale.recipes import vit
 from vitscale.targets import position_tensors, timm_config
 from vitscale.verification import verify_export
+from vitscale.weights import read_weights
 
 SMALL = ViTConfig(depth=2, width=64, mlp_dim=160, num_heads=4, patch_size=8, image_size=(24, 40), num_classes=7)
 SQUARE = replace(SMALL, image_size=(40, 40))
