@@ -33,7 +33,7 @@ class ShowFlags:
 def checkpoint_show(words: list[str]) -> None:
     """What a checkpoint, or any file of weights, holds."""
     flags = parse(ShowFlags, words, "checkpoint show")
-    from vitscale.checkpoint import describe
+    from vitscale.checkpoint import describe, settings
     from vitscale.finding import find_checkpoint, is_foreign
 
     path = Path(flags.checkpoint)
@@ -53,11 +53,12 @@ def checkpoint_show(words: list[str]) -> None:
         return
     description = describe(find_checkpoint(flags.checkpoint))
     if flags.json:
-        print_json(dataclasses.asdict(description) | {"path": str(description.path)})
+        tensors = [dataclasses.asdict(tensor) for tensor in description.tensors]
+        print_json({"path": str(description.path), **settings(description), "tensors": tensors})
         return
     print(f"{description.path}: step {description.step}, {description.samples_seen:,} samples seen; checksums hold")
-    if description.form:
-        print(f"an export: {description.weights}, {description.form}'s names and layout")
+    if exported := description.exported:
+        print(f"an export: {exported.weights}, {exported.form}'s names and layout")
         told = {name: value for name, value in description.origin.items() if not isinstance(value, dict | list)}
         print("origin: " + ", ".join(f"{name} {value}" for name, value in told.items() if value))
     else:
@@ -65,7 +66,7 @@ def checkpoint_show(words: list[str]) -> None:
         print(f"{len(weights)} tensors, {sum(math.prod(t.shape) for t in weights):,} parameters; kinds: {', '.join(description.kinds)}")
     for part in (description.model, description.preprocess):
         print(f"{type(part).__name__}: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(part).items()))
-    if flags.tensors and not description.form:
+    if flags.tensors:
         for tensor in description.tensors:
             print(f"{tensor.kind:<16} {tensor.name:<40} {' x '.join(map(str, tensor.shape))}")
 
@@ -91,7 +92,7 @@ def checkpoint_verify(words: list[str]) -> None:
     description = describe(find_checkpoint(flags.checkpoint))
     found: dict[str, Any] = {"checkpoint": str(description.path), "holds": True, "replays": []}
     said = [f"{description.path}: sizes and checksums hold"]
-    if description.form:
+    if description.exported:
         need("torch", "safetensors")
         from vitscale.verification import verify_export
 
@@ -228,7 +229,7 @@ def checkpoint_prune(words: list[str]) -> None:
     if newest is None:
         raise CheckpointError(f"{run} has no whole checkpoint, so none is removed; {faults[0] if faults else 'none is there'}")
     sizes = retention.sizes_up_to(run, step_of(newest))
-    settled = {step: size for step, size in sizes.items() if step != step_of(newest) or not describe(newest).in_doubt}
+    settled = {step: size for step, size in sizes.items() if step != step_of(newest) or not describe(newest).state.in_doubt}
     steps = retention.superfluous(settled, retention.goodness(read_metrics(run)), policy)
     if not flags.dry_run:
         retention.remove(run, steps)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitscale.checkpoint import EXPORT_DESCRIPTION, Description
+from vitscale.checkpoint import EXPORT_DESCRIPTION, Description, Exported
 from vitscale.config import ImportConfig, ObjectiveConfig
 from vitscale.errors import CheckpointError
 from vitscale.export import export
@@ -77,7 +77,7 @@ def adopt(
     description = Description(
         path=file.parent, model=weights.model, preprocess=weights.preprocess,
         objective=ObjectiveConfig("sigmoid" if weights.multi_label else "softmax"), class_names=class_names or weights.class_names,
-        samples_seen=0, step=0, form=weights.form, prefix=weights.prefix, weights=file.name, origin=_origin(foreign),
+        samples_seen=0, step=0, exported=Exported(weights.form, weights.prefix, file.name, _origin(foreign)),
     )  # fmt: skip
     export(description, "weight", out, to="safetensors", licence=licence, progress=progress)
     return dataclasses.replace(foreign, weights=dataclasses.replace(weights, class_names=description.class_names))

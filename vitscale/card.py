@@ -18,7 +18,7 @@ REPORTED = ("eval_top1", "eval_top5", "eval_loss", "eval_samples")  # of a line 
 
 def origin_of(description: Description, kind: str) -> dict[str, Any]:
     """What is known of a checkpoint's making, as JSON holds it."""
-    if description.form:
+    if description.exported:
         return description.origin
     origin: dict[str, Any] = {"step": description.step, "samples_seen": description.samples_seen, "weights": kind}
     run = description.path.parent.parent

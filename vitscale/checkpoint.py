@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -63,20 +63,11 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class Description:
-    """What a folder of weights says of itself."""
+class RunState:
+    """Where a run stands at a checkpoint, beside its clock; an export has none of it."""
 
-    path: Path
-    """The folder."""
-    model: ViTConfig
-    preprocess: PreprocessConfig
-    objective: ObjectiveConfig
-    class_names: tuple[str, ...] | None
-    samples_seen: int
-    step: int
-    tensors: tuple[TensorEntry, ...] = ()
     cursor: int = 0
-    """Of a run on tars without an index: the shards, counted through epochs, that all ranks have used up (`foreign.py`)."""
+    """On tars without an index: the shards, counted through epochs, that all ranks have used up (`foreign.py`)."""
     updates: int | None = None
     """Updates that the optimizer has made, without the steps that were left out; None: as many as steps."""
     skipped: tuple[tuple[int, int], ...] = ()
@@ -87,19 +78,49 @@ class Description:
     """Losses in a row up to this step that lay far above those (`guards.py`)."""
     nonfinite_steps: int = 0
     """Steps in a row up to this one that were left out."""
-    form: Format | None = None
-    """Of an export: how `weights` names and lays out the tensors; of a checkpoint None."""
-    prefix: str = ""
-    """Of an export: what stands before the names in `weights`."""
-    weights: str = ""
-    """Of an export: the file of the tensors."""
-    origin: dict[str, Any] = field(default_factory=dict)
-    """Of an export: where its weights come from (`card.py`)."""
 
     @property
     def in_doubt(self) -> bool:
         """Whether its last steps may turn out to be some of those to be rolled back: made at a stop amid what seemed to go wrong."""
         return bool(self.spikes or self.nonfinite_steps)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """How an export's file holds the tensors, and where they come from."""
+
+    form: Format
+    """How the file names and lays out the tensors."""
+    prefix: str
+    """What stands before their names."""
+    weights: str
+    """The file."""
+    origin: dict[str, Any]
+    """Of the weights (`card.py`)."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a folder of weights says of itself: a checkpoint of a run, or an export."""
+
+    path: Path
+    """The folder."""
+    model: ViTConfig
+    preprocess: PreprocessConfig
+    objective: ObjectiveConfig
+    class_names: tuple[str, ...] | None
+    samples_seen: int
+    step: int
+    tensors: tuple[TensorEntry, ...] = ()
+    """Of a checkpoint; those of an export follow from its model."""
+    state: RunState = RunState()
+    exported: Exported | None = None
+    """Of a checkpoint None."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where an export's weights come from; nothing of a checkpoint's, whose run tells it."""
+        return self.exported.origin if self.exported else {}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -203,22 +224,11 @@ def describe(folder: Path) -> Description:
         model = from_dict(ViTConfig, values["model"], "model")
         check_bounds(model)
         check_model(model)
-        clock = {name: values[name] for name in ("samples_seen", "step")}
-        clock["cursor"] = values.get("cursor", 0)  # which checkpoints of before had not, nor the next
-        clock["nonfinite_steps"] = values.get("nonfinite_steps", 0)
-        clock["updates"] = clock["step"] if values.get("updates") is None else values["updates"]
-        for name, value in clock.items():
-            if not _is_count(value):
-                raise ValueError(f"{name} is {value!r:.50}, not a number of things")
+        if odd := next((name for name in ("samples_seen", "step") if not _is_count(values[name])), None):
+            raise ValueError(f"{odd} is {values[odd]!r:.50}, not a number of things")
         class_names = values["class_names"]
         if class_names and not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
             raise ValueError("class_names are not a list of names")
-        skipped = tuple((low, high) for low, high in values["skipped"])
-        if not all(_is_count(low) and _is_count(high) and low < high for low, high in skipped):
-            raise ValueError("skipped are not ranges of positions")
-        losses, spikes = (tuple(values.get(name, ())) for name in ("recent_losses", "spikes"))
-        if not all(isinstance(loss, int | float) and math.isfinite(loss) for loss in (*losses, *spikes)):
-            raise ValueError("recent_losses or spikes are not finite numbers")
         exported = file.name == EXPORT_DESCRIPTION
         return Description(
             path=folder,
@@ -226,18 +236,33 @@ def describe(folder: Path) -> Description:
             preprocess=from_dict(PreprocessConfig, values["preprocess"], "preprocess"),
             objective=from_dict(ObjectiveConfig, values["objective"], "objective"),
             class_names=tuple(class_names) if class_names else None,
+            samples_seen=values["samples_seen"],
+            step=values["step"],
             tensors=() if exported else _read_entries(values["tensors"]),
-            **(_read_export(values) if exported else {}),
-            skipped=skipped,
-            recent_losses=losses,
-            spikes=spikes,
-            **clock,
+            state=RunState() if exported else _read_state(values),
+            exported=_read_exported(values) if exported else None,
         )
     except (OSError, *UNREADABLE) as error:
         raise CheckpointError(f"{file} cannot be read as a checkpoint ({_words(error)})") from None
 
 
-def _read_export(values: dict[str, Any]) -> dict[str, Any]:
+def _read_state(values: dict[str, Any]) -> RunState:
+    """What a checkpoint's description says of its run. Raises what `UNREADABLE` names."""
+    counts = {name: values.get(name, 0) for name in ("cursor", "nonfinite_steps")}  # which checkpoints of before had not, nor the next
+    counts["updates"] = values["step"] if values.get("updates") is None else values["updates"]
+    for name, value in counts.items():
+        if not _is_count(value):
+            raise ValueError(f"{name} is {value!r:.50}, not a number of things")
+    skipped = tuple((low, high) for low, high in values["skipped"])
+    if not all(_is_count(low) and _is_count(high) and low < high for low, high in skipped):
+        raise ValueError("skipped are not ranges of positions")
+    losses, spikes = (tuple(values.get(name, ())) for name in ("recent_losses", "spikes"))
+    if not all(isinstance(loss, int | float) and math.isfinite(loss) for loss in (*losses, *spikes)):
+        raise ValueError("recent_losses or spikes are not finite numbers")
+    return RunState(skipped=skipped, recent_losses=losses, spikes=spikes, **counts)
+
+
+def _read_exported(values: dict[str, Any]) -> Exported:
     """What an export's description has that a checkpoint's has not. Raises ValueError."""
     form, prefix, weights = values.get("form", "timm"), values.get("prefix", ""), values.get("weights", "model.safetensors")
     if form not in get_args(Format) or not (isinstance(prefix, str) and re.fullmatch(r"[\w./]{0,100}", prefix)):
@@ -247,7 +272,7 @@ def _read_export(values: dict[str, Any]) -> dict[str, Any]:
     origin = values.get("origin", {})
     if not isinstance(origin, dict):
         raise ValueError("origin is no object")
-    return {"form": form, "prefix": prefix, "weights": weights, "origin": origin}
+    return Exported(form, prefix, weights, origin)
 
 
 def _read_entries(tensors: Any) -> tuple[TensorEntry, ...]:
@@ -313,14 +338,17 @@ def _words(error: BaseException) -> str:
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
+def settings(description: Description) -> dict[str, Any]:
+    """What a description says of all tensors together, as JSON has it."""
+    values = asdict(replace(description, tensors=()))
+    del values["path"], values["tensors"], values["state"], values["exported"]  # a folder may be moved
+    return values | asdict(description.exported or description.state)
+
+
 def write_description(file: Path, description: Description) -> None:
     """Writes checkpoint.json or an export's description: a setting a line, a tensor a line."""
-    values = asdict(replace(description, tensors=()))
-    del values["path"], values["tensors"]  # a folder may be moved
-    if not description.form:
-        del values["form"], values["prefix"], values["weights"], values["origin"]
     tensors = (json.dumps(vars(t) | {"pieces": [vars(piece) for piece in t.pieces]}) for t in description.tensors)
-    head = json.dumps({"format_version": FORMAT_VERSION, **values}, indent=1, allow_nan=False).removesuffix("\n}")
+    head = json.dumps({"format_version": FORMAT_VERSION, **settings(description)}, indent=1, allow_nan=False).removesuffix("\n}")
     file.write_text(f"{head},\n " + '"tensors": [\n' + ",\n".join(tensors) + "\n]}\n")
 
 

@@ -32,7 +32,7 @@ from data_tools.durable import fsync
 from vitscale import checkpoint
 from vitscale.card import model_card, origin_of
 from vitscale.certificate import outputs, seeded_inputs, write_certificate
-from vitscale.checkpoint import Description
+from vitscale.checkpoint import Description, Exported, RunState
 from vitscale.config import Library, ViTConfig
 from vitscale.errors import CheckpointError
 from vitscale.exported.verify import difference
@@ -73,10 +73,8 @@ def export(
             f"{'; '.join(loss.words for loss in wanted.losses)}. --lossy writes it all the same, and says so in the folder"
         )
     read = _reader(description, kind, model, wanted)
-    about = dataclasses.replace(
-        description, model=wanted.model, class_names=class_names, tensors=(), form=wanted.form, prefix=wanted.prefix,
-        weights=wanted.weights, origin=origin_of(description, kind),
-    )  # fmt: skip
+    exported = Exported(wanted.form, wanted.prefix, wanted.weights, origin_of(description, kind))
+    about = dataclasses.replace(description, model=wanted.model, class_names=class_names, tensors=(), state=RunState(), exported=exported)
     with _place_beside(out) as hidden:
         _write_weights(hidden / wanted.weights, wanted, read, DTYPES[dtype], progress)
         for name, said in wanted.sidecars.items():
@@ -126,7 +124,7 @@ Stretch = Callable[[str, int, int], Tensor]  # (name, first element, how many) o
 
 def _reader(description: Description, kind: str, model: ViTConfig, wanted: Target) -> Stretch:
     """The tensors as the target has them: a checkpoint's, but for position embeddings that have another form there."""
-    if not description.form:
+    if not description.exported:
         shapes = parameter_shapes(description.model)
         check_tensors(description, shapes, {kind: shapes.keys()})
     reader = TensorReader(description)

@@ -82,7 +82,7 @@ def fork(run: Path, origin: checkpoint.Description, config: TrainConfig) -> Path
     for name, lines in records_until(run, origin.step, origin.samples_seen).items():
         (hidden / name).write_text(lines)
     # What the run left out after the checkpoint it did for settings that the fork may not have
-    skipped = [of for of in record.get("skipped", []) if tuple(of["positions"]) in origin.skipped]
+    skipped = [of for of in record.get("skipped", []) if tuple(of["positions"]) in origin.state.skipped]
     began = {"run": str(run.resolve()), "step": origin.step, "samples_seen": origin.samples_seen, "time": time.time()}
     before = [start for start in record["starts"] if start.get("step", origin.step) < origin.step]
     began["starts"] = [*record.get("origin", {}).get("starts", []), *before]

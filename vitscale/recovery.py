@@ -78,7 +78,7 @@ def _take_back(run: Path, skipped: tuple[tuple[int, int], ...]) -> None:
             description = checkpoint.describe(folder)
         except CheckpointError:  # damaged, and found to be so when it is verified
             continue
-        if not knows(description.samples_seen, description.skipped, skipped):
+        if not knows(description.samples_seen, description.state.skipped, skipped):
             retention.remove(run, [description.step])
 
 

@@ -429,7 +429,7 @@ class Saver:
             raise
         own = {self._about.step: retention.folder_bytes(step_folder(self._run, self._about.step))}
         try:
-            self._remove(self._sizes() | ({} if self._about.in_doubt else own))  # what may be rolled back takes the place of none
+            self._remove(self._sizes() | ({} if self._about.state.in_doubt else own))  # what may be rolled back takes the place of none
         except (OSError, UserError) as error:  # the checkpoint is there all the same
             self._said.append(f"warning: older checkpoints could not be removed: {error}")
 

@@ -112,13 +112,13 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
     )  # fmt: skip
     if resumed:
         check_tensors(resumed, shapes, engine.kinds)
-        engine.load(TensorReader(resumed).stretch, resumed.step if resumed.updates is None else resumed.updates)
+        engine.load(TensorReader(resumed).stretch, resumed.step if resumed.state.updates is None else resumed.state.updates)
 
     # -- Stream -----------------------------------------------------------------------------------------------------------------------
     share, quarantine = Share(timeline, rank, world_size), run / "quarantine.jsonl"
     stream: TrainStream | ForeignStream
     if isinstance(dataset, Tars):
-        usable, cursor = Usable(config.model.num_classes, config.objective.soft_targets), resumed.cursor if resumed else 0
+        usable, cursor = Usable(config.model.num_classes, config.objective.soft_targets), resumed.state.cursor if resumed else 0
         stream = ForeignStream(
             dataset, config.preprocess, config.stream, share, seed=config.seed, quarantine=quarantine, usable=usable, cursor=cursor
         )  # fmt: skip
@@ -146,7 +146,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
             metrics.log({"step": step, "samples_seen": samples_seen, "overlays": overlays}, what_they_do)
 
     # -- What watches over the run, and what it does with each step once all ranks' losses are known --------------------------------------
-    past = (resumed.recent_losses, resumed.spikes, resumed.nonfinite_steps) if resumed else ()
+    past = (resumed.state.recent_losses, resumed.state.spikes, resumed.state.nonfinite_steps) if resumed else ()
     guard = Guard(config.guard, *past, seen=step, rollbacks=len(skipped), anew=timeline.other_sizes())
     asked, agreement = Asked(run, rank), Agreement[_Step](device())
     pace, profile = Pace(step), Profile(config.profile, run, step, rank, clock, engine.module)
@@ -224,11 +224,16 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
 
     def about() -> checkpoint.Description:
         """The checkpoint of this step. A collective."""
-        return checkpoint.Description(
-            run, config.model, config.preprocess, config.objective, dataset.class_names, samples_seen=samples_seen, step=step,
-            cursor=_used_up_by_all(stream), updates=engine.updates, skipped=tuple(of for of in skipped if of[0] < samples_seen),
-            recent_losses=guard.recent_losses, spikes=guard.spikes, nonfinite_steps=guard.nonfinite_steps,
-        )  # fmt: skip
+        state = checkpoint.RunState(
+            cursor=_used_up_by_all(stream),
+            updates=engine.updates,
+            skipped=tuple(of for of in skipped if of[0] < samples_seen),
+            recent_losses=guard.recent_losses,
+            spikes=guard.spikes,
+            nonfinite_steps=guard.nonfinite_steps,
+        )
+        about = config.model, config.preprocess, config.objective, dataset.class_names
+        return checkpoint.Description(run, *about, samples_seen=samples_seen, step=step, state=state)
 
     # -- The loop ---------------------------------------------------------------------------------------------------------------------
     batches = on_device(stream.micro_batches(samples_seen, timeline.total_samples, skipped), device(), config.mix)

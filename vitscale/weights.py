@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitscale.checkpoint import Description, Piece, is_plain, piece_key
+from vitscale.checkpoint import Description, Exported, Piece, is_plain, piece_key
 from vitscale.errors import CheckpointError
 from vitscale.formats import file_shapes, from_file
 from vitscale.tensorfiles import faults_of, open_tensors, read_into, safetensors_entries
@@ -24,7 +24,7 @@ class TensorReader:
         self._folder = description.path
         self._entries = {(t.name, t.kind): t for t in description.tensors}
         self._files: dict[str, Any] = {}  # what the header of each says, once it was read
-        self._whole = _exported_tensors(description) if description.form else None
+        self._whole = _exported_tensors(description, description.exported) if description.exported else None
         self._last: tuple[str, Tensor] | None = None
 
     def stretch(self, name: str, kind: str, start: int, length: int) -> Tensor:
@@ -70,13 +70,12 @@ class TensorReader:
         return read
 
 
-def _exported_tensors(description: Description) -> Callable[[str], Tensor]:
+def _exported_tensors(description: Description, exported: Exported) -> Callable[[str], Tensor]:
     """The tensors of an export's file by our names. Raises CheckpointError where it does not hold all of its model."""
-    assert description.form
-    weights = description.path / description.weights
+    weights = description.path / exported.weights
     if not weights.is_file():
         raise CheckpointError(f"{weights} is missing")
-    file, expected = open_tensors(weights), file_shapes(description.form, description.model, description.prefix)
+    file, expected = open_tensors(weights), file_shapes(exported.form, description.model, exported.prefix)
     missing, extra = sorted(expected.keys() - file.shapes.keys()), sorted(file.shapes.keys() - expected.keys())
     extra = [name for name in extra if name not in description.origin.get("left_out", {})]  # of a stranger's file: `recognise.py` knows why
     if missing or extra:
@@ -87,7 +86,7 @@ def _exported_tensors(description: Description) -> Callable[[str], Tensor]:
     for name, shape in expected.items():
         if file.shapes[name] != shape:
             raise CheckpointError(f"{weights}: {name} has shape {file.shapes[name]}, the model's has {shape}")
-    return from_file(description.form, description.model, description.prefix, file.read)
+    return from_file(exported.form, description.model, exported.prefix, file.read)
 
 
 def read_weights(description: Description, kind: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -97,7 +96,7 @@ def read_weights(description: Description, kind: str, shapes: dict[str, tuple[in
         kind: `average` (where there is one) or `weight`.
     """
     kind, reader = description.preferred(kind), TensorReader(description)
-    if not description.form:
+    if not description.exported:
         check_tensors(description, shapes, {kind: shapes.keys()})
     return {name: reader.whole(name, kind) for name in shapes}
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from tests.kills import killed_everywhere
 from vitscale import checkpoint
-from vitscale.checkpoint import Description, Piece, TensorEntry, describe, piece_key
+from vitscale.checkpoint import Description, Piece, RunState, TensorEntry, describe, piece_key
 from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig
 from vitscale.errors import CheckpointError
 from vitscale.finding import find_checkpoint
@@ -398,10 +398,10 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str) -> 
 
 def test_what_a_checkpoint_knows_of_its_run_is_read_again(tmp_path: Path) -> None:
     folder = write(tmp_path, 3, tensors())
-    told = dataclasses.replace(describe(folder), updates=2, skipped=((8, 24), (100, 200)), recent_losses=(0.5, 1.25), cursor=7)
+    told = dataclasses.replace(describe(folder), state=RunState(7, 2, skipped=((8, 24), (100, 200)), recent_losses=(0.5, 1.25)))
     checkpoint.write_description(folder / "checkpoint.json", told)
     assert describe(folder) == told
     values = json.loads((folder / "checkpoint.json").read_text())
     del values["updates"], values["recent_losses"], values["cursor"]  # as those of before
     (folder / "checkpoint.json").write_text(json.dumps(values | {"skipped": []}))
-    assert describe(folder) == dataclasses.replace(told, updates=3, skipped=(), recent_losses=(), cursor=0)
+    assert describe(folder) == dataclasses.replace(told, state=RunState(updates=3))
