@@ -24,7 +24,7 @@ class ShowFlags:
     """Prints what a checkpoint or any file of weights holds, after checking that it is whole."""
 
     checkpoint: Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT", help=f"A CHECKPOINT of vitscale; or: {FILE}")]
-    said: Annotated[ImportConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ImportConfig)
+    overrides: Annotated[ImportConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ImportConfig)
     tensors: bool = False
     """List every tensor."""
     json: Json = False
@@ -41,7 +41,7 @@ def checkpoint_show(words: list[str]) -> None:
         need("torch")
         from vitscale.adopt import lines, open_foreign
 
-        foreign = open_foreign(path, flags.said)
+        foreign = open_foreign(path, flags.overrides)
         shapes = foreign.tensors.shapes
         if flags.json:
             print_json({"path": flags.checkpoint} | dataclasses.asdict(foreign.weights) | ({"tensors": shapes} if flags.tensors else {}))
@@ -171,7 +171,7 @@ class ImportFlags:
 
     file: Annotated[Positional[str], tyro.conf.arg(metavar="FILE", help=FILE)]
     out: Out
-    said: Annotated[ImportConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ImportConfig)
+    overrides: Annotated[ImportConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ImportConfig)
     classes: str = ""
     """File of class names, one a line, in the order of the head's outputs."""
     licence: Licence = ""
@@ -191,7 +191,7 @@ def checkpoint_import(words: list[str]) -> None:
         except UnicodeDecodeError:
             raise UsageError(f"classes={flags.classes} is no text file with a name a line") from None
     with progress_bar("importing", quiet=flags.json, unit="bytes") as update:
-        foreign = adopt(Path(flags.file), Path(flags.out), flags.said, class_names=names, licence=flags.licence, progress=update)
+        foreign = adopt(Path(flags.file), Path(flags.out), flags.overrides, class_names=names, licence=flags.licence, progress=update)
     if flags.json:
         print_json({"out": flags.out, "file": flags.file} | dataclasses.asdict(foreign.weights))
     else:

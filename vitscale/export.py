@@ -36,7 +36,8 @@ from vitscale.checkpoint import Description, Exported, RunState
 from vitscale.config import Library, ViTConfig
 from vitscale.errors import CheckpointError
 from vitscale.exported.verify import difference
-from vitscale.formats import HEADS_WITHOUT_BIAS, file_shapes, to_file
+from vitscale.families import FAMILIES
+from vitscale.formats import file_shapes, to_file
 from vitscale.model import ViT, parameter_shapes
 from vitscale.targets import Target, position_tensors, target, timm_config
 from vitscale.tensorfiles import write_npz, write_safetensors
@@ -77,8 +78,8 @@ def export(
     about = dataclasses.replace(description, model=wanted.model, class_names=class_names, tensors=(), state=RunState(), exported=exported)
     with _place_beside(out) as hidden:
         _write_weights(hidden / wanted.weights, wanted, read, DTYPES[dtype], progress)
-        for name, said in wanted.sidecars.items():
-            (hidden / name).write_text(json.dumps(said, indent=1) + "\n")
+        for name, content in wanted.sidecars.items():
+            (hidden / name).write_text(json.dumps(content, indent=1) + "\n")
         checkpoint.write_description(hidden / checkpoint.EXPORT_DESCRIPTION, about)
         if class_names:
             (hidden / "classes.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
@@ -129,7 +130,7 @@ def _reader(description: Description, kind: str, model: ViTConfig, wanted: Targe
         check_tensors(description, shapes, {kind: shapes.keys()})
     reader = TensorReader(description)
     made = position_tensors(model, wanted.model, lambda name: reader.whole(name, kind))
-    if wanted.form in HEADS_WITHOUT_BIAS and model.num_classes and bool(reader.whole("head.bias", kind).any()):
+    if model.num_classes and not FAMILIES[wanted.form].head_bias and bool(reader.whole("head.bias", kind).any()):
         raise CheckpointError(f"{wanted.form} has no bias of the head, and this model's is not zero")
 
     def read(name: str, start: int, length: int) -> Tensor:
@@ -181,12 +182,12 @@ def _certify(
     if to == "hf":
         about["model_type"] = wanted.sidecars["config.json"]["model_type"]
     if to == "npz":  # timm reads these files, too
-        said = timm_config(dataclasses.replace(wanted.model, representation_size=0), 1e-6, preprocess, None)
-        cfg = said["pretrained_cfg"]
+        config = timm_config(dataclasses.replace(wanted.model, representation_size=0), 1e-6, preprocess, None)
+        cfg = config["pretrained_cfg"]
         names = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
         about["timm"] = {
-            "architecture": said["architecture"],
-            "model_args": said["model_args"],
+            "architecture": config["architecture"],
+            "model_args": config["model_args"],
             "transform": {name: cfg[name] for name in names},
         }
     write_certificate(hidden, certified, preprocess, about)

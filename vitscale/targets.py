@@ -215,22 +215,22 @@ def _hugging_face(
     dtype = {"torch_dtype": "bfloat16" if bf16 else "float32"}
     form: Format = "hf_siglip" if siglip else "hf_vit"
     if not siglip:
-        said = {
+        sidecar = {
             "model_type": "vit", "architectures": ["ViTForImageClassification" if model.num_classes else "ViTModel"], "qkv_bias": True,
             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **config, **named, **dtype,
         }  # fmt: skip
         if model.representation_size:
-            said |= {"pooler_output_size": model.representation_size, "pooler_act": "tanh"}
+            sidecar |= {"pooler_output_size": model.representation_size, "pooler_act": "tanh"}
         prefix = "vit." if model.num_classes else ""
     else:
         tower = config | {"model_type": "siglip_vision_model", "attention_dropout": 0.0, "vision_use_head": model.pool == "map"}
         if model.num_classes:
-            said = {"model_type": "siglip", "architectures": ["SiglipForImageClassification"], "vision_config": tower, **named, **dtype}
+            sidecar = {"model_type": "siglip", "architectures": ["SiglipForImageClassification"], "vision_config": tower, **named, **dtype}
         else:
-            said = {**tower, "architectures": ["SiglipVisionModel"], **dtype}
+            sidecar = {**tower, "architectures": ["SiglipVisionModel"], **dtype}
         prefix = "vision_model."
     processor, losses = _hf_processor(model.image_size, preprocess)
-    return Target(form, prefix, "model.safetensors", after, {"config.json": said, "preprocessor_config.json": processor}, losses)
+    return Target(form, prefix, "model.safetensors", after, {"config.json": sidecar, "preprocessor_config.json": processor}, losses)
 
 
 def _hf_processor(size: tuple[int, int], preprocess: PreprocessConfig) -> tuple[dict[str, Any], tuple[Loss, ...]]:
