@@ -63,9 +63,14 @@ def weights_file(path: Path) -> Path:
 
 
 def adopt(
-    path: Path, out: Path, overrides: ImportConfig, *, class_names: tuple[str, ...] | None = None, licence: str = "",
+    path: Path,
+    out: Path,
+    overrides: ImportConfig,
+    *,
+    class_names: tuple[str, ...] | None = None,
+    licence: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Foreign:  # fmt: skip
+) -> Foreign:
     """Writes the folder `out`, which must not exist, from a file of weights, and returns what that is. Raises CheckpointError.
 
     Args:
@@ -76,10 +81,15 @@ def adopt(
     if class_names and len(class_names) != weights.model.num_classes:
         raise CheckpointError(f"{len(class_names)} class names for a head of {weights.model.num_classes} classes; give one name a class")
     description = Description(
-        path=file.parent, model=weights.model, preprocess=weights.preprocess,
-        objective=ObjectiveConfig("sigmoid" if weights.multi_label else "softmax"), class_names=class_names or weights.class_names,
-        samples_seen=0, step=0, exported=Exported(weights.form, weights.prefix, file.name, _origin(foreign)),
-    )  # fmt: skip
+        path=file.parent,
+        model=weights.model,
+        preprocess=weights.preprocess,
+        objective=ObjectiveConfig("sigmoid" if weights.multi_label else "softmax"),
+        class_names=class_names or weights.class_names,
+        samples_seen=0,
+        step=0,
+        exported=Exported(weights.form, weights.prefix, file.name, _origin(foreign)),
+    )
     export(description, "weight", out, to="safetensors", licence=licence, progress=progress)
     return dataclasses.replace(foreign, weights=dataclasses.replace(weights, class_names=description.class_names))
 

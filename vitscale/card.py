@@ -47,15 +47,18 @@ def origin_of(description: Description, kind: str) -> dict[str, Any]:
 
 def _training(config: TrainConfig) -> dict[str, Any]:
     return {
-        "objective": asdict(config.objective), "optimizer": asdict(config.optimizer), "schedule": asdict(config.schedule),
-        "mix": asdict(config.mix), "global_batch_size": config.global_batch_size, "epochs": config.epochs, "steps": config.steps,
+        "objective": asdict(config.objective),
+        "optimizer": asdict(config.optimizer),
+        "schedule": asdict(config.schedule),
+        "mix": asdict(config.mix),
+        "global_batch_size": config.global_batch_size,
+        "epochs": config.epochs,
+        "steps": config.steps,
         "precision": config.engine.precision,
-    }  # fmt: skip
+    }
 
 
-def model_card(
-    name: str, library: str, target: Target, description: Description, *, dtype: str, multi_label: bool, licence: str
-) -> str:  # fmt: skip
+def model_card(name: str, library: str, target: Target, description: Description, *, dtype: str, multi_label: bool, licence: str) -> str:
     """README.md of an export: what it is, how it is loaded, how its images are prepared, what its numbers mean, where it comes from."""
     model, preprocess, origin = target.model, description.preprocess, description.origin
     header = {"license": licence or "other", "pipeline_tag": "image-classification" if model.num_classes else "image-feature-extraction"}

@@ -159,7 +159,7 @@ def _write_weights(file: Path, wanted: Target, read: Stretch, dtype: torch.dtype
 
 def _certify(
     hidden: Path, description: Description, kind: str, model: ViTConfig, wanted: Target, read: Stretch, to: Library, dtype: str
-) -> None:  # fmt: skip
+) -> None:
     """Writes the certificate: of the model that was trained, or, where rounding or a lossy form changes it, of what it was changed to.
 
     What it was changed to is built from the checkpoint, too, and how far it is from what was trained is told.

@@ -122,22 +122,25 @@ _HF_CLIP: Names = {
     "attn_pool.mlp.fc2": "head.mlp.fc2",
 }
 _BIG_VISION: Names = {
-    "norm2": "LayerNorm_1", "attn": "MultiHeadDotProductAttention_0", "mlp": "MlpBlock_0", "pos_embed": "pos_embedding",
-}  # fmt: skip
+    "norm2": "LayerNorm_1",
+    "attn": "MultiHeadDotProductAttention_0",
+    "mlp": "MlpBlock_0",
+    "pos_embed": "pos_embedding",
+}
 _VISION_TRANSFORMER: Names = {
-    "norm2": "LayerNorm_2", "attn": "MultiHeadDotProductAttention_1", "mlp": "MlpBlock_3",
+    "norm2": "LayerNorm_2",
+    "attn": "MultiHeadDotProductAttention_1",
+    "mlp": "MlpBlock_3",
     "pos_embed": "Transformer/posembed_input/pos_embedding",
-}  # fmt: skip
+}
 _DINOV2_ALONE = frozenset({"register_tokens", "blocks.0.mlp.w12.weight"})
 
 
-def _hugging_face(
-    kernel: str, names: Names, config: Mapping[str, Any], has: set[str], head: str = "classifier", **others: Any
-) -> Family:  # fmt: skip
+def _hugging_face(kernel: str, names: Names, config: Mapping[str, Any], has: set[str], head: str = "classifier", **others: Any) -> Family:
     """A format of transformers, whose files do not say what their configuration says."""
     return Family(
         f"embeddings.{kernel}.weight", frozenset(has), names=names, config=config, head=head, layer_norm_eps=None, activation=None, **others
-    )  # fmt: skip
+    )
 
 
 def _google(block: str, names: Names, **others: Any) -> Family:

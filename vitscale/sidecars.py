@@ -20,8 +20,12 @@ Sidecars = Mapping[str, dict[str, Any]]  # what they hold, by their names
 
 _MOST_PIXELS = 2**14  # of an image's side
 _ACTIVATIONS = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu",
-}  # fmt: skip
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
 # Names of timm's plain ViTs, whose entry points set nothing that a file does not show but CLIP's epsilon (vision_transformer.py)
 _TIMM_PLAIN = re.compile(
     r"(vit|deit|deit3)_(tiny|small|medium|base|large|huge|giant|gigantic)_patch\d+(_reg\d)?(_clip)?(_quickgelu)?(_gap)?(_dinov2)?(_\d+)?"
@@ -111,9 +115,7 @@ def _of_open_clip(facts: Facts, clip: Mapping[str, Any], vision: Mapping[str, An
     }
 
 
-def _of_timm(
-    facts: Facts, config: Mapping[str, Any], args: Mapping[str, Any], cfg: Mapping[str, Any], *, headless: bool
-) -> dict[str, Any]:  # fmt: skip
+def _of_timm(facts: Facts, config: Mapping[str, Any], args: Mapping[str, Any], cfg: Mapping[str, Any], *, headless: bool) -> dict[str, Any]:
     """What timm's config.json says: a name, what changes its settings, and what the weights were trained with."""
     architecture, stated = str(config["architecture"]), dict[str, Any]()
     if "_rpn_" in architecture:
