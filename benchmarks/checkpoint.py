@@ -50,6 +50,7 @@ from vitscale.model import ViT, initialize
 from vitscale.recipes import vit
 from vitscale.retention import Policy
 from vitscale.saving import Saver
+from vitscale.weights import TensorReader
 
 RESULTS = Path(__file__).parent / "results"
 CONTESTANTS = ("vitscale", "deepspeed", "dcp", "dcp-async")
@@ -162,7 +163,7 @@ def measure(name: str, held: Any, model: ViTConfig, folder: Path, base: int) -> 
         def load() -> None:
             newest, _ = checkpoint.newest_durable(folder)
             assert newest is not None
-            held.load(checkpoint.TensorReader(checkpoint.describe(newest)).stretch, 1)
+            held.load(TensorReader(checkpoint.describe(newest)).stretch, 1)
 
     elif name == "deepspeed":
         begun = time.perf_counter()

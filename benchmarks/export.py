@@ -41,7 +41,9 @@ from typing import TYPE_CHECKING, Any
 from tests.distributed import ROOT, run_on_ranks
 from vitscale import checkpoint
 from vitscale.config import EngineConfig, ObjectiveConfig, OptimizerConfig, PreprocessConfig, ViTConfig, from_dict
+from vitscale.finding import find_checkpoint
 from vitscale.recipes import vit
+from vitscale.weights import TensorReader
 
 if TYPE_CHECKING:
     from vitscale.model import ViT
@@ -100,7 +102,7 @@ def compare(config: ExportConfig) -> dict[str, Any]:
             written = {"model": asdict(MODELS[config.model]), "zero_stage": config.zero_stage, "precision": config.precision}
             with tempfile.TemporaryDirectory() as logs:
                 run_on_ranks("benchmarks.export:write", config.ranks, written | {"folder": str(config.folder)}, Path(logs))
-        weights = checkpoint.describe(checkpoint.find_checkpoint(str(config.folder / "ours"))).tensors
+        weights = checkpoint.describe(find_checkpoint(str(config.folder / "ours"))).tensors
         shutil.rmtree(config.folder / "reference", ignore_errors=True)
         convert(REFERENCE, config.folder, config.folder / "reference")
         rows = []
@@ -247,7 +249,7 @@ def ours(name: str, folder: Path, out: Path) -> Callable[[Callable[[str], None]]
             if done == total:
                 mark("weights")
 
-        description = checkpoint.describe(checkpoint.find_checkpoint(str(folder / "ours")))
+        description = checkpoint.describe(find_checkpoint(str(folder / "ours")))
         export(description, "weight", out, to=name, lossy=name == "npz", progress=told)  # type: ignore[arg-type]
         mark("rest")
 
@@ -292,9 +294,9 @@ def is_equal(out: Path, folder: Path) -> bool:
     reference = open_tensors(folder / "reference" / "model.safetensors")
     if (out / checkpoint.EXPORT_DESCRIPTION).exists():
         description = checkpoint.describe(out)
-        model = checkpoint.describe(checkpoint.find_checkpoint(str(folder / "ours"))).model
+        model = checkpoint.describe(find_checkpoint(str(folder / "ours"))).model
         positions = position_tensors(model, description.model, reference.read)
-        reader, names = checkpoint.TensorReader(description), parameter_shapes(description.model)
+        reader, names = TensorReader(description), parameter_shapes(description.model)
         return all(torch.equal(reader.whole(name, "weight"), positions.get(name, reference.read(name))) for name in names)
     written = open_tensors(next(file for file in out.iterdir() if file.suffix in (".bin", ".safetensors")))
     return written.shapes == reference.shapes and all(torch.equal(written.read(name), reference.read(name)) for name in reference.shapes)

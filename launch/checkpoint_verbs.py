@@ -24,7 +24,7 @@ class ShowFlags:
     """Prints what a checkpoint or any file of weights holds, after checking that it is whole."""
 
     checkpoint: Annotated[Positional[str], tyro.conf.arg(metavar="CHECKPOINT", help=f"A CHECKPOINT of vitscale; or: {FILE}")]
-    said: Annotated[ImportConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ImportConfig)
+    overrides: Annotated[ImportConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ImportConfig)
     tensors: bool = False
     """List every tensor."""
     json: Json = False
@@ -33,14 +33,15 @@ class ShowFlags:
 def checkpoint_show(words: list[str]) -> None:
     """What a checkpoint, or any file of weights, holds."""
     flags = parse(ShowFlags, words, "checkpoint show")
-    from vitscale.checkpoint import describe, find_checkpoint, is_foreign
+    from vitscale.checkpoint import describe, settings
+    from vitscale.finding import find_checkpoint, is_foreign
 
     path = Path(flags.checkpoint)
     if is_foreign(path):
         need("torch")
         from vitscale.adopt import lines, open_foreign
 
-        foreign = open_foreign(path, flags.said)
+        foreign = open_foreign(path, flags.overrides)
         shapes = foreign.tensors.shapes
         if flags.json:
             print_json({"path": flags.checkpoint} | dataclasses.asdict(foreign.weights) | ({"tensors": shapes} if flags.tensors else {}))
@@ -52,11 +53,12 @@ def checkpoint_show(words: list[str]) -> None:
         return
     description = describe(find_checkpoint(flags.checkpoint))
     if flags.json:
-        print_json(dataclasses.asdict(description) | {"path": str(description.path)})
+        tensors = [dataclasses.asdict(tensor) for tensor in description.tensors]
+        print_json({"path": str(description.path), **settings(description), "tensors": tensors})
         return
     print(f"{description.path}: step {description.step}, {description.samples_seen:,} samples seen; checksums hold")
-    if description.form:
-        print(f"an export: {description.weights}, {description.form}'s names and layout")
+    if exported := description.exported:
+        print(f"an export: {exported.weights}, {exported.form}'s names and layout")
         told = {name: value for name, value in description.origin.items() if not isinstance(value, dict | list)}
         print("origin: " + ", ".join(f"{name} {value}" for name, value in told.items() if value))
     else:
@@ -64,7 +66,7 @@ def checkpoint_show(words: list[str]) -> None:
         print(f"{len(weights)} tensors, {sum(math.prod(t.shape) for t in weights):,} parameters; kinds: {', '.join(description.kinds)}")
     for part in (description.model, description.preprocess):
         print(f"{type(part).__name__}: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(part).items()))
-    if flags.tensors and not description.form:
+    if flags.tensors:
         for tensor in description.tensors:
             print(f"{tensor.kind:<16} {tensor.name:<40} {' x '.join(map(str, tensor.shape))}")
 
@@ -84,12 +86,13 @@ class VerifyFlags:
 def checkpoint_verify(words: list[str]) -> None:
     """Whether a checkpoint is whole, and an export what was trained."""
     flags = parse(VerifyFlags, words, "checkpoint verify")
-    from vitscale.checkpoint import describe, find_checkpoint
+    from vitscale.checkpoint import describe
+    from vitscale.finding import find_checkpoint
 
     description = describe(find_checkpoint(flags.checkpoint))
     found: dict[str, Any] = {"checkpoint": str(description.path), "holds": True, "replays": []}
     said = [f"{description.path}: sizes and checksums hold"]
-    if description.form:
+    if description.exported:
         need("torch", "safetensors")
         from vitscale.verification import verify_export
 
@@ -132,7 +135,8 @@ def checkpoint_export(words: list[str]) -> None:
     flags = parse(ExportFlags, words, "checkpoint export")
     if flags.eval_crop is not None and not 0.1 <= flags.eval_crop <= 1:
         raise UsageError(f"eval-crop={flags.eval_crop:g} must lie in [0.1, 1]")
-    from vitscale.checkpoint import describe, find_checkpoint
+    from vitscale.checkpoint import describe
+    from vitscale.finding import find_checkpoint
 
     description = describe(find_checkpoint(flags.checkpoint)).evaluated_by(flags.eval_protocol, flags.eval_crop)
     need("torch", "safetensors")
@@ -167,7 +171,7 @@ class ImportFlags:
 
     file: Annotated[Positional[str], tyro.conf.arg(metavar="FILE", help=FILE)]
     out: Out
-    said: Annotated[ImportConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ImportConfig)
+    overrides: Annotated[ImportConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ImportConfig)
     classes: str = ""
     """File of class names, one a line, in the order of the head's outputs."""
     licence: Licence = ""
@@ -187,7 +191,7 @@ def checkpoint_import(words: list[str]) -> None:
         except UnicodeDecodeError:
             raise UsageError(f"classes={flags.classes} is no text file with a name a line") from None
     with progress_bar("importing", quiet=flags.json, unit="bytes") as update:
-        foreign = adopt(Path(flags.file), Path(flags.out), flags.said, class_names=names, licence=flags.licence, progress=update)
+        foreign = adopt(Path(flags.file), Path(flags.out), flags.overrides, class_names=names, licence=flags.licence, progress=update)
     if flags.json:
         print_json({"out": flags.out, "file": flags.file} | dataclasses.asdict(foreign.weights))
     else:
@@ -213,7 +217,8 @@ def checkpoint_prune(words: list[str]) -> None:
     """Remove the checkpoints of a run that are not to be kept."""
     flags = parse(PruneFlags, words, "checkpoint prune")
     from vitscale import retention
-    from vitscale.checkpoint import CheckpointError, describe, newest_durable, step_folder, step_of
+    from vitscale.checkpoint import describe, newest_durable, step_folder, step_of
+    from vitscale.errors import CheckpointError
     from vitscale.run import read_config, read_metrics
 
     run = Path(flags.run)
@@ -224,7 +229,7 @@ def checkpoint_prune(words: list[str]) -> None:
     if newest is None:
         raise CheckpointError(f"{run} has no whole checkpoint, so none is removed; {faults[0] if faults else 'none is there'}")
     sizes = retention.sizes_up_to(run, step_of(newest))
-    settled = {step: size for step, size in sizes.items() if step != step_of(newest) or not describe(newest).in_doubt}
+    settled = {step: size for step, size in sizes.items() if step != step_of(newest) or not describe(newest).state.in_doubt}
     steps = retention.superfluous(settled, retention.goodness(read_metrics(run)), policy)
     if not flags.dry_run:
         retention.remove(run, steps)

@@ -131,7 +131,8 @@ def evaluate_flags(words: list[str]) -> EvaluateFlags:
 
 def check_inputs(flags: EvaluateFlags) -> Path:
     """Looks at what is to be read, before anything long begins or a job is submitted. The checkpoint's folder; a run's for --watch."""
-    from vitscale.checkpoint import describe, find_checkpoint
+    from vitscale.checkpoint import describe
+    from vitscale.finding import find_checkpoint
     from vitscale.run import read_record
 
     folder = Path(flags.checkpoint)

@@ -139,7 +139,8 @@ def run_of(flags: PretrainPlan | FinetunePlan, classes: int) -> TrainConfig:
         return dataclasses.replace(flags.config, model=dataclasses.replace(model, num_classes=classes))
     base: ViTConfig
     if flags.config.init:
-        from vitscale.checkpoint import describe, find_checkpoint
+        from vitscale.checkpoint import describe
+        from vitscale.finding import find_checkpoint
 
         base = describe(find_checkpoint(flags.config.init)).model
     elif flags.init_recipe:

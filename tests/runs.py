@@ -13,6 +13,7 @@ from vitscale import checkpoint
 from vitscale.config import OptimizerConfig, TrainConfig, to_dict
 from vitscale.resolve import resolve
 from vitscale.run import locked, open_run, read_metrics
+from vitscale.weights import TensorReader
 
 
 def begin(config: TrainConfig, world_size: int = 1) -> TrainConfig:
@@ -70,7 +71,7 @@ def state(run: Path) -> dict[tuple[str, str], torch.Tensor]:
     assert folder
     assert not faults
     description = checkpoint.describe(folder)
-    reader = checkpoint.TensorReader(description)
+    reader = TensorReader(description)
     return {(tensor.kind, tensor.name): reader.whole(tensor.name, tensor.kind) for tensor in description.tensors}
 
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitscale.checkpoint import EXPORT_DESCRIPTION, CheckpointError, Description
+from vitscale.checkpoint import EXPORT_DESCRIPTION, Description, Exported
 from vitscale.config import ImportConfig, ObjectiveConfig
+from vitscale.errors import CheckpointError
 from vitscale.export import export
-from vitscale.recognise import Recognised, read_sidecars, recognise
+from vitscale.recognise import Recognised, recognise
+from vitscale.sidecars import read_sidecars
 from vitscale.tensorfiles import SHARDS, TensorFile, open_tensors
 
 # Of a folder, the file that has the weights: what timm, transformers and open_clip write, in the order in which they look for them
@@ -31,11 +33,11 @@ class Foreign:
     weights: Recognised
 
 
-def open_foreign(path: Path, asked: ImportConfig) -> Foreign:
+def open_foreign(path: Path, overrides: ImportConfig) -> Foreign:
     """What a file, or the one file of weights in a folder, is. Raises CheckpointError."""
     file = weights_file(path)
     tensors = open_tensors(file)
-    return Foreign(tensors, recognise(tensors.shapes, read_sidecars(file.parent), asked, str(path)))
+    return Foreign(tensors, recognise(tensors.shapes, read_sidecars(file.parent), overrides, str(path)))
 
 
 def weights_file(path: Path) -> Path:
@@ -61,23 +63,33 @@ def weights_file(path: Path) -> Path:
 
 
 def adopt(
-    path: Path, out: Path, asked: ImportConfig, *, class_names: tuple[str, ...] | None = None, licence: str = "",
+    path: Path,
+    out: Path,
+    overrides: ImportConfig,
+    *,
+    class_names: tuple[str, ...] | None = None,
+    licence: str = "",
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Foreign:  # fmt: skip
+) -> Foreign:
     """Writes the folder `out`, which must not exist, from a file of weights, and returns what that is. Raises CheckpointError.
 
     Args:
         class_names: one for each output of the head; None: those that lie beside the weights, if any.
     """
-    foreign = open_foreign(path, asked)
+    foreign = open_foreign(path, overrides)
     weights, file = foreign.weights, foreign.tensors.path
     if class_names and len(class_names) != weights.model.num_classes:
         raise CheckpointError(f"{len(class_names)} class names for a head of {weights.model.num_classes} classes; give one name a class")
     description = Description(
-        path=file.parent, model=weights.model, preprocess=weights.preprocess,
-        objective=ObjectiveConfig("sigmoid" if weights.multi_label else "softmax"), class_names=class_names or weights.class_names,
-        samples_seen=0, step=0, form=weights.form, prefix=weights.prefix, weights=file.name, origin=_origin(foreign),
-    )  # fmt: skip
+        path=file.parent,
+        model=weights.model,
+        preprocess=weights.preprocess,
+        objective=ObjectiveConfig("sigmoid" if weights.multi_label else "softmax"),
+        class_names=class_names or weights.class_names,
+        samples_seen=0,
+        step=0,
+        exported=Exported(weights.form, weights.prefix, file.name, _origin(foreign)),
+    )
     export(description, "weight", out, to="safetensors", licence=licence, progress=progress)
     return dataclasses.replace(foreign, weights=dataclasses.replace(weights, class_names=description.class_names))
 
@@ -100,20 +112,20 @@ def lines(path: Path, foreign: Foreign) -> list[str]:
     """What a file of weights is, for people."""
     weights, tensors = foreign.weights, foreign.tensors
     named = f", whose names begin with {weights.prefix}" if weights.prefix else ""
-    said = [f"{path}: {weights.form}'s names and layout{named}; {len(tensors.shapes)} tensors, all accounted for"]
+    found = [f"{path}: {weights.form}'s names and layout{named}; {len(tensors.shapes)} tensors, all accounted for"]
     for part in (weights.model, weights.preprocess):
-        said.append(f"{type(part).__name__}: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(part).items()))
+        found.append(f"{type(part).__name__}: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(part).items()))
     if weights.class_names:
-        said.append(f"classes: {', '.join(weights.class_names[:5])}{', ...' if len(weights.class_names) > 5 else ''}")
+        found.append(f"classes: {', '.join(weights.class_names[:5])}{', ...' if len(weights.class_names) > 5 else ''}")
     if weights.assumed:
-        said.append(f"not in the file, and taken for granted: {'; '.join(weights.assumed)}")
+        found.append(f"not in the file, and taken for granted: {'; '.join(weights.assumed)}")
     reasons: dict[str, list[str]] = {}
     for name, why in weights.left_out:
         reasons.setdefault(why, []).append(name)
-    said += [
+    found += [
         f"left out: {len(names)} tensors {why} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for why, names in reasons.items()
     ]
     if tensors.wraps:
-        said.append(f"beside the tensors, and not read: {', '.join(tensors.wraps[:10])}")
-    return said
+        found.append(f"beside the tensors, and not read: {', '.join(tensors.wraps[:10])}")
+    return found

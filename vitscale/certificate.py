@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vitscale.checkpoint import CheckpointError
 from vitscale.config import PreprocessConfig
+from vitscale.errors import CheckpointError
 from vitscale.images import evaluation_view
 from vitscale.model import ViT, normalize
 from vitscale.tensorfiles import write_safetensors
@@ -64,9 +64,7 @@ def seeded_inputs(image_size: tuple[int, int], seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def write_certificate(
-    folder: Path, model: ViT, preprocess: PreprocessConfig, about: Mapping[str, Any], *, seed: int = 0
-) -> None:  # fmt: skip
+def write_certificate(folder: Path, model: ViT, preprocess: PreprocessConfig, about: Mapping[str, Any], *, seed: int = 0) -> None:
     """Writes the certificate of a model, in evaluation mode and fp32, into an export's folder.
 
     Args:

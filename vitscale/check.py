@@ -11,6 +11,8 @@ from typing import Any
 from vitscale.config import ConfigError, EngineConfig, Phase, TrainConfig, ViTConfig, flatten, grad_accum_steps
 from vitscale.timeline import parts_of
 
+_LARGEST = 2**24  # of a model's sizes
+_DEEPEST = 1024  # blocks
 # Of DeepSpeed's settings those that the engine and plans reckon with, and the least that each may be
 COUNTS = {
     "reduce_bucket_size": 1, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
@@ -163,6 +165,17 @@ def check_model(model: ViTConfig) -> None:
     for name in ("num_classes", "representation_size", "registers"):
         if getattr(model, name) < 0:
             raise ConfigError(f"model.{name}={getattr(model, name)} must be at least 0")
+
+
+def check_bounds(model: ViTConfig) -> None:
+    """Raises ValueError on a model, read from a file, that nobody could build, before anybody tries."""
+    if model.depth > _DEEPEST:
+        raise ValueError(f"model.depth is {model.depth}, which no model has")
+    if not 0 < model.layer_norm_eps < 1:
+        raise ValueError(f"model.layer_norm_eps is {model.layer_norm_eps}, which no model has")
+    for name, value in flatten(dataclasses.asdict(model)).items():
+        if any(isinstance(number, int) and number > _LARGEST for number in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"model.{name} is {value!r:.50}, which no model has")
 
 
 def _check_freeze(config: TrainConfig) -> None:

@@ -6,8 +6,8 @@
         COMMIT.json             sizes and checksums of the others; written last
 
 A folder is durable once COMMIT.json is there and its checksums hold. It is written (by `saving.py`) under a hidden name, synced, and
-renamed. Finding, describing and checking checkpoints works without torch; only reading and writing tensors imports it. What is read may
-have been written by anybody.
+renamed. What finds, describes and checks checkpoints is here and imports no torch; `weights.py` reads their tensors. What is read may have
+been written by anybody.
 """
 
 import contextlib
@@ -17,22 +17,17 @@ import os
 import re
 import shutil
 import stat
-import sys
-from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import xxhash
 
 from data_tools.durable import publish_folder, replace_file
-from data_tools.errors import UserError
-from vitscale.check import check_model
-from vitscale.config import UNREADABLE, EvalProtocol, Format, ObjectiveConfig, PreprocessConfig, ViTConfig, flatten, from_dict
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from vitscale.check import check_bounds, check_model
+from vitscale.config import UNREADABLE, EvalProtocol, Format, ObjectiveConfig, PreprocessConfig, ViTConfig, from_dict
+from vitscale.errors import CheckpointError
 
 FORMAT_VERSION = 1
 EXPORT_DESCRIPTION = "vitscale.json"  # what an exported folder holds in place of checkpoint.json
@@ -41,12 +36,6 @@ _STEP_FOLDER = re.compile(r"step-\d{8,18}")
 _FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # of files in a checkpoint: no path, and not hidden
 _EXPORTED_NAME = re.compile(r"(?:certificate/)?\w[\w.-]{0,99}", re.ASCII)  # and in an export
 _MOST = 2**63  # no count in a checkpoint reaches it
-_LARGEST = 2**24  # of a model's sizes
-_DEEPEST = 1024  # blocks
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is not there, not whole or not the right one; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +45,11 @@ class Piece:
     file: str
     offset: int
     length: int
+
+
+def piece_key(name: str, kind: str, offset: int) -> str:
+    """The name of a piece in its safetensors file."""
+    return f"{kind}/{name}/{offset}"
 
 
 @dataclass(frozen=True)
@@ -69,20 +63,11 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class Description:
-    """What a folder of weights says of itself."""
+class RunState:
+    """Where a run stands at a checkpoint, beside its clock; an export has none of it."""
 
-    path: Path
-    """The folder."""
-    model: ViTConfig
-    preprocess: PreprocessConfig
-    objective: ObjectiveConfig
-    class_names: tuple[str, ...] | None
-    samples_seen: int
-    step: int
-    tensors: tuple[TensorEntry, ...] = ()
     cursor: int = 0
-    """Of a run on tars without an index: the shards, counted through epochs, that all ranks have used up (`foreign.py`)."""
+    """On tars without an index: the shards, counted through epochs, that all ranks have used up (`foreign.py`)."""
     updates: int | None = None
     """Updates that the optimizer has made, without the steps that were left out; None: as many as steps."""
     skipped: tuple[tuple[int, int], ...] = ()
@@ -93,19 +78,49 @@ class Description:
     """Losses in a row up to this step that lay far above those (`guards.py`)."""
     nonfinite_steps: int = 0
     """Steps in a row up to this one that were left out."""
-    form: Format | None = None
-    """Of an export: how `weights` names and lays out the tensors; of a checkpoint None."""
-    prefix: str = ""
-    """Of an export: what stands before the names in `weights`."""
-    weights: str = ""
-    """Of an export: the file of the tensors."""
-    origin: dict[str, Any] = field(default_factory=dict)
-    """Of an export: where its weights come from (`card.py`)."""
 
     @property
     def in_doubt(self) -> bool:
         """Whether its last steps may turn out to be some of those to be rolled back: made at a stop amid what seemed to go wrong."""
         return bool(self.spikes or self.nonfinite_steps)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """How an export's file holds the tensors, and where they come from."""
+
+    form: Format
+    """How the file names and lays out the tensors."""
+    prefix: str
+    """What stands before their names."""
+    weights: str
+    """The file."""
+    origin: dict[str, Any]
+    """Of the weights (`origin.py`)."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a folder of weights says of itself: a checkpoint of a run, or an export."""
+
+    path: Path
+    """The folder."""
+    model: ViTConfig
+    preprocess: PreprocessConfig
+    objective: ObjectiveConfig
+    class_names: tuple[str, ...] | None
+    samples_seen: int
+    step: int
+    tensors: tuple[TensorEntry, ...] = ()
+    """Of a checkpoint; those of an export follow from its model."""
+    state: RunState = RunState()
+    exported: Exported | None = None
+    """Of a checkpoint None."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where an export's weights come from; nothing of a checkpoint's, whose run tells it."""
+        return self.exported.origin if self.exported else {}
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -190,74 +205,13 @@ def _read_commit(folder: Path) -> dict[str, tuple[int, str]]:
 def _fault(folder: Path, name: str, size: int, checksum: str) -> str | None:
     """What is wrong with one file of a checkpoint."""
     path = folder / name
-    if not _is_plain(path):
+    if not is_plain(path):
         return f"{folder}: {name} is {'not a plain file' if os.path.lexists(path) else 'missing'}"
     if path.stat().st_size != size:
         return f"{folder}: {name} has {path.stat().st_size} bytes, COMMIT.json says {size}"
     if file_checksum(path) != checksum:
         return f"{folder}: {name} does not have the checksum in COMMIT.json; the file is damaged"
     return None
-
-
-def find_checkpoint(spec: str) -> Path:
-    """The folder that a CHECKPOINT names: a run (its newest durable one), RUN@STEP, RUN@best, a step's folder or an exported folder.
-
-    Checks that it is whole. Raises CheckpointError, and RunError where metrics.jsonl, which tells the best, cannot be read.
-    """
-    path = Path(spec)
-    run, at, step = spec.rpartition("@")
-    if not path.exists() and step == "best" and Path(run).is_dir():
-        path = _best(Path(run))
-    if not path.exists() and at and step.isdigit():
-        path = step_folder(Path(run), int(step))
-        if not path.exists():
-            steps = [folder.name.removeprefix("step-").lstrip("0") or "0" for folder in committed(Path(run))]
-            raise CheckpointError(f"{run} has no checkpoint of step {int(step)}; {_there_are(steps)}")
-    if not path.exists():
-        raise CheckpointError(f"{spec} does not exist; a checkpoint is a run, RUN@STEP, RUN@best, a step's folder or an exported folder")
-    if path.is_file():
-        raise CheckpointError(
-            f"{spec} is a file; give the folder that it lies in, {path.parent}, where that is ours, or make it ours: "
-            f"`vitscale checkpoint import {spec} OUT`"
-        )
-    if any((path / name).is_file() for name in (EXPORT_DESCRIPTION, "checkpoint.json", "COMMIT.json")):
-        if problem := verify(path):
-            raise CheckpointError(problem)
-        return path
-    newest, faults = newest_durable(path)
-    if newest is None:
-        found = f" ({len(faults)} damaged: {faults[0]})" if faults else ""
-        raise CheckpointError(
-            f"{spec} holds no durable checkpoint{found}; give a run that has written one, or an exported folder; `vitscale checkpoint "
-            "import` makes one of others' weights"
-        )
-    for fault in faults:
-        print(f"warning: {fault}; {newest.name} is used", file=sys.stderr)
-    return newest
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether a path is a file, or a folder that is none of ours: what others wrote, perhaps."""
-    ours = (EXPORT_DESCRIPTION, "checkpoint.json", "COMMIT.json", "run.json", "checkpoints")
-    return path.is_file() or (path.is_dir() and not any((path / name).exists() for name in ours))
-
-
-def _best(run: Path) -> Path:
-    """The checkpoint of a run that was best on its held-out split, of those that are there. Raises CheckpointError."""
-    from vitscale.retention import best_of, goodness  # which know of runs, and runs of checkpoints
-    from vitscale.run import read_metrics
-
-    there, evaluated = [step_of(folder) for folder in committed(run)], goodness(read_metrics(run))
-    best, ever = best_of(there, evaluated), best_of(evaluated, evaluated)
-    if not there or ever is None:
-        lacks = "was never evaluated on a held-out split" if there else "holds no checkpoint"
-        raise CheckpointError(f"{run} {lacks}, so that none is its best; {run}@STEP names one: {_there_are(list(map(str, there)))}")
-    if best is None or evaluated[best] < evaluated[ever]:
-        gone = f"the best of {run} was step {ever} (top-1 {evaluated[ever]:.2%}), whose checkpoint is gone"
-        if best is None:
-            raise CheckpointError(f"{gone}; {_there_are(list(map(str, there)))}, never evaluated")
-        print(f"warning: {gone}; step {best} ({evaluated[best]:.2%}) is used", file=sys.stderr)
-    return step_folder(run, best)
 
 
 def describe(folder: Path) -> Description:
@@ -270,22 +224,11 @@ def describe(folder: Path) -> Description:
         model = from_dict(ViTConfig, values["model"], "model")
         check_bounds(model)
         check_model(model)
-        clock = {name: values[name] for name in ("samples_seen", "step")}
-        clock["cursor"] = values.get("cursor", 0)  # which checkpoints of before had not, nor the next
-        clock["nonfinite_steps"] = values.get("nonfinite_steps", 0)
-        clock["updates"] = clock["step"] if values.get("updates") is None else values["updates"]
-        for name, value in clock.items():
-            if not _is_count(value):
-                raise ValueError(f"{name} is {value!r:.50}, not a number of things")
+        if odd := next((name for name in ("samples_seen", "step") if not _is_count(values[name])), None):
+            raise ValueError(f"{odd} is {values[odd]!r:.50}, not a number of things")
         class_names = values["class_names"]
         if class_names and not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
             raise ValueError("class_names are not a list of names")
-        skipped = tuple((low, high) for low, high in values["skipped"])
-        if not all(_is_count(low) and _is_count(high) and low < high for low, high in skipped):
-            raise ValueError("skipped are not ranges of positions")
-        losses, spikes = (tuple(values.get(name, ())) for name in ("recent_losses", "spikes"))
-        if not all(isinstance(loss, int | float) and math.isfinite(loss) for loss in (*losses, *spikes)):
-            raise ValueError("recent_losses or spikes are not finite numbers")
         exported = file.name == EXPORT_DESCRIPTION
         return Description(
             path=folder,
@@ -293,18 +236,33 @@ def describe(folder: Path) -> Description:
             preprocess=from_dict(PreprocessConfig, values["preprocess"], "preprocess"),
             objective=from_dict(ObjectiveConfig, values["objective"], "objective"),
             class_names=tuple(class_names) if class_names else None,
+            samples_seen=values["samples_seen"],
+            step=values["step"],
             tensors=() if exported else _read_entries(values["tensors"]),
-            **(_read_export(values) if exported else {}),
-            skipped=skipped,
-            recent_losses=losses,
-            spikes=spikes,
-            **clock,
+            state=RunState() if exported else _read_state(values),
+            exported=_read_exported(values) if exported else None,
         )
     except (OSError, *UNREADABLE) as error:
         raise CheckpointError(f"{file} cannot be read as a checkpoint ({_words(error)})") from None
 
 
-def _read_export(values: dict[str, Any]) -> dict[str, Any]:
+def _read_state(values: dict[str, Any]) -> RunState:
+    """What a checkpoint's description says of its run. Raises what `UNREADABLE` names."""
+    counts = {name: values.get(name, 0) for name in ("cursor", "nonfinite_steps")}  # which checkpoints of before had not, nor the next
+    counts["updates"] = values["step"] if values.get("updates") is None else values["updates"]
+    for name, value in counts.items():
+        if not _is_count(value):
+            raise ValueError(f"{name} is {value!r:.50}, not a number of things")
+    skipped = tuple((low, high) for low, high in values["skipped"])
+    if not all(_is_count(low) and _is_count(high) and low < high for low, high in skipped):
+        raise ValueError("skipped are not ranges of positions")
+    losses, spikes = (tuple(values.get(name, ())) for name in ("recent_losses", "spikes"))
+    if not all(isinstance(loss, int | float) and math.isfinite(loss) for loss in (*losses, *spikes)):
+        raise ValueError("recent_losses or spikes are not finite numbers")
+    return RunState(skipped=skipped, recent_losses=losses, spikes=spikes, **counts)
+
+
+def _read_exported(values: dict[str, Any]) -> Exported:
     """What an export's description has that a checkpoint's has not. Raises ValueError."""
     form, prefix, weights = values.get("form", "timm"), values.get("prefix", ""), values.get("weights", "model.safetensors")
     if form not in get_args(Format) or not (isinstance(prefix, str) and re.fullmatch(r"[\w./]{0,100}", prefix)):
@@ -314,18 +272,7 @@ def _read_export(values: dict[str, Any]) -> dict[str, Any]:
     origin = values.get("origin", {})
     if not isinstance(origin, dict):
         raise ValueError("origin is no object")
-    return {"form": form, "prefix": prefix, "weights": weights, "origin": origin}
-
-
-def check_bounds(model: ViTConfig) -> None:
-    """Raises ValueError on a model that nobody could build, before anybody tries."""
-    if model.depth > _DEEPEST:
-        raise ValueError(f"model.depth is {model.depth}, which no model has")
-    if not 0 < model.layer_norm_eps < 1:
-        raise ValueError(f"model.layer_norm_eps is {model.layer_norm_eps}, which no model has")
-    for name, value in flatten(asdict(model)).items():
-        if any(isinstance(number, int) and number > _LARGEST for number in (value if isinstance(value, tuple) else (value,))):
-            raise ValueError(f"model.{name} is {value!r:.50}, which no model has")
+    return Exported(form, prefix, weights, origin)
 
 
 def _read_entries(tensors: Any) -> tuple[TensorEntry, ...]:
@@ -358,7 +305,7 @@ def _read_entries(tensors: Any) -> tuple[TensorEntry, ...]:
 
 def _read_object(file: Path) -> dict[str, Any]:
     """A file of JSON. Raises what `UNREADABLE` names, and OSError."""
-    if os.path.lexists(file) and not _is_plain(file):
+    if os.path.lexists(file) and not is_plain(file):
         raise ValueError("it is not a plain file")
     values: dict[str, Any] = json.loads(file.read_bytes(), object_pairs_hook=_each_once)
     return values
@@ -372,7 +319,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _is_plain(path: Path) -> bool:
+def is_plain(path: Path) -> bool:
     """Whether a file is there, and is none that leads elsewhere or waits for a writer."""
     return os.path.lexists(path) and stat.S_ISREG(path.lstat().st_mode)
 
@@ -387,139 +334,21 @@ def _words(error: BaseException) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
-# Reading
-# ---------------------------------------------------------------------------------------------------------------------------------------
-
-
-class TensorReader:
-    """Reads stretches of a checkpoint's or an export's tensors, holding what it is asked for. Safe for one thread."""
-
-    def __init__(self, description: Description) -> None:
-        self._folder = description.path
-        self._entries = {(t.name, t.kind): t for t in description.tensors}
-        self._files: dict[str, Any] = {}  # what the header of each says, once it was read
-        self._whole = _exported_tensors(description) if description.form else None
-        self._last: tuple[str, Tensor] | None = None
-
-    def stretch(self, name: str, kind: str, start: int, length: int) -> "Tensor":
-        """Elements [start, start + length) of the flattened tensor, fp32. Raises CheckpointError where a file does not hold its pieces."""
-        import torch
-
-        if self._whole:
-            if not self._last or self._last[0] != name:  # parts of one tensor are asked for one after the other
-                self._last = name, self._whole(name).flatten()
-            return self._last[1][start : start + length]
-        end = start + length
-        overlapping = [p for p in self._entries[name, kind].pieces if p.offset < end and start < p.offset + p.length]
-        stored = [self._stored(name, kind, piece) for piece in overlapping]  # first, for a length may be a lie
-        out = torch.empty(length, dtype=torch.float32)
-        for piece, read_into in zip(overlapping, stored, strict=True):
-            low, high = max(start, piece.offset), min(end, piece.offset + piece.length)
-            read_into(low - piece.offset, out[low - start : high - start])
-        return out
-
-    def whole(self, name: str, kind: str) -> "Tensor":
-        """A tensor in its shape."""
-        if self._whole:
-            return self._whole(name)
-        entry = self._entries[name, kind]
-        return self.stretch(name, kind, 0, math.prod(entry.shape)).view(entry.shape)
-
-    def _stored(self, name: str, kind: str, piece: Piece) -> "Callable[[int, Tensor], None]":
-        """What reads a piece's elements from one on into a tensor; nothing has been read of it yet."""
-        from vitscale.tensorfiles import faults_of, read_into, safetensors_entries
-
-        file, key = self._folder / piece.file, piece_key(name, kind, piece.offset)
-        with faults_of(file):
-            if piece.file not in self._files:
-                if not _is_plain(file):
-                    raise ValueError("it is not a plain file")
-                self._files[piece.file] = safetensors_entries(file)
-            if key not in self._files[piece.file]:
-                raise ValueError(f"it holds no {key:.100}")
-            entry = self._files[piece.file][key]
-            if entry.dtype != "F32" or math.prod(entry.shape) != piece.length:
-                raise ValueError(f"{key:.100} is {entry.dtype} of shape {entry.shape}, not {piece.length} elements of F32")
-
-        def read(first: int, out: "Tensor") -> None:
-            with faults_of(file, key):
-                read_into(file, entry, first, out)
-
-        return read
-
-
-def _exported_tensors(description: Description) -> "Callable[[str], Tensor]":
-    """The tensors of an export's file by our names. Raises CheckpointError where it does not hold all of its model."""
-    from vitscale.formats import file_shapes, from_file
-    from vitscale.tensorfiles import open_tensors
-
-    assert description.form
-    weights = description.path / description.weights
-    if not weights.is_file():
-        raise CheckpointError(f"{weights} is missing")
-    file, expected = open_tensors(weights), file_shapes(description.form, description.model, description.prefix)
-    missing, extra = sorted(expected.keys() - file.shapes.keys()), sorted(file.shapes.keys() - expected.keys())
-    extra = [name for name in extra if name not in description.origin.get("left_out", {})]  # of a stranger's file: `recognise.py` knows why
-    if missing or extra:
-        raise CheckpointError(
-            f"{weights} does not fit the model: {len(missing)} of its {len(expected)} tensors are missing ({_first(missing)}) and "
-            f"{len(extra)} are not the model's ({_first(extra)})"
-        )
-    for name, shape in expected.items():
-        if file.shapes[name] != shape:
-            raise CheckpointError(f"{weights}: {name} has shape {file.shapes[name]}, the model's has {shape}")
-    return from_file(description.form, description.model, description.prefix, file.read)
-
-
-def piece_key(name: str, kind: str, offset: int) -> str:
-    """The name of a piece in its safetensors file."""
-    return f"{kind}/{name}/{offset}"
-
-
-def read_weights(description: Description, kind: str, shapes: dict[str, tuple[int, ...]]) -> "dict[str, Tensor]":
-    """All weights of a model with these shapes. Raises CheckpointError where a tensor is missing, extra or of another shape.
-
-    Args:
-        kind: `average` (where there is one) or `weight`.
-    """
-    kind, reader = description.preferred(kind), TensorReader(description)
-    if not description.form:
-        check_tensors(description, shapes, {kind: shapes.keys()})
-    return {name: reader.whole(name, kind) for name in shapes}
-
-
-def check_tensors(description: Description, expected: dict[str, tuple[int, ...]], kinds: Mapping[str, Collection[str]]) -> None:
-    """Every expected tensor there with its shape, and none besides. Raises CheckpointError that names the first that differ.
-
-    Args:
-        kinds: kinds, and the names of the tensors that there must be of each.
-    """
-    for kind, names in kinds.items():
-        found = {t.name: t.shape for t in description.tensors if t.kind == kind}
-        missing, extra = sorted(set(names) - found.keys()), sorted(found.keys() - set(names))
-        if missing or extra:
-            raise CheckpointError(
-                f"{description.path} does not fit the model: of kind {kind} {len(missing)} tensors are missing ({_first(missing)}) "
-                f"and {len(extra)} are not the model's ({_first(extra)})"
-            )
-        for name, shape in found.items():
-            if shape != tuple(expected[name]):
-                raise CheckpointError(f"{description.path}: {name} has shape {shape}, the model's has {tuple(expected[name])}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
+def settings(description: Description) -> dict[str, Any]:
+    """What a description says of all tensors together, as JSON has it."""
+    values = asdict(replace(description, tensors=()))
+    del values["path"], values["tensors"], values["state"], values["exported"]  # a folder may be moved
+    return values | asdict(description.exported or description.state)
+
+
 def write_description(file: Path, description: Description) -> None:
     """Writes checkpoint.json or an export's description: a setting a line, a tensor a line."""
-    values = asdict(replace(description, tensors=()))
-    del values["path"], values["tensors"]  # a folder may be moved
-    if not description.form:
-        del values["form"], values["prefix"], values["weights"], values["origin"]
     tensors = (json.dumps(vars(t) | {"pieces": [vars(piece) for piece in t.pieces]}) for t in description.tensors)
-    head = json.dumps({"format_version": FORMAT_VERSION, **values}, indent=1, allow_nan=False).removesuffix("\n}")
+    head = json.dumps({"format_version": FORMAT_VERSION, **settings(description)}, indent=1, allow_nan=False).removesuffix("\n}")
     file.write_text(f"{head},\n " + '"tensors": [\n' + ",\n".join(tensors) + "\n]}\n")
 
 
@@ -553,11 +382,3 @@ def file_checksum(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
-
-
-def _there_are(steps: list[str]) -> str:
-    return f"there are those of steps {', '.join(steps)}" if steps else "there are none"

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_tools.dataset import Dataset, DatasetError
-from vitscale.checkpoint import CheckpointError, Description, read_weights
+from vitscale.checkpoint import Description
 from vitscale.config import ObjectiveConfig, PreprocessConfig, StreamConfig
+from vitscale.errors import CheckpointError
 from vitscale.intervals import wilson
 from vitscale.machine import available_memory
 from vitscale.measures import (
@@ -39,6 +40,7 @@ from vitscale.model import ViT, normalize, parameter_shapes
 from vitscale.objective import correct_at, per_sample_loss
 from vitscale.stream import evaluation_batches
 from vitscale.transfer import DeviceBatch, on_device
+from vitscale.weights import read_weights
 
 Interval = tuple[float, float]
 Update = Callable[[int, int], None]  # is told how much is done, of how much

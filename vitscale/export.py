@@ -32,14 +32,17 @@ from data_tools.durable import fsync
 from vitscale import checkpoint
 from vitscale.card import model_card
 from vitscale.certificate import outputs, seeded_inputs, write_certificate
-from vitscale.checkpoint import CheckpointError, Description, TensorReader
+from vitscale.checkpoint import Description, Exported, RunState
 from vitscale.config import Library, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.exported.verify import difference
-from vitscale.formats import HEADS_WITHOUT_BIAS, file_shapes, to_file
+from vitscale.families import FAMILIES
+from vitscale.formats import file_shapes, to_file
 from vitscale.model import ViT, parameter_shapes
 from vitscale.origin import origin_of
 from vitscale.targets import Target, position_tensors, target, timm_config
 from vitscale.tensorfiles import write_npz, write_safetensors
+from vitscale.weights import TensorReader, check_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -72,14 +75,12 @@ def export(
             f"{'; '.join(loss.words for loss in wanted.losses)}. --lossy writes it all the same, and says so in the folder"
         )
     read = _reader(description, kind, model, wanted)
-    about = dataclasses.replace(
-        description, model=wanted.model, class_names=class_names, tensors=(), form=wanted.form, prefix=wanted.prefix,
-        weights=wanted.weights, origin=origin_of(description, kind),
-    )  # fmt: skip
+    exported = Exported(wanted.form, wanted.prefix, wanted.weights, origin_of(description, kind))
+    about = dataclasses.replace(description, model=wanted.model, class_names=class_names, tensors=(), state=RunState(), exported=exported)
     with _place_beside(out) as hidden:
         _write_weights(hidden / wanted.weights, wanted, read, DTYPES[dtype], progress)
-        for name, said in wanted.sidecars.items():
-            (hidden / name).write_text(json.dumps(said, indent=1) + "\n")
+        for name, content in wanted.sidecars.items():
+            (hidden / name).write_text(json.dumps(content, indent=1) + "\n")
         checkpoint.write_description(hidden / checkpoint.EXPORT_DESCRIPTION, about)
         if class_names:
             (hidden / "classes.txt").write_text("".join(f"{name}\n" for name in class_names), encoding="utf-8")
@@ -125,12 +126,12 @@ Stretch = Callable[[str, int, int], Tensor]  # (name, first element, how many) o
 
 def _reader(description: Description, kind: str, model: ViTConfig, wanted: Target) -> Stretch:
     """The tensors as the target has them: a checkpoint's, but for position embeddings that have another form there."""
-    if not description.form:
+    if not description.exported:
         shapes = parameter_shapes(description.model)
-        checkpoint.check_tensors(description, shapes, {kind: shapes.keys()})
+        check_tensors(description, shapes, {kind: shapes.keys()})
     reader = TensorReader(description)
     made = position_tensors(model, wanted.model, lambda name: reader.whole(name, kind))
-    if wanted.form in HEADS_WITHOUT_BIAS and model.num_classes and bool(reader.whole("head.bias", kind).any()):
+    if model.num_classes and not FAMILIES[wanted.form].head_bias and bool(reader.whole("head.bias", kind).any()):
         raise CheckpointError(f"{wanted.form} has no bias of the head, and this model's is not zero")
 
     def read(name: str, start: int, length: int) -> Tensor:
@@ -183,12 +184,12 @@ def _certify(
     if to == "hf":
         about["model_type"] = wanted.sidecars["config.json"]["model_type"]
     if to == "npz":  # timm reads these files, too
-        said = timm_config(dataclasses.replace(wanted.model, representation_size=0), 1e-6, preprocess, None)
-        cfg = said["pretrained_cfg"]
+        config = timm_config(dataclasses.replace(wanted.model, representation_size=0), 1e-6, preprocess, None)
+        cfg = config["pretrained_cfg"]
         names = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
         about["timm"] = {
-            "architecture": said["architecture"],
-            "model_args": said["model_args"],
+            "architecture": config["architecture"],
+            "model_args": config["model_args"],
             "transform": {name: cfg[name] for name in names},
         }
     write_certificate(hidden, certified, preprocess, about)

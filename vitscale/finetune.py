@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitscale.checkpoint import CheckpointError, Description, read_weights
+from vitscale.checkpoint import Description
 from vitscale.config import HEAD, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.model import initialize_parameter, parameter_shapes
+from vitscale.weights import read_weights
 
 # By whose code: how it resamples. Norm kept from 16x16 to 37x37 differs by up to 20% between them, so a name is part of a recipe.
 METHODS: dict[str, dict[str, object]] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 from data_tools.durable import publish_folder
 from vitscale import checkpoint
 from vitscale.config import Phase, TrainConfig, changes, to_dict, written
+from vitscale.finding import find_checkpoint
 from vitscale.run import (
     RunError,
     check_same_data,
@@ -42,7 +43,7 @@ _FREE = ("model.drop_path_rate", "model.dropout", "model.patch_dropout")  # of t
 
 def origin_of(spec: str) -> tuple[Path, checkpoint.Description]:
     """The run and the checkpoint that RUN@STEP, or a run's or a step's folder, names; it is whole. Raises CheckpointError, RunError."""
-    folder = checkpoint.find_checkpoint(spec)
+    folder = find_checkpoint(spec)
     run = folder.parent.parent
     if folder.parent.name != "checkpoints" or not (run / "run.json").is_file():
         raise RunError(f"{spec} is not in a run directory; what is forked is a run, RUN@STEP or a step's folder in a run")
@@ -81,7 +82,7 @@ def fork(run: Path, origin: checkpoint.Description, config: TrainConfig) -> Path
     for name, lines in records_until(run, origin.step, origin.samples_seen).items():
         (hidden / name).write_text(lines)
     # What the run left out after the checkpoint it did for settings that the fork may not have
-    skipped = [of for of in record.get("skipped", []) if tuple(of["positions"]) in origin.skipped]
+    skipped = [of for of in record.get("skipped", []) if tuple(of["positions"]) in origin.state.skipped]
     began = {"run": str(run.resolve()), "step": origin.step, "samples_seen": origin.samples_seen, "time": time.time()}
     before = [start for start in record["starts"] if start.get("step", origin.step) < origin.step]
     began["starts"] = [*record.get("origin", {}).get("starts", []), *before]

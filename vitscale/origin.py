@@ -17,7 +17,7 @@ REPORTED = ("eval_top1", "eval_top5", "eval_loss", "eval_samples")  # of a line 
 
 def origin_of(description: Description, kind: str) -> dict[str, Any]:
     """What is known of a checkpoint's making, as JSON holds it."""
-    if description.form:
+    if description.exported:
         return description.origin
     origin: dict[str, Any] = {"step": description.step, "samples_seen": description.samples_seen, "weights": kind}
     run = description.path.parent.parent
@@ -46,10 +46,15 @@ def origin_of(description: Description, kind: str) -> dict[str, Any]:
 
 def _training(config: TrainConfig) -> dict[str, Any]:
     return {
-        "objective": asdict(config.objective), "optimizer": asdict(config.optimizer), "schedule": asdict(config.schedule),
-        "mix": asdict(config.mix), "global_batch_size": config.global_batch_size, "epochs": config.epochs, "steps": config.steps,
+        "objective": asdict(config.objective),
+        "optimizer": asdict(config.optimizer),
+        "schedule": asdict(config.schedule),
+        "mix": asdict(config.mix),
+        "global_batch_size": config.global_batch_size,
+        "epochs": config.epochs,
+        "steps": config.steps,
         "precision": config.engine.precision,
-    }  # fmt: skip
+    }
 
 
 def _named(of: dict[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 
 from vitscale import checkpoint, retention
-from vitscale.checkpoint import CheckpointError
 from vitscale.config import TrainConfig
 from vitscale.ending import Cause, Ended
 from vitscale.engine import Engine, device
+from vitscale.errors import CheckpointError
+from vitscale.finding import find_checkpoint
 from vitscale.guards import Guard, Rollback, disagreeing, knows
 from vitscale.machine import this_host
 from vitscale.run import cut_back, note_begin, note_skipped, read_metrics, read_record, skipped_ranges, was_evaluated
@@ -61,7 +62,7 @@ def take_up(config: TrainConfig) -> TakenUp:
                 "another --out to start anew"
             )
         if not description and config.init:
-            checkpoint.find_checkpoint(config.init.folder)
+            find_checkpoint(config.init.folder)
         note_begin(run, description.step if description else 0)
         cut_back(run, description.step if description else 0, description.samples_seen if description else 0)
         evaluated = bool(description and was_evaluated(run, description.step))
@@ -77,7 +78,7 @@ def _take_back(run: Path, skipped: tuple[tuple[int, int], ...]) -> None:
             description = checkpoint.describe(folder)
         except CheckpointError:  # damaged, and found to be so when it is verified
             continue
-        if not knows(description.samples_seen, description.skipped, skipped):
+        if not knows(description.samples_seen, description.state.skipped, skipped):
             retention.remove(run, [description.step])
 
 

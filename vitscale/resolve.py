@@ -16,6 +16,7 @@ from data_tools.storage import Location, Url, exists, location
 from vitscale import checkpoint, unindexed
 from vitscale.check import check_classes, check_config, check_schedule
 from vitscale.config import ConfigError, FinetuneConfig, StreamConfig, TrainConfig, continued_run, fine_tuning_run
+from vitscale.finding import find_checkpoint
 from vitscale.locality import choose_order, run_locality
 from vitscale.mixture import Mixture, class_difference
 from vitscale.run import RunError, has_begun, is_of_tars, overlay_fields, read_config, read_record, trained_datasets, used_overlays
@@ -147,7 +148,7 @@ def _with_checkpoint(asked: TrainConfig | FinetuneConfig, num_classes: int, clas
         base, folder, keep_head = started, started.init.folder, started.init.keep_head
     else:
         named = asked.init if isinstance(asked, FinetuneConfig) else asked.init.checkpoint
-        base = checkpoint.describe(checkpoint.find_checkpoint(named))
+        base = checkpoint.describe(find_checkpoint(named))
         folder, keep_head = str(base.path), (base.model.num_classes, base.class_names) == (num_classes, class_names)
     if isinstance(asked, FinetuneConfig):
         return fine_tuning_run(asked, base.model, base.preprocess, folder, num_classes)

@@ -36,8 +36,9 @@ from torch import Tensor
 from data_tools.durable import replace_file
 from data_tools.errors import UserError
 from vitscale import checkpoint, retention
-from vitscale.checkpoint import CheckpointError, Description, Piece, TensorEntry, partial_folder, piece_key, step_folder
+from vitscale.checkpoint import Description, Piece, TensorEntry, partial_folder, piece_key, step_folder
 from vitscale.engine import Engine, device
+from vitscale.errors import CheckpointError
 from vitscale.machine import available_memory
 from vitscale.retention import Policy
 from vitscale.run import read_metrics
@@ -428,7 +429,7 @@ class Saver:
             raise
         own = {self._about.step: retention.folder_bytes(step_folder(self._run, self._about.step))}
         try:
-            self._remove(self._sizes() | ({} if self._about.in_doubt else own))  # what may be rolled back takes the place of none
+            self._remove(self._sizes() | ({} if self._about.state.in_doubt else own))  # what may be rolled back takes the place of none
         except (OSError, UserError) as error:  # the checkpoint is there all the same
             self._said.append(f"warning: older checkpoints could not be removed: {error}")
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vitscale.checkpoint import CheckpointError
 from vitscale.config import Format, Library, PreprocessConfig, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.model import grid_2d, sincos_2d
 
 
@@ -182,7 +182,7 @@ _HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu
 
 def _hugging_face(
     model: ViTConfig, preprocess: PreprocessConfig, class_names: Sequence[str] | None, *, multi_label: bool, bf16: bool
-) -> Target:  # fmt: skip
+) -> Target:
     """A class token is ViTForImageClassification's or ViTModel's; a mean or attention pool without one is SigLIP's tower."""
     siglip = model.pool in ("mean", "map")
     _refuse("transformers", model, lacks={
@@ -215,22 +215,22 @@ def _hugging_face(
     dtype = {"torch_dtype": "bfloat16" if bf16 else "float32"}
     form: Format = "hf_siglip" if siglip else "hf_vit"
     if not siglip:
-        said = {
+        sidecar = {
             "model_type": "vit", "architectures": ["ViTForImageClassification" if model.num_classes else "ViTModel"], "qkv_bias": True,
             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **config, **named, **dtype,
         }  # fmt: skip
         if model.representation_size:
-            said |= {"pooler_output_size": model.representation_size, "pooler_act": "tanh"}
+            sidecar |= {"pooler_output_size": model.representation_size, "pooler_act": "tanh"}
         prefix = "vit." if model.num_classes else ""
     else:
         tower = config | {"model_type": "siglip_vision_model", "attention_dropout": 0.0, "vision_use_head": model.pool == "map"}
         if model.num_classes:
-            said = {"model_type": "siglip", "architectures": ["SiglipForImageClassification"], "vision_config": tower, **named, **dtype}
+            sidecar = {"model_type": "siglip", "architectures": ["SiglipForImageClassification"], "vision_config": tower, **named, **dtype}
         else:
-            said = {**tower, "architectures": ["SiglipVisionModel"], **dtype}
+            sidecar = {**tower, "architectures": ["SiglipVisionModel"], **dtype}
         prefix = "vision_model."
     processor, losses = _hf_processor(model.image_size, preprocess)
-    return Target(form, prefix, "model.safetensors", after, {"config.json": said, "preprocessor_config.json": processor}, losses)
+    return Target(form, prefix, "model.safetensors", after, {"config.json": sidecar, "preprocessor_config.json": processor}, losses)
 
 
 def _hf_processor(size: tuple[int, int], preprocess: PreprocessConfig) -> tuple[dict[str, Any], tuple[Loss, ...]]:
@@ -248,9 +248,12 @@ def _hf_processor(size: tuple[int, int], preprocess: PreprocessConfig) -> tuple[
         return processor, ()
     short = math.floor(height / preprocess.eval_crop)
     processor |= {
-        "image_processor_type": "BitImageProcessor", "do_center_crop": True, "do_convert_rgb": True, "size": {"shortest_edge": short},
+        "image_processor_type": "BitImageProcessor",
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "size": {"shortest_edge": short},
         "crop_size": {"height": height, "width": width},
-    }  # fmt: skip
+    }
     if height != width:
         words = "transformers resizes the short side for a central crop, which for a rectangle is another crop than this model's"
     else:
@@ -283,7 +286,10 @@ def _npz(model: ViTConfig, preprocess: PreprocessConfig, *, bf16: bool) -> Targe
     if model.layer_norm_eps != 1e-6:
         losses.append(Loss("computation", f"big_vision's LayerNorm has an epsilon of 1e-6, this model's is {model.layer_norm_eps:g}"))
     after = replace(
-        model, position="learned_1d", class_position=model.class_position and not model.class_token, activation="gelu_tanh",
+        model,
+        position="learned_1d",
+        class_position=model.class_position and not model.class_token,
+        activation="gelu_tanh",
         layer_norm_eps=1e-6,
-    )  # fmt: skip
+    )
     return Target("big_vision", "params/", "weights.npz", after, {}, tuple(losses))

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vitscale.checkpoint import CheckpointError
+from vitscale.errors import CheckpointError
 from vitscale.pickles import Stored, check_member, open_pickle
 
 Shape = tuple[int, ...]
@@ -50,7 +50,7 @@ class TensorFile:
 
     def __init__(
         self, path: Path, shapes: Mapping[str, Shape], read: Callable[[str, int | None], Tensor], wraps: tuple[str, ...] = ()
-    ) -> None:  # fmt: skip
+    ) -> None:
         if odd := next((name for name in shapes if not name.isprintable()), None):
             raise ValueError(f"a tensor is called {odd!r:.100}")
         self.path, self.shapes, self.wraps = path, dict(shapes), wraps

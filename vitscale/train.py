@@ -23,11 +23,11 @@ from data_tools.dataset import Dataset
 from vitscale import checkpoint, keyed, stopping
 from vitscale.agreement import Agreement
 from vitscale.announce import cost_line, data_warnings, eval_line, headline, holdout_line, origin_line, overlays_in_use, size_and_work
-from vitscale.checkpoint import CheckpointError
 from vitscale.compute import Compiling
 from vitscale.config import TrainConfig, grad_accum_steps
 from vitscale.ending import Cause, Ended
 from vitscale.engine import Engine, device
+from vitscale.errors import CheckpointError
 from vitscale.evaluate import Evaluation, evaluate
 from vitscale.finetune import fine_tuned_weights
 from vitscale.flops import measured_flops, peak_flops
@@ -50,6 +50,7 @@ from vitscale.timeline import Timeline, timeline_of
 from vitscale.timing import BACKWARD, CHECKPOINT, DATA, FORWARD, LOGGING, OUTSIDE, UPDATE, Clock
 from vitscale.transfer import on_device
 from vitscale.unindexed import Tars
+from vitscale.weights import TensorReader, check_tensors, read_weights
 
 _LARGEST = torch.finfo(torch.float32).max  # stands for an infinite loss, which JSON has no word for
 Beat = Callable[[int, int, str], None]  # (step, samples_seen, phase): tells that the rank goes on
@@ -93,7 +94,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
     resumed = checkpoint.describe(folder) if folder else None
     origin = ""
     if resumed:
-        model.load_state_dict(checkpoint.read_weights(resumed, checkpoint.WEIGHT, shapes))
+        model.load_state_dict(read_weights(resumed, checkpoint.WEIGHT, shapes))
     elif init := config.init:
         source = checkpoint.describe(Path(init.folder))  # rank 0 has checked that it is whole
         origin = f"\n{origin_line(source, config.model, keep_head=init.keep_head)}"
@@ -110,14 +111,14 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
         model, config.engine, config.optimizer, micro_batch_size=span.micro_batch_size, grad_accum_steps=accumulate, clock=clock
     )  # fmt: skip
     if resumed:
-        checkpoint.check_tensors(resumed, shapes, engine.kinds)
-        engine.load(checkpoint.TensorReader(resumed).stretch, resumed.step if resumed.updates is None else resumed.updates)
+        check_tensors(resumed, shapes, engine.kinds)
+        engine.load(TensorReader(resumed).stretch, resumed.step if resumed.state.updates is None else resumed.state.updates)
 
     # -- Stream -----------------------------------------------------------------------------------------------------------------------
     share, quarantine = Share(timeline, rank, world_size), run / "quarantine.jsonl"
     stream: TrainStream | ForeignStream
     if isinstance(dataset, Tars):
-        usable, cursor = Usable(config.model.num_classes, config.objective.soft_targets), resumed.cursor if resumed else 0
+        usable, cursor = Usable(config.model.num_classes, config.objective.soft_targets), resumed.state.cursor if resumed else 0
         stream = ForeignStream(
             dataset, config.preprocess, config.stream, share, seed=config.seed, quarantine=quarantine, usable=usable, cursor=cursor
         )  # fmt: skip
@@ -145,7 +146,7 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
             metrics.log({"step": step, "samples_seen": samples_seen, "overlays": overlays}, what_they_do)
 
     # -- What watches over the run, and what it does with each step once all ranks' losses are known --------------------------------------
-    past = (resumed.recent_losses, resumed.spikes, resumed.nonfinite_steps) if resumed else ()
+    past = (resumed.state.recent_losses, resumed.state.spikes, resumed.state.nonfinite_steps) if resumed else ()
     guard = Guard(config.guard, *past, seen=step, rollbacks=len(skipped), anew=timeline.other_sizes())
     asked, agreement = Asked(run, rank), Agreement[_Step](device())
     pace, profile = Pace(step), Profile(config.profile, run, step, rank, clock, engine.module)
@@ -223,11 +224,16 @@ def train(config: TrainConfig, *, stop_at: int | None = None, beat: Beat = lambd
 
     def about() -> checkpoint.Description:
         """The checkpoint of this step. A collective."""
-        return checkpoint.Description(
-            run, config.model, config.preprocess, config.objective, dataset.class_names, samples_seen=samples_seen, step=step,
-            cursor=_used_up_by_all(stream), updates=engine.updates, skipped=tuple(of for of in skipped if of[0] < samples_seen),
-            recent_losses=guard.recent_losses, spikes=guard.spikes, nonfinite_steps=guard.nonfinite_steps,
-        )  # fmt: skip
+        state = checkpoint.RunState(
+            cursor=_used_up_by_all(stream),
+            updates=engine.updates,
+            skipped=tuple(of for of in skipped if of[0] < samples_seen),
+            recent_losses=guard.recent_losses,
+            spikes=guard.spikes,
+            nonfinite_steps=guard.nonfinite_steps,
+        )
+        about = config.model, config.preprocess, config.objective, dataset.class_names
+        return checkpoint.Description(run, *about, samples_seen=samples_seen, step=step, state=state)
 
     # -- The loop ---------------------------------------------------------------------------------------------------------------------
     batches = on_device(stream.micro_batches(samples_seen, timeline.total_samples, skipped), device(), config.mix)

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from vitscale.certificate import FOLDER, TOLERANCES, outputs
-from vitscale.checkpoint import CheckpointError, Description
+from vitscale.checkpoint import Description
+from vitscale.errors import CheckpointError
 from vitscale.evaluate import load_model
 from vitscale.exported import verify
-from vitscale.exported.verify import difference, replay
+from vitscale.exported.verify import differences_of, replay
 from vitscale.images import evaluation_view
 from vitscale.model import normalize
 from vitscale.tensorfiles import read_json
@@ -72,8 +73,7 @@ def _ours(description: Description, about: dict[str, Any]) -> dict[str, Any]:
     views_BHWC = torch.from_numpy(np.stack([evaluation_view(path.read_bytes(), size, description.preprocess) for path in paths]))
     differences = {"pixels": float((views_BHWC.float() - expected["image_views_BHWC"]).abs().max())}
     for images_BCHW, prefix in ((expected["inputs_BCHW"], ""), (normalize(views_BHWC, description.preprocess), "image_")):
-        for name, value in outputs(model, images_BCHW).items():
-            differences[prefix + name] = difference(value, expected[prefix + name])
+        differences |= differences_of(lambda image_1CHW: outputs(model, image_1CHW), images_BCHW, expected, prefix)
     worst = max(value for name, value in differences.items() if name != "pixels")
     holds = differences["pixels"] == 0 and worst <= about["tolerances"]["fp32"]
     said = f"vitscale: {len(paths)} images {'to the bit' if not differences['pixels'] else 'otherwise'}, outputs within {worst:.1e}"

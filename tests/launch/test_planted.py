@@ -49,7 +49,7 @@ def test_a_step_whose_gradient_is_not_finite_is_left_out(dataset: Path, tmp_path
     assert sorted(found) == [step for step in range(1, 31) if step != 9]
     assert [found[step] for step in range(1, 9)] == [usual[step] for step in range(1, 9)]
     assert found[10] != usual[10], "its update was not made"
-    assert checkpoint.describe(checkpoint.committed(run)[-1]).updates == 29
+    assert checkpoint.describe(checkpoint.committed(run)[-1]).state.updates == 29
     told = [json.loads(line) for line in (run / "left-out.jsonl").read_text().splitlines()]
     seen = json.loads(vitscale("run", "which", run, "--step", "9", "--rank", "1", "--json").stdout)
     of_rank = {line["rank"]: line["samples_of_nonfinite_loss"] for line in told}
@@ -70,8 +70,8 @@ def test_a_spike_rolls_the_run_back_and_its_steps_are_skipped(dataset: Path, tmp
     assert all(math.copysign(1, share) == 1 for share in shares), "what is measured before steps that are skipped took time"
     assert decided(run) == [("spike", "again"), ("", "finished")]
     newest = checkpoint.describe(checkpoint.committed(run)[-1])
-    assert (newest.step, newest.skipped, newest.updates) == (30, ((16 * 8, 22 * 8),), 24)
-    assert newest.recent_losses == tuple(found.values())[-16:]
+    assert (newest.step, newest.state.skipped, newest.state.updates) == (30, ((16 * 8, 22 * 8),), 24)
+    assert newest.state.recent_losses == tuple(found.values())[-16:]
     assert "it is skipped" in vitscale("run", "which", run, "--step", "18").stdout
     key = json.loads(vitscale("run", "which", run, "--step", "18", "--json").stdout)["samples"][0]["key"]
     assert 18 not in [seen["step"] for seen in json.loads(vitscale("run", "which", run, "--sample", key, "--json").stdout)["seen"]]
@@ -129,7 +129,7 @@ def test_a_last_step_that_is_left_out_is_the_last_step_all_the_same(dataset: Pat
     done = train(dataset, tmp_path / "run", planted(tmp_path, "nan", 30), "--guard.max-nonfinite", "0")
     assert done.returncode == 0, done.stderr
     newest = checkpoint.describe(checkpoint.committed(tmp_path / "run")[-1])
-    assert (newest.step, newest.updates, newest.skipped) == (30, 29, ())
+    assert (newest.step, newest.state.updates, newest.state.skipped) == (30, 29, ())
 
 
 def test_a_kill_before_the_first_checkpoint_begins_anew(dataset: Path, tmp_path: Path, whole: Path) -> None:

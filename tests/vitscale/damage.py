@@ -32,8 +32,8 @@ from torch import Tensor
 
 from tests.vitscale.models import random_vit
 from vitscale.adopt import open_foreign
-from vitscale.checkpoint import CheckpointError
 from vitscale.config import Format, ImportConfig, PreprocessConfig, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.formats import file_shapes, from_file, to_file
 from vitscale.targets import timm_config
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitscale import checkpoint
-from vitscale.checkpoint import Description, Piece, TensorEntry
+from vitscale.checkpoint import Description, Piece, TensorEntry, piece_key
 from vitscale.config import EngineConfig, ObjectiveConfig, PreprocessConfig, ViTConfig
 from vitscale.model import ViT
 
@@ -89,7 +89,7 @@ def write_checkpoint(
     hidden.mkdir(parents=True)
     kinds = {checkpoint.WEIGHT: model} | ({checkpoint.AVERAGE: average} if average else {})
     tensors = {(name, kind): p.detach().clone() for kind, source in kinds.items() for name, p in source.named_parameters()}
-    save_file({checkpoint.piece_key(name, kind, 0): t.flatten() for (name, kind), t in tensors.items()}, hidden / "node-0000.safetensors")
+    save_file({piece_key(name, kind, 0): t.flatten() for (name, kind), t in tensors.items()}, hidden / "node-0000.safetensors")
     entries = [
         TensorEntry(name, kind, tuple(t.shape), (Piece("node-0000.safetensors", 0, t.numel()),)) for (name, kind), t in tensors.items()
     ]

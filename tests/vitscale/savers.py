@@ -8,9 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vitscale import checkpoint
-from vitscale.checkpoint import Description, TensorEntry, TensorReader, describe
+from vitscale.checkpoint import Description, TensorEntry, describe
 from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig
 from vitscale.saving import Saver
+from vitscale.weights import TensorReader
 
 MODEL = ViTConfig(depth=2, width=16, mlp_dim=20, num_heads=2, patch_size=4, image_size=(8, 8), num_classes=3)
 

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from data_tools.images import decode
 from tests.vitscale.models import photograph, random_images, random_vit, randomize, relative_error, write_checkpoint
 from vitscale.adopt import adopt, open_foreign
-from vitscale.checkpoint import CheckpointError, describe, find_checkpoint
+from vitscale.checkpoint import describe
 from vitscale.config import ImportConfig, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.evaluate import load_model
 from vitscale.export import export
+from vitscale.finding import find_checkpoint
 from vitscale.images import evaluation_view
 from vitscale.model import ViT, normalize
 from vitscale.verification import verify_export

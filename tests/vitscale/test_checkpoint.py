@@ -20,9 +20,12 @@ from safetensors.torch import save_file
 
 from tests.kills import killed_everywhere
 from vitscale import checkpoint
-from vitscale.checkpoint import CheckpointError, Description, Piece, TensorEntry, TensorReader, check_tensors, describe, find_checkpoint
+from vitscale.checkpoint import Description, Piece, RunState, TensorEntry, describe, piece_key
 from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig
+from vitscale.errors import CheckpointError
+from vitscale.finding import find_checkpoint
 from vitscale.retention import Policy, remove, sizes_up_to, superfluous
+from vitscale.weights import TensorReader, check_tensors
 
 MODEL = ViTConfig(depth=1, width=8, mlp_dim=8, num_heads=2, patch_size=4, image_size=(8, 8), num_classes=3)
 
@@ -38,7 +41,7 @@ def write(run: Path, step: int, tensors: dict[tuple[str, str], torch.Tensor], cu
         pieces = []
         for i, (start, end) in enumerate(itertools.pairwise(bounds)):
             file = f"node-{(number + i) % 3:04d}.safetensors"
-            files.setdefault(file, {})[checkpoint.piece_key(name, kind, start)] = tensor.flatten()[start:end].clone()
+            files.setdefault(file, {})[piece_key(name, kind, start)] = tensor.flatten()[start:end].clone()
             pieces.append(Piece(file, start, end - start))
         entries.append(TensorEntry(name, kind, tuple(tensor.shape), tuple(pieces)))
     for file, content in files.items():
@@ -395,10 +398,10 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, name: str) -> 
 
 def test_what_a_checkpoint_knows_of_its_run_is_read_again(tmp_path: Path) -> None:
     folder = write(tmp_path, 3, tensors())
-    told = dataclasses.replace(describe(folder), updates=2, skipped=((8, 24), (100, 200)), recent_losses=(0.5, 1.25), cursor=7)
+    told = dataclasses.replace(describe(folder), state=RunState(7, 2, skipped=((8, 24), (100, 200)), recent_losses=(0.5, 1.25)))
     checkpoint.write_description(folder / "checkpoint.json", told)
     assert describe(folder) == told
     values = json.loads((folder / "checkpoint.json").read_text())
     del values["updates"], values["recent_losses"], values["cursor"]  # as those of before
     (folder / "checkpoint.json").write_text(json.dumps(values | {"skipped": []}))
-    assert describe(folder) == dataclasses.replace(told, updates=3, skipped=(), recent_losses=(), cursor=0)
+    assert describe(folder) == dataclasses.replace(told, state=RunState(updates=3))

@@ -24,9 +24,11 @@ from tests.vitscale.damage import KINDS, SMALL
 from tests.vitscale.models import random_images, random_vit
 from vitscale import checkpoint
 from vitscale.adopt import adopt
-from vitscale.checkpoint import CheckpointError, describe, find_checkpoint
+from vitscale.checkpoint import describe
 from vitscale.config import ImportConfig
+from vitscale.errors import CheckpointError
 from vitscale.evaluate import load_model
+from vitscale.finding import find_checkpoint
 from vitscale.verification import verify_export
 
 CASES, MANY = 500, 20_000

@@ -22,11 +22,13 @@ from vitscale import checkpoint
 from vitscale.config import EngineConfig, OptimizerConfig, TrainConfig, ViTConfig, from_dict, to_dict
 from vitscale.engine import Engine
 from vitscale.evaluate import load_model
+from vitscale.finding import find_checkpoint
 from vitscale.gradients import flatten
 from vitscale.model import ViT, initialize
 from vitscale.run import open_run
 from vitscale.timing import Clock
 from vitscale.train import train
+from vitscale.weights import TensorReader
 from vitscale.zero import deepspeed_config
 
 MODEL = ViTConfig(depth=2, width=16, mlp_dim=20, num_heads=2, patch_size=4, image_size=(8, 8), num_classes=3)
@@ -123,12 +125,12 @@ def test_bf16_trains_and_goes_on_bitwise_with_dropout(bf16: TrainConfig, tmp_pat
         whole = losses_of(results[f"whole{stage}"], STOP, bf16.steps)
         assert losses_of(results[f"rest{stage}"], STOP, bf16.steps).tolist() == whole.tolist(), stage
         np.testing.assert_allclose(whole, losses_of(results["whole1"], STOP, bf16.steps), rtol=5e-3)
-        ends = [checkpoint.describe(checkpoint.find_checkpoint(str(tmp_path / f"{name}{stage}"))) for name in ("whole", "rest")]
+        ends = [checkpoint.describe(find_checkpoint(str(tmp_path / f"{name}{stage}"))) for name in ("whole", "rest")]
         for kind in ends[0].kinds:
             for name in {t.name for t in ends[0].tensors}:
-                tensors = [checkpoint.TensorReader(end).whole(name, kind) for end in ends]
+                tensors = [TensorReader(end).whole(name, kind) for end in ends]
                 assert torch.equal(*tensors), (stage, kind, name)
-        weights = checkpoint.TensorReader(ends[0]).whole("blocks.0.attn.qkv.weight", checkpoint.WEIGHT)
+        weights = TensorReader(ends[0]).whole("blocks.0.attn.qkv.weight", checkpoint.WEIGHT)
         assert not torch.equal(weights, weights.bfloat16().float()), "the checkpoint must hold fp32 masters"
         assert ends[0].kinds == ("weight", "exp_avg", "exp_avg_sq", "average")
 
@@ -181,10 +183,10 @@ def test_bf16_starts_from_the_exact_fp32_initialisation(tmp_path: Path) -> None:
 def test_a_checkpoint_loads_as_the_model_that_was_trained(config: TrainConfig, tmp_path: Path) -> None:
     trained = variant(config, tmp_path, "run", world_size=2, zero_stage=3)
     run_on_ranks("tests.vitscale.test_zero:walk", 2, {"cases": {"run": case(trained, stop_at=2)}}, tmp_path)
-    description = checkpoint.describe(checkpoint.find_checkpoint(str(tmp_path / "run")))
+    description = checkpoint.describe(find_checkpoint(str(tmp_path / "run")))
     model = load_model(description, "average")  # there is none: the weights
     assert not model.training
-    reader = checkpoint.TensorReader(description)
+    reader = TensorReader(description)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, reader.whole(name, "weight"))
     fresh = ViT(trained.model)

@@ -19,8 +19,9 @@ from tests.data_tools.conftest import make_image, pack_one
 from tests.distributed import run_on_ranks
 from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale import images
-from vitscale.checkpoint import CheckpointError, describe
+from vitscale.checkpoint import describe
 from vitscale.config import ObjectiveConfig, PreprocessConfig, StreamConfig, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.evaluate import evaluate, evaluate_checkpoint, load_model
 from vitscale.intervals import wilson
 from vitscale.measures import calibration_error

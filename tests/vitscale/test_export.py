@@ -28,17 +28,20 @@ from tests.vitscale.models import (
     write_checkpoint,
 )
 from vitscale.adopt import adopt
-from vitscale.checkpoint import CheckpointError, describe, find_checkpoint, read_weights, verify
+from vitscale.checkpoint import describe, verify
 from vitscale.config import ImportConfig, ObjectiveConfig, PreprocessConfig, ViTConfig
+from vitscale.errors import CheckpointError
 from vitscale.evaluate import load_model
 from vitscale.export import export
 from vitscale.exported.verify import replay
+from vitscale.finding import find_checkpoint
 from vitscale.finetune import resample
 from vitscale.images import evaluation_view
 from vitscale.model import ViT, normalize, parameter_shapes
 from vitscale.recipes import vit
 from vitscale.targets import position_tensors, timm_config
 from vitscale.verification import verify_export
+from vitscale.weights import read_weights
 
 SMALL = ViTConfig(depth=2, width=64, mlp_dim=160, num_heads=4, patch_size=8, image_size=(24, 40), num_classes=7)
 SQUARE = replace(SMALL, image_size=(40, 40))
@@ -377,7 +380,7 @@ def test_what_a_killed_export_left_is_cleared(tmp_path: Path) -> None:
 
 def test_results_are_told_of_the_weights_and_views_that_had_them(tmp_path: Path) -> None:
     """A run evaluates its average where it keeps one, by its own preprocessing; other weights have other results."""
-    from vitscale.card import origin_of
+    from vitscale.origin import origin_of
     from vitscale.config import OptimizerConfig, TrainConfig, to_dict
 
     run = tmp_path / "run"

@@ -26,7 +26,7 @@ from tests.command import vitscale
 from tests.distributed import run_on_ranks
 from tests.runs import case
 from tests.vitscale.models import random_images, random_vit, write_checkpoint
-from vitscale.checkpoint import CheckpointError, describe, find_checkpoint, read_weights
+from vitscale.checkpoint import describe
 from vitscale.config import (
     EngineConfig,
     FinetuneConfig,
@@ -39,10 +39,13 @@ from vitscale.config import (
     ViTConfig,
     fine_tuned_model,
 )
+from vitscale.errors import CheckpointError
+from vitscale.finding import find_checkpoint
 from vitscale.finetune import METHODS, fine_tuned_weights, resample, resample_grid
 from vitscale.model import ViT, initialize, parameter_shapes
 from vitscale.resolve import resolve
 from vitscale.run import read_config, read_metrics
+from vitscale.weights import read_weights
 
 Matrix = npt.NDArray[np.float64]
 SMALL = ViTConfig(depth=2, width=32, mlp_dim=64, num_heads=4, patch_size=4, image_size=(16, 24), num_classes=7, representation_size=16)

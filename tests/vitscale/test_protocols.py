@@ -20,8 +20,9 @@ from tests.vitscale.models import random_vit, write_checkpoint
 from tests.vitscale.pictures import png
 from vitscale import images, protocols
 from vitscale.check import check_config
-from vitscale.checkpoint import CheckpointError, describe
+from vitscale.checkpoint import describe
 from vitscale.config import ConfigError, PreprocessConfig, TrainConfig, ViTConfig, from_dict, to_dict
+from vitscale.errors import CheckpointError
 from vitscale.export import export
 
 Pixels, Floats = npt.NDArray[np.uint8], npt.NDArray[np.float64]

@@ -10,6 +10,7 @@ from launch.checkpoint_verbs import checkpoint_prune
 from tests.runs import begin, log
 from tests.vitscale.savers import about
 from vitscale import checkpoint
+from vitscale.checkpoint import RunState
 from vitscale.config import TrainConfig
 from vitscale.ending import Cause, Ended
 from vitscale.guards import Guard, Rollback
@@ -34,11 +35,13 @@ def begun(config: TrainConfig) -> TrainConfig:
     return begin(dataclasses.replace(config, global_batch_size=8))
 
 
-def write(config: TrainConfig, *steps: int, **more) -> None:
+def write(config: TrainConfig, *steps: int, **state) -> None:
     for step in steps:
         hidden = checkpoint.partial_folder(Path(config.out), step)
         hidden.mkdir(parents=True)
-        checkpoint.write_description(hidden / "checkpoint.json", dataclasses.replace(about(Path(config.out), step), **more))
+        checkpoint.write_description(
+            hidden / "checkpoint.json", dataclasses.replace(about(Path(config.out), step), state=RunState(**state))
+        )
         checkpoint.commit(Path(config.out), step, {"checkpoint.json": checkpoint.file_checksum(hidden / "checkpoint.json")})
 
 

@@ -19,12 +19,14 @@ from tests.disks import small_disk
 from tests.distributed import run_on_ranks
 from tests.vitscale.savers import MODEL, Held, about, saved, step_of_state
 from vitscale import checkpoint
-from vitscale.checkpoint import CheckpointError, TensorReader, describe
+from vitscale.checkpoint import describe
 from vitscale.config import EngineConfig, OptimizerConfig
 from vitscale.engine import Engine
+from vitscale.errors import CheckpointError
 from vitscale.model import ViT, initialize
 from vitscale.retention import Policy
 from vitscale.saving import Saver, lay_out, node_file
+from vitscale.weights import TensorReader
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
 # Who writes what

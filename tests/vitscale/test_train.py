@@ -37,7 +37,7 @@ def infinite_losses(payload: dict[str, Any]) -> list[float]:
         loop.compute_loss = compute_loss
     newest, _ = checkpoint.newest_durable(Path(config.out))
     assert newest is not None
-    assert checkpoint.describe(newest).updates == STEPS
+    assert checkpoint.describe(newest).state.updates == STEPS
     return list(losses(Path(config.out)).values())
 
 

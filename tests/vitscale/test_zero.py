@@ -23,6 +23,7 @@ from tests.vitscale.plain import plain_torch
 from vitscale import checkpoint
 from vitscale.config import OptimizerConfig, TrainConfig, from_dict
 from vitscale.engine import Engine
+from vitscale.finding import find_checkpoint
 from vitscale.flops import checkpoint_bytes
 from vitscale.run import open_run, read_metrics
 from vitscale.train import train
@@ -153,7 +154,7 @@ def test_a_run_with_muon_goes_on_and_keeps_the_moments_of_each_kind(config: Trai
     expected = losses_of(results["whole"], STOP, STOP + 4)
     assert losses_of(results["b"], STOP, STOP + 4).tolist() == expected.tolist()
     np.testing.assert_allclose(losses_of(results["c"], STOP, STOP + 4), expected, rtol=1e-4)
-    tensors = checkpoint.describe(checkpoint.find_checkpoint(first.out)).tensors
+    tensors = checkpoint.describe(find_checkpoint(first.out)).tensors
     assert sum(4 * math.prod(tensor.shape) for tensor in tensors) == checkpoint_bytes(first.model, muon)
     kinds = {name: {t.kind for t in tensors if t.name == name} for name in ("blocks.0.mlp.fc1.weight", "head.weight")}
     assert kinds["blocks.0.mlp.fc1.weight"] == {"weight", "momentum_buffer", "average"}

@@ -72,17 +72,14 @@ def replay(folder, device="cpu", precision="fp32"):
         lines.append(f"ok     the pixels of {len(paths)} images, to the bit")
     tolerance = about["tolerances"][precision]
     for images, prefix, what in ((expected["inputs_BCHW"], "", "tensors"), (viewed, "image_", "images")):
-        found = [outputs(image[None].to(device)) for image in images]
-        for name in found[0]:
-            ours = torch.cat([one[name].float().cpu() for one in found])
-            theirs = expected[prefix + name]
-            differences[prefix + name] = difference(ours, theirs)
-            known = bool(prefix) and "preprocessing" in lossy
-            good = differences[prefix + name] <= tolerance
+        known = bool(prefix) and "preprocessing" in lossy
+        for name, value in differences_of(outputs, images, expected, prefix, device).items():
+            differences[name] = value
+            good = value <= tolerance
             holds = holds and (good or known)
             state = "ok    " if good else "lossy " if known else "FAILED"
-            found_is = f"relative difference {differences[prefix + name]:.1e}, at most {tolerance:g} is rounding"
-            lines.append(f"{state} {name} of {len(images)} {what}: {found_is}")
+            found_is = f"relative difference {value:.1e}, at most {tolerance:g} is rounding"
+            lines.append(f"{state} {name.removeprefix(prefix)} of {len(images)} {what}: {found_is}")
     lines += [f"lossy  {words}" for words in lossy.values()]
     if about["changed"]:
         far = ", ".join(f"{name} {value:.1e}" for name, value in about["changed"].items())
@@ -91,6 +88,13 @@ def replay(folder, device="cpu", precision="fp32"):
     verdict = f"does NOT give {wanted}" if not holds else "differs as said above" if lossy else f"gives {wanted}"
     lines.append(f"{library} {verdict} ({precision})")
     return {"lines": lines, "holds": holds, "differences": differences, "library": library, "precision": precision}
+
+
+def differences_of(outputs, images, expected, prefix="", device="cpu"):
+    """How far what is computed of images, each alone, is from what is expected under these names behind a prefix."""
+    found = [outputs(image[None].to(device)) for image in images]
+    computed = {prefix + name: torch.cat([one[name].float().cpu() for one in found]) for name in found[0]}
+    return {name: difference(value, expected[name]) for name, value in computed.items()}
 
 
 def difference(ours, theirs):
