@@ -50,8 +50,8 @@ def model_card(
         "## Load",
         "\n".join(["```python", *_loading(library, target, certificate, multi_label=multi_label), "```"]),
         *_outputs(library, target),
-        f"`python verify.py` holds that library to what the trained model said of twenty images and of seeded tensors (`certificate/`), and "
-        f"every file to its SHA-256 sum; it needs torch{_needs(library)}.",
+        "`python verify.py` holds that library to what the trained model said of twenty images and of seeded tensors (`certificate/`), "
+        f"and every file to its SHA-256 sum; it needs torch{_needs(library)}.",
         "## Preprocessing",
         _preprocessing(model.image_size, preprocess),
         *_classes(description),
@@ -170,8 +170,8 @@ def _tuning(library: str, target: Target) -> list[str]:
         ]
     if library == "hf":
         said += [
-            "With a new head: `AutoModelForImageClassification.from_pretrained(folder, num_labels=10, ignore_mismatched_sizes=True)`; with as "
-            "many classes as before the old head stays. At another resolution: `model(pixel_values, interpolate_pos_encoding=True)`."
+            "With a new head: `AutoModelForImageClassification.from_pretrained(folder, num_labels=10, ignore_mismatched_sizes=True)`; with "
+            "as many classes as before the old head stays. At another resolution: `model(pixel_values, interpolate_pos_encoding=True)`."
         ]
     return said
 

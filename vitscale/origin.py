@@ -59,7 +59,7 @@ def _training(config: TrainConfig) -> dict[str, Any]:
 
 def _named(of: dict[str, Any]) -> dict[str, Any]:
     """A dataset as run.json identifies it, called by the last two names of its path: `train` alone says little."""
-    named = {name: of[name] for name in ("name", "hash", "names_hash", "samples") if name in of}
+    named: dict[str, Any] = {name: of[name] for name in ("name", "hash", "names_hash", "samples") if name in of}
     return named | ({"name": "/".join(Path(of["path"]).parts[-2:])} if "path" in of else {})
 
 

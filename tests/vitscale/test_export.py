@@ -6,6 +6,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -207,7 +208,7 @@ def test_a_model_saved_by_timm_comes_back_to_the_bit(tmp_path: Path) -> None:
         out = exported(tmp_path / option, random_vit(OPTIONS[option]), "timm")
         theirs = timm.create_model(f"local-dir:{out}", pretrained=True)
         args = json.loads((out / "config.json").read_text())["model_args"]
-        save_for_hf(theirs, tmp_path / option / "saved", model_args=args)
+        save_for_hf(theirs, tmp_path / option / "saved", model_args=args, safe_serialization=True)
         said = ImportConfig(image_size=SMALL.image_size, num_heads=4, activation=OPTIONS[option].activation if option != "dinov2" else None)
         adopt(tmp_path / option / "saved" / "model.safetensors", tmp_path / option / "back", said)
         back, ours = (load_model(describe(folder), "weight") for folder in (tmp_path / option / "back", out))
@@ -288,7 +289,9 @@ def test_an_export_says_what_it_is(tmp_path: Path) -> None:
     assert verify(out) is None
     summed = subprocess.run(["sha256sum", "-c", "SHA256SUMS", "--quiet"], cwd=out, capture_output=True, text=True)
     assert summed.returncode == 0, summed.stderr
-    assert len((out / "SHA256SUMS").read_text().splitlines()) == len(files) - 2, "all but itself and COMMIT.json"
+    assert len((out / "SHA256SUMS").read_text().splitlines()) == len(files) - 3, (
+        "all but itself, COMMIT.json and what people write on, README.md"
+    )
     again = describe(out)
     assert (again.model, again.preprocess, again.class_names, again.samples_seen, again.step) == (SMALL, preprocess, names, 4096, 2)
     assert (out / "classes.txt").read_text().splitlines() == list(names)
@@ -297,9 +300,87 @@ def test_an_export_says_what_it_is(tmp_path: Path) -> None:
     said = config["pretrained_cfg"]
     assert (said["mean"], said["std"], said["interpolation"], said["crop_pct"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], "bicubic", 0.9)
     card = (out / "README.md").read_text()
-    assert all(words in card for words in ("license: cc-by-4.0", "softmax", "4,096 in 2 steps", "24 x 40 pixels", "[0.1, 0.2, 0.3]"))
+    assert all(
+        words in card
+        for words in ("license: cc-by-4.0", "softmax", "4,096 in 2 steps", "24 x 40 pixels", "[0.1, 0.2, 0.3]", f"0 {names[0]}")
+    )
     headless = export(description, "average", tmp_path / "headless", to="timm", headless=True)
     assert not (headless / "classes.txt").exists(), "without a head its classes mean nothing"
+
+
+def code_of(out: Path) -> str:
+    return re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[0]
+
+
+def runs_as_it_stands(out: Path, model: ViT) -> None:
+    """What the card says to load the model by, in the folder, without this program: it ends in what the model says of the image."""
+    check = "import torch; torch.save(globals().get('logits_BK', globals().get('features_BD', globals().get('found'))), 'said.pt')"
+    code = f"{code_of(out)}\n{check}\n"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run([sys.executable, "-I", "-c", code], cwd=out, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    said = torch.load(out / "said.pt", weights_only=True)
+    value = said if isinstance(said, torch.Tensor) else said["features_BD"]
+    name = "image_logits_BK" if model.config.num_classes else "image_features_BD"
+    assert relative_error(value, load_file(out / "certificate" / "expected.safetensors")[name][:1]) < 1e-5
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors", *(pytest.param(to, marks=pytest.mark.peers) for to in ("timm", "npz"))])
+@pytest.mark.parametrize("option", ["tanh", "headless", "mean", "map-headless", "representation-headless", "mae", "dinov2"])
+def test_the_code_of_a_card_runs_as_it_stands(tmp_path: Path, option: str, to: str) -> None:
+    if option in REFUSED[to]:
+        pytest.skip(f"{to} has no place for it")
+    model = random_vit(OPTIONS[option])
+    runs_as_it_stands(exported(tmp_path, model, to), model)
+
+
+def test_hubs_take_a_card(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    out = exported(tmp_path, random_vit(SMALL), "hf", licence="cc-by-4.0")
+    said = ModelCard.load(out / "README.md").data
+    assert (said.license, said.library_name, said.pipeline_tag) == ("cc-by-4.0", "transformers", "image-classification")
+
+
+def test_what_hubs_and_people_add_changes_nothing_of_an_export(tmp_path: Path) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    (out / "README.md").write_text("---\nlicense: mit\n---\n")
+    for name in ("LICENSE", "notes.md", ".gitattributes"):
+        (out / name).write_text("theirs")
+    holds(replay(out))
+    assert find_checkpoint(str(out)) == out
+
+
+@pytest.mark.parametrize("name", ["SHA256SUMS", "certificate/certificate.json", "certificate/expected.safetensors"])
+@pytest.mark.parametrize("fault", ["missing", "damaged"])
+def test_what_it_is_held_to_is_held_to_its_sum(tmp_path: Path, name: str, fault: str) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    if fault == "missing":
+        (out / name).unlink()
+    else:
+        data = (out / name).read_bytes()
+        (out / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    ran = subprocess.run([sys.executable, out / "verify.py"], capture_output=True, text=True)
+    assert ran.returncode == 1, ran.stderr
+    assert ran.stdout.startswith("FAILED ")
+
+
+@pytest.mark.parametrize("to", ["hf", pytest.param("timm", marks=pytest.mark.peers)])
+def test_classes_that_were_renamed_are_seen(tmp_path: Path, to: str) -> None:
+    description = replace(write_checkpoint(tmp_path / "step", random_vit(SMALL), preprocess=SQUASHED), class_names=tuple("abcdefg"))
+    out = export(description, "weight", tmp_path / "out", to=to)  # type: ignore[arg-type]
+    holds(replay(out))
+    config = json.loads((out / "config.json").read_text())
+    if to == "hf":
+        config["id2label"] |= {"0": "b", "1": "a"}
+        del config["label2id"]
+    else:
+        config["label_names"] = list("bacdefg")
+    (out / "config.json").write_text(json.dumps(config))
+    summed_again(out, "config.json")
+    found = replay(out)
+    assert not found["holds"]
+    assert any(line.startswith("FAILED 2 classes have another name") for line in found["lines"]), found["lines"]
 
 
 def test_a_head_of_sigmoids_says_so(tmp_path: Path) -> None:

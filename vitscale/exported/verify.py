@@ -5,7 +5,8 @@
 
 It needs torch and the library that the export is for, timm or transformers; what lies in `certificate/` it holds that library to: of twenty
 images the pixels that the model sees, and of these and of seeded tensors logits, pooled features and patch tokens. Exit status 0 where all
-is as it was trained, 1 where not.
+is as it was trained, 1 where not, 2 where it cannot be checked because the library is missing. Documents may be added and README.md be
+changed, for hubs want that, and nothing is computed by them.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+DOCUMENTS = (".md", ".txt", "")  # LICENSE has no suffix
+
 
 def main() -> None:
     """The command."""
@@ -28,7 +31,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"))
     flags = parser.parse_args()
-    found = replay(flags.folder, flags.device, flags.precision)
+    try:
+        found = replay(flags.folder, flags.device, flags.precision)
+    except ModuleNotFoundError as error:
+        print(f"NOT CHECKED: {error.name} is not installed here, which this export is for; its files have their SHA-256 sums")
+        sys.exit(2)
     print("\n".join(found["lines"]))
     sys.exit(0 if found["holds"] else 1)
 
@@ -36,10 +43,10 @@ def main() -> None:
 def replay(folder, device="cpu", precision="fp32"):
     """What a library makes of an export: `lines` to print, whether all `holds`, and the measured `differences`."""
     folder = Path(folder)
+    if faults := list(wrong_sums(folder)):  # first, for nothing of a damaged file can be told
+        return {"lines": [f"FAILED {fault}" for fault in faults], "holds": False, "differences": {}}
     about = json.loads((folder / "certificate" / "certificate.json").read_text())
     expected = load_file(folder / "certificate" / "expected.safetensors")
-    if faults := list(wrong_sums(folder)):
-        return {"lines": [f"FAILED {fault}" for fault in faults], "holds": False, "differences": {}}
     lines = [f"{sum(1 for _ in sums(folder))} files have their SHA-256 sums"]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     loader = {"timm": in_timm, "npz": npz_in_timm, "hf": in_transformers, "safetensors": in_torch}[about["library"]]
@@ -49,6 +56,12 @@ def replay(folder, device="cpu", precision="fp32"):
     if odd := sorted(eps for eps in outputs.epsilons if abs(eps - about["layer_norm_eps"]) > 1e-3 * about["layer_norm_eps"]):
         holds = False  # which hardly shows in the outputs of noise, and does in those of some images
         lines.append(f"FAILED LayerNorm has an epsilon of {odd[0]:g}, the model was trained with {about['layer_norm_eps']:g}")
+    names = about.get("class_names") or []  # which certificates of before have not
+    if outputs.class_names and names and (wrong := [pair for pair in zip(outputs.class_names, names, strict=False) if pair[0] != pair[1]]):
+        holds = False
+        lines.append(
+            f"FAILED {len(wrong)} classes have another name: {library} says {wrong[0][0]!r}, the model was trained on {wrong[0][1]!r}"
+        )
     paths = sorted((folder / "certificate").glob("*.jpg"))
     mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
     if view:
@@ -83,9 +96,15 @@ def replay(folder, device="cpu", precision="fp32"):
     lines += [f"lossy  {words}" for words in lossy.values()]
     if about["changed"]:
         far = ", ".join(f"{name} {value:.1e}" for name, value in about["changed"].items())
-        lines.append(f"       and so is held to what the trained model was changed to, which is off by: {far}")
+        why = " and ".join(
+            [*(["what is lossy"] if lossy else []), *([f"rounding to {about['dtype']}"] if about["dtype"] != "fp32" else [])]
+        )
+        lines.append(
+            f"note   {why} changed the trained model, and the library is held to what came of it; off from what was trained: {far}"
+        )
     wanted = "what vitscale made of the imported file" if about["imported"] else "what was trained"
-    verdict = f"does NOT give {wanted}" if not holds else "differs as said above" if lossy else f"gives {wanted}"
+    rounded = f", rounded to {about['dtype']}" if about["dtype"] != "fp32" else ""
+    verdict = f"does NOT give {wanted}{rounded}" if not holds else "differs as said above" if lossy else f"gives {wanted}{rounded}"
     lines.append(f"{library} {verdict} ({precision})")
     return {"lines": lines, "holds": holds, "differences": differences, "library": library, "precision": precision}
 
@@ -118,7 +137,11 @@ def sums(folder):
 
 
 def wrong_sums(folder):
-    """What is wrong with files."""
+    """What is wrong with files that have a sum."""
+    needed = {"SHA256SUMS", "certificate/certificate.json", "certificate/expected.safetensors"}
+    for name in sorted(name for name in needed if not (folder / name).is_file()):
+        yield f"{name} is missing"
+        return
     for digest, name in sums(folder):
         if not (folder / name).is_file():
             yield f"{name} is missing"
@@ -127,12 +150,12 @@ def wrong_sums(folder):
         with open(folder / name, "rb") as file:
             while block := file.read(1 << 22):
                 found.update(block)
-        if found.hexdigest() != digest:
+        if found.hexdigest() != digest and name != "README.md":
             yield f"{name} does not have its SHA-256 sum: the file is damaged or was changed"
     summed = {name for _, name in sums(folder)} | {"SHA256SUMS", "COMMIT.json"}
-    for path in [*folder.iterdir(), *(folder / "certificate").iterdir()]:
+    for path in sorted([*folder.iterdir(), *(folder / "certificate").iterdir()]):
         name = str(path.relative_to(folder))
-        if path.is_file() and not path.name.startswith(".") and name not in summed:
+        if path.is_file() and not path.name.startswith(".") and name not in summed and path.suffix not in DOCUMENTS:
             yield f"{name} has no line in SHA256SUMS"
 
 
@@ -146,7 +169,9 @@ def in_timm(folder, about, device, dtype):
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device, dtype)
     transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
-    return timm_outputs(model, dtype), transform, f"timm {timm.__version__}"
+    outputs = timm_outputs(model, dtype)
+    outputs.class_names = model.pretrained_cfg.get("label_names")
+    return outputs, transform, f"timm {timm.__version__}"
 
 
 def timm_outputs(model, dtype):
@@ -159,7 +184,7 @@ def timm_outputs(model, dtype):
         found = {"features_BD": features_BD, "tokens_BND": tokens_BND[:, model.num_prefix_tokens :]}
         return found | ({"logits_BK": model.head(features_BD)} if model.num_classes else {})
 
-    outputs.epsilons = epsilons_of(model)
+    outputs.epsilons, outputs.class_names = epsilons_of(model), None
     return outputs
 
 
@@ -188,7 +213,7 @@ def npz_in_timm(folder, about, device, dtype):
             found["logits_BK"] = found["features_BD"] @ layers["head"][0] + layers["head"][1]
         return found
 
-    outputs.epsilons = inner.epsilons
+    outputs.epsilons, outputs.class_names = inner.epsilons, None
     return outputs, transform, f"timm {timm.__version__}, from npz,"
 
 
@@ -224,6 +249,8 @@ def in_transformers(folder, about, device, dtype):
         return found | ({"logits_BK": model(pixel_values=images_BCHW.to(dtype)).logits} if about["has_head"] else {})
 
     outputs.epsilons = epsilons_of(model)
+    labels = model.config.id2label if about["has_head"] else {}
+    outputs.class_names = [labels[number] for number in sorted(labels)]
 
     def view(picture):
         return torch.as_tensor(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0]))
@@ -240,7 +267,7 @@ def in_torch(folder, about, device, dtype):
     def outputs(images_BCHW):
         return vit.forward(model, images_BCHW.to(dtype))
 
-    outputs.epsilons = {model["model"]["layer_norm_eps"]}
+    outputs.epsilons, outputs.class_names = {model["model"]["layer_norm_eps"]}, model["class_names"]
     view = (lambda picture: vit.view(model, picture)) if about["protocol"] == "timm" else None
     return outputs, view, f"torch {torch.__version__}"
 
