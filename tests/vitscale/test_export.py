@@ -461,8 +461,8 @@ def test_what_a_killed_export_left_is_cleared(tmp_path: Path) -> None:
 
 def test_results_are_told_of_the_weights_and_views_that_had_them(tmp_path: Path) -> None:
     """A run evaluates its average where it keeps one, by its own preprocessing; other weights have other results."""
-    from vitscale.origin import origin_of
     from vitscale.config import OptimizerConfig, TrainConfig, to_dict
+    from vitscale.origin import origin_of
 
     run = tmp_path / "run"
     step = write_checkpoint(run / "checkpoints/step-00000002", random_vit(SMALL), average=random_vit(SMALL, seed=1)).path
