@@ -30,8 +30,8 @@ from data_tools.config import PackConfig
 from data_tools.storage import is_url
 from launch.batch import Job, train_script, words_script
 from launch.data_verbs import PackFlags
-from launch.evaluate_verb import EvaluateFlags, check_inputs, evaluate_flags
 from launch.flags import UsageError, given, parse
+from launch.question import EvaluateFlags, check_inputs, evaluate_flags
 from launch.site import Site, check_extra, check_time, minutes, read_site
 from launch.sweep import check_alike, final_run, grid_of, note_trials, trial_at, trials_of
 from launch.terminal import Json, VerbError, print_json

@@ -35,6 +35,11 @@ Format = Literal[
 Library = Literal["timm", "hf", "npz", "safetensors"]  # that an export is for; the last is plain torch
 # Whose evaluation preprocessing: what timm does, big_vision, or the paper's code.
 EvalProtocol = Literal["timm", "big_vision", "paper"]
+# What a checkpoint's features are judged by (`probes.py`), and what finds the linear head
+ProbeProtocol = Literal["fewshot", "linear", "knn"]
+Solver = Literal["ridge", "lbfgs", "sgd"]
+SHOTS = (1, 5, 10, 25)  # big_vision's, as is how often they are drawn
+SEEDS = 3
 
 
 class ConfigError(UserError):

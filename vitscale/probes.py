@@ -14,9 +14,7 @@ Axes: N training samples, B samples at a time, D width, F = D + 1 with the const
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,19 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitscale import keyed
+from vitscale.config import SEEDS, SHOTS, Solver
 from vitscale.features import Features
 from vitscale.intervals import mean_interval, wilson
 from vitscale.objective import correct_at, dense_targets
+from vitscale.progress import Progress, Update
 
 Head = Callable[[Tensor], Tensor]
 """Features (B, D) to scores (B, K), the highest for the class that is meant."""
-Update = Callable[[int, int], None]
-"""Told how far a work is: (done, in all)."""
-Solver = Literal["ridge", "lbfgs", "sgd"]
 SETTINGS: dict[Solver, str] = {"ridge": "lambda", "lbfgs": "L2 penalty", "sgd": "learning rate"}
 
-SHOTS = (1, 5, 10, 25)
-SEEDS = 3
 FEW_SHOT_LAMBDA = 2.0**10
 RIDGE_CONSTANT = 100.0  # so large that its weight, the bias, is hardly regularised (fewshot_lsr.py)
 NEIGHBOURS = (10, 20, 100, 200)
@@ -48,13 +43,6 @@ PENALTIES = tuple(10.0**power for power in range(1, -7, -1))
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # DINOv2's eval/linear.py, of 256 samples
 SGD_STEPS, SGD_BATCH = 12_500, 1024  # the same: 10 epochs of 1,250
 AT_A_TIME = 2**26  # numbers of a matrix with a row a sample: half a GiB of them in fp64
-
-
-class Progress(Protocol):
-    """Shows a part of the work, one part at a time, as `terminal.progress_bar` does."""
-
-    def __call__(self, title: str, unit: str, /) -> AbstractContextManager[Update]:
-        """Begins a part of this title, counted in this unit."""
 
 
 @dataclass(frozen=True)

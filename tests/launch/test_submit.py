@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch.data_verbs import PackFlags
-from launch.evaluate_verb import evaluate_flags
 from launch.flags import parse
+from launch.question import evaluate_flags
 from launch.site import Site, read_site
 from launch.submit import SubmitFlags, check_flags, split_words
 from launch.verbs import finetune_flags, pretrain_flags
