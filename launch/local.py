@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -96,7 +96,8 @@ def run_ranks(command: Sequence[str], nproc: int, folder: Path) -> None:
     """
     with contextlib.ExitStack() as logs:
         files = [logs.enter_context(open(folder / f"rank-{rank}.log", "wb")) for rank in range(nproc)]
-        _, failed = _to_the_end(command, folder, 0, [(file, file if rank else None) for rank, file in enumerate(files)])
+        outputs = [(file, file if rank else None) for rank, file in enumerate(files)]
+        _, failed = _to_the_end(command, folder, 0, outputs, [], of_first={})
     if failed:
         first = read_ends(folder, 0)[0]
         where = "" if first.cause in (Cause.INPUT, Cause.KILLED) else f"\n(rank {first.rank} of {nproc})"
@@ -144,8 +145,8 @@ def _start_once(run: Path, start: int, nproc: int, lock: TextIO, terminal: TextI
 
 
 def _to_the_end(
-    command: Sequence[str], folder: Path, start: int, outputs: Sequence[tuple[IO[bytes], IO[bytes] | None]], asked: Sequence[int] = (), *,
-    of_first: Mapping[str, str] | None = None, pass_fds: tuple[int, ...] = (),
+    command: Sequence[str], folder: Path, start: int, outputs: Sequence[tuple[IO[bytes], IO[bytes] | None]], asked: list[int], *,
+    of_first: dict[str, str], pass_fds: tuple[int, ...] = (),
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Runs a command on so many ranks of this machine as have outputs; however it ends, all have ended.
 
@@ -168,7 +169,7 @@ def _to_the_end(
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=errors,
-                    env=os.environ | _environment(rank, len(outputs), port) | (of_first or {} if rank == 0 else {}),
+                    env=os.environ | _environment(rank, len(outputs), port) | (of_first if rank == 0 else {}),
                     pass_fds=pass_fds,
                     start_new_session=True,  # the user's Ctrl-C reaches the launcher alone, which ends the ranks in order
                 )
@@ -179,7 +180,7 @@ def _to_the_end(
     return [process.returncode for process in ranks], failed
 
 
-def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], asked: Sequence[int]) -> list[int]:
+def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], asked: list[int]) -> list[int]:
     """Returns the ranks that failed first, once one of them is known to be the cause, or none when all have ended well.
 
     One that left no record is given one. Once there is a signal in `asked`, the ranks are asked to save.
