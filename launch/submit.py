@@ -265,9 +265,7 @@ def prepare(flags: SubmitFlags, site: Site, asked: TrainConfig | FinetuneConfig)
     return Prepared(config, folder, script, plan)
 
 
-def send(
-    flags: SubmitFlags, prepared: Prepared, after: Sequence[str] = (), trials: Sequence[FinetuneConfig] = ()
-) -> list[str]:  # fmt: skip
+def send(flags: SubmitFlags, prepared: Prepared, after: Sequence[str] = (), trials: Sequence[FinetuneConfig] = ()) -> list[str]:
     """Submits a run; its job, or the jobs of its chain, behind those that it is to wait for.
 
     Args:

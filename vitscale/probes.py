@@ -170,9 +170,7 @@ def linear_probe(
         (head,) = fit(train, num_classes, (chosen,), update)
     top1, top5 = correct(head, test, num_classes)
     low, high = wilson(top1, len(test))
-    return Linear(
-        solver, chosen, tuple(zip(settings, found, strict=True)), len(judge), top1 / len(test), low, high, top5 / len(test)
-    )  # fmt: skip
+    return Linear(solver, chosen, tuple(zip(settings, found, strict=True)), len(judge), top1 / len(test), low, high, top5 / len(test))
 
 
 def held_out(samples_N: Tensor, seed: int) -> Tensor:
@@ -183,9 +181,7 @@ def held_out(samples_N: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(mask_N)
 
 
-def ridge_heads(
-    train: Features, num_classes: int, lambdas: Sequence[float], update: Update = lambda done, total: None
-) -> Iterator[Head]:  # fmt: skip
+def ridge_heads(train: Features, num_classes: int, lambdas: Sequence[float], update: Update = lambda done, total: None) -> Iterator[Head]:
     """For each lambda the head that minimises |X W - Y|^2 + lambda |W|^2, Y being 1 at a sample's labels and -1 elsewhere.
 
     One eigendecomposition serves all lambdas: with X^T X = Q E Q^T the weights are Q (E + lambda)^-1 Q^T X^T Y, and with fewer samples than
@@ -234,9 +230,7 @@ def logistic_heads(
 
     for done, penalty in enumerate(penalties):
         update(done, len(penalties))
-        search = torch.optim.LBFGS(
-            [weights_FK], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-        )  # fmt: skip
+        search = torch.optim.LBFGS([weights_FK], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
         search.step(torch.no_grad()(lambda penalty=penalty: objective(penalty)))  # type: ignore[no-untyped-call]
         yield head_of(weights_FK.detach().clone(), prepare)
     update(len(penalties), len(penalties))
@@ -312,7 +306,7 @@ def slopes(logits_BK: Tensor, targets_BK: Tensor, *, several: bool) -> Tensor:
 
 def neighbours(
     train: Features, test: Features, num_classes: int, progress: Progress, *, ks: Sequence[int] = NEIGHBOURS
-) -> list[Neighbours]:  # fmt: skip
+) -> list[Neighbours]:
     """For each k the accuracy of its nearest training samples' votes. A k of more samples than there are is all of them."""
     ks = sorted({min(k, len(train)) for k in ks})
     unit_ND = F.normalize(train.features_ND)
@@ -331,9 +325,7 @@ def neighbours(
     ]
 
 
-def votes(
-    unit_ND: Tensor, labels_NL: Tensor, features_BD: Tensor, num_classes: int, ks: Sequence[int]
-) -> Iterator[Tensor]:  # fmt: skip
+def votes(unit_ND: Tensor, labels_NL: Tensor, features_BD: Tensor, num_classes: int, ks: Sequence[int]) -> Iterator[Tensor]:
     """For each k, ascending, the votes (B, K) of the k nearest of the training samples, whose features have length 1.
 
     A neighbour of cosine similarity s gives exp(s / 0.07) to each of its labels, as in DINO; DINOv2's softmax is that over a constant.

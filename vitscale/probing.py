@@ -72,9 +72,7 @@ def probe(
     else:
         results = tuple(neighbours(of_train, of_test, train.num_classes, progress))
     skipped = train.num_samples + test.num_samples - removed - len(of_train) - len(of_test)
-    return ProbeReport(
-        protocol, of_train.features_ND.shape[1], train.num_classes, len(of_train), len(of_test), skipped, removed, results
-    )  # fmt: skip
+    return ProbeReport(protocol, of_train.features_ND.shape[1], train.num_classes, len(of_train), len(of_test), skipped, removed, results)
 
 
 def lines(report: ProbeReport) -> list[str]:
