@@ -581,9 +581,7 @@ def telling_of(jobs: Sequence[str]) -> Iterator[None]:
     except (UserError, OSError) as error:
         if not jobs:
             raise
-        raise VerbError(
-            f"{error}; submitted before that: job {', '.join(jobs)}; `scancel {' '.join(jobs)}` takes back what waits"
-        ) from None
+        raise VerbError(f"{error}; submitted before that: job {', '.join(jobs)}, which `scancel {' '.join(jobs)}` takes back") from None
 
 
 @contextlib.contextmanager

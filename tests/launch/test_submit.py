@@ -165,7 +165,7 @@ def test_of_a_sweep_that_is_submitted_in_part_the_jobs_are_named(cluster: Cluste
     jobs = [(run / "sweep" / f"lr-{lr}" / "submissions" / "000" / "jobs").read_text().strip() for lr in (0.1, 0.3)]
     cluster.run("scancel", *jobs)
     assert done.returncode == 1
-    named = f"job {', '.join(jobs)} was submitted before; `scancel {' '.join(jobs)}` takes back what waits"
+    named = f"submitted before that: job {', '.join(jobs)}, which `scancel {' '.join(jobs)}` takes back"
     assert done.stderr.splitlines()[-1] == f"error: sbatch refused the job: too many jobs; {named}"
     assert not (run / "submissions").exists()
 
