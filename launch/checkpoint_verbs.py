@@ -12,6 +12,7 @@ from tyro.conf import Positional
 
 from launch.flags import Checkpoint, UsageError, Weights, parse
 from launch.terminal import Json, Verb, VerbError, need, print_json, progress_bar
+from vitscale.check import crop_problem
 from vitscale.config import EvalProtocol, ImportConfig, Library
 
 Out = Annotated[Positional[str], tyro.conf.arg(metavar="OUT", help="The folder to write; it must not exist.")]
@@ -133,8 +134,8 @@ class ExportFlags:
 def checkpoint_export(words: list[str]) -> None:
     """Weights for timm, Hugging Face, big_vision, or plain torch."""
     flags = parse(ExportFlags, words, "checkpoint export")
-    if flags.eval_crop is not None and not 0.1 <= flags.eval_crop <= 1:
-        raise UsageError(f"eval-crop={flags.eval_crop:g} must lie in [0.1, 1]")
+    if flags.eval_crop is not None and (problem := crop_problem(flags.eval_crop, "eval-crop")):
+        raise UsageError(problem)
     from vitscale.checkpoint import describe
     from vitscale.finding import find_checkpoint
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import IO, TextIO
 
 from launch.terminal import LaunchError
 from vitscale.checkpoint import committed
@@ -67,7 +67,7 @@ def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO) 
                 return EXIT_FINISHED
             start = newest_start(run)
             try:
-                status = _run_ranks(run, start, nproc, lock, terminal, asked)
+                status = _start_once(run, start, nproc, lock, terminal, asked)
             except KeyboardInterrupt:
                 status = -signal.SIGKILL
             verdict, saved = conclude(run, start, status, stop_asked=bool(asked)), committed(run)
@@ -94,19 +94,10 @@ def run_ranks(command: Sequence[str], nproc: int, folder: Path) -> None:
     Rank 0 has this process's error stream for its progress. A rank that fails leaves its end record in the folder, as in a run's; raises
     LaunchError with what the first one said.
     """
-    port = free_port()
-    ranks: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank in range(nproc):
-            with open(folder / f"rank-{rank}.log", "wb") as log:
-                environment = os.environ | _environment(rank, nproc, port)
-                error = None if rank == 0 else log
-                ranks.append(
-                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=error, env=environment, start_new_session=True)
-                )
-        failed = _wait(folder, 0, ranks, [])
-    finally:
-        _end(ranks)
+    with contextlib.ExitStack() as logs:
+        files = [logs.enter_context(open(folder / f"rank-{rank}.log", "wb")) for rank in range(nproc)]
+        outputs = [(file, file if rank else None) for rank, file in enumerate(files)]
+        _, failed = _to_the_end(command, folder, 0, outputs, [], of_first={})
     if failed:
         first = read_ends(folder, 0)[0]
         where = "" if first.cause in (Cause.INPUT, Cause.KILLED) else f"\n(rank {first.rank} of {nproc})"
@@ -132,37 +123,61 @@ def _stopping() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _run_ranks(run: Path, start: int, nproc: int, lock: TextIO, terminal: TextIO, asked: list[int]) -> int:
+def _start_once(run: Path, start: int, nproc: int, lock: TextIO, terminal: TextIO, asked: list[int]) -> int:
     """One start: the exit status of the first rank that failed, else of those that ended well.
 
     They inherit the run's `lock`, so that it is held as long as any of them lives.
     """
     log = log_file(run, start)
     log.parent.mkdir(exist_ok=True)
-    port = free_port()
     terminal_fd = os.dup(terminal.fileno())
-    ranks: list[subprocess.Popen[bytes]] = []
-    with open(log, "ab", buffering=0) as output:
-        try:
-            for rank in range(nproc):
-                ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "vitscale.rank", str(run)],
-                        stdin=subprocess.DEVNULL,
-                        stdout=output,
-                        stderr=output,
-                        env=os.environ | _environment(rank, nproc, port) | _terminal(rank, terminal_fd),
-                        pass_fds=(terminal_fd, lock.fileno()),
-                        start_new_session=True,  # the user's Ctrl-C reaches the launcher alone, which ends the ranks in order
-                    )
-                )
-            failed = _wait(run, start, ranks, asked)
-        finally:
-            _end(ranks)
-            os.close(terminal_fd)
+    try:
+        with open(log, "ab", buffering=0) as output:
+            statuses, failed = _to_the_end(
+                [sys.executable, "-m", "vitscale.rank", str(run)], run, start, [(output, output)] * nproc, asked,
+                of_first={"VITSCALE_TERMINAL_FD": str(terminal_fd)}, pass_fds=(terminal_fd, lock.fileno()),
+            )  # fmt: skip
+    finally:
+        os.close(terminal_fd)
     if failed:
-        return ranks[failed[0]].returncode
-    return EXIT_STOPPED if any(process.returncode == EXIT_STOPPED for process in ranks) else EXIT_FINISHED
+        return statuses[failed[0]]
+    return EXIT_STOPPED if EXIT_STOPPED in statuses else EXIT_FINISHED
+
+
+def _to_the_end(
+    command: Sequence[str], folder: Path, start: int, outputs: Sequence[tuple[IO[bytes], IO[bytes] | None]], asked: list[int], *,
+    of_first: dict[str, str], pass_fds: tuple[int, ...] = (),
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Runs a command on so many ranks of this machine as have outputs; however it ends, all have ended.
+
+    Returns the exit statuses of all, and the ranks that failed first, as `_wait` has them.
+
+    Args:
+        folder, start: where a rank leaves its end record.
+        outputs: of each rank the files for its standard output and its errors; None: this process's.
+        asked: signals, at which the ranks are asked to save.
+        of_first: what rank 0 alone has in its environment.
+        pass_fds: descriptors that all inherit.
+    """
+    port = free_port()
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank, (output, errors) in enumerate(outputs):
+            ranks.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=errors,
+                    env=os.environ | _environment(rank, len(outputs), port) | (of_first if rank == 0 else {}),
+                    pass_fds=pass_fds,
+                    start_new_session=True,  # the user's Ctrl-C reaches the launcher alone, which ends the ranks in order
+                )
+            )
+        failed = _wait(folder, start, ranks, asked)
+    finally:
+        _end(ranks)
+    return [process.returncode for process in ranks], failed
 
 
 def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], asked: list[int]) -> list[int]:
@@ -252,11 +267,6 @@ def _last_words(run: Path, start: int, ends: Sequence[End], verdict: Verdict) ->
     first = ends[0]
     decided = "" if first.cause in (Cause.INPUT, Cause.ERROR) else f"\nnot started again: {verdict.why}"
     return f"{first.words.rstrip()}\n(rank {first.rank}; {log}){decided}"
-
-
-def _terminal(rank: int, terminal_fd: int) -> dict[str, str]:
-    """Where rank 0 tells its progress."""
-    return {"VITSCALE_TERMINAL_FD": str(terminal_fd)} if rank == 0 else {}
 
 
 def _environment(rank: int, nproc: int, port: int) -> dict[str, str]:

@@ -17,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,11 +27,12 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from data_tools.config import PackConfig
+from data_tools.errors import UserError
 from data_tools.storage import is_url
 from launch.batch import Job, train_script, words_script
 from launch.data_verbs import PackFlags
-from launch.evaluate_verb import EvaluateFlags, check_inputs, evaluate_flags
 from launch.flags import UsageError, given, parse
+from launch.question import EvaluateFlags, check_inputs, evaluate_flags
 from launch.site import Site, check_extra, check_time, minutes, read_site
 from launch.sweep import check_alike, final_run, grid_of, note_trials, trial_at, trials_of
 from launch.terminal import Json, VerbError, print_json
@@ -223,12 +224,17 @@ def submit_sweep(flags: SubmitFlags, site: Site, asked: FinetuneConfig, rates: S
     if flags.dry_run:
         tell(flags, "\n".join(prepared.script for prepared in (*trials, final)), {"plans": plans})
         return
-    of_trials = [send(flags, prepared) for prepared in trials]
-    jobs = send(flags, final, [chain[-1] for chain in of_trials], trials_of(asked, grid))
+    of_trials: list[list[str]] = []
+    everything: list[str] = []
+    with telling_of(everything):
+        for prepared in trials:
+            of_trials.append(send(flags, prepared))
+            everything += of_trials[-1]
+        jobs = send(flags, final, [chain[-1] for chain in of_trials], trials_of(asked, grid))
+        everything += jobs
     if flags.json:
         print_json({"trials": of_trials, "jobs": jobs, "folder": str(final.folder), "plans": plans})
         return
-    everything = [job for chain in (*of_trials, jobs) for job in chain]
     for prepared, chain in zip(trials, of_trials, strict=True):
         print(f"submitted job {', '.join(chain)}: {prepared.run}")
     print(f"submitted job {', '.join(jobs)}: {final.run}, which waits for them and takes the best rate")
@@ -259,20 +265,18 @@ def prepare(flags: SubmitFlags, site: Site, asked: TrainConfig | FinetuneConfig)
     return Prepared(config, folder, script, plan)
 
 
-def send(
-    flags: SubmitFlags, prepared: Prepared, after: Sequence[str] = (), trials: Sequence[FinetuneConfig] = ()
-) -> list[str]:  # fmt: skip
+def send(flags: SubmitFlags, prepared: Prepared, after: Sequence[str] = (), trials: Sequence[FinetuneConfig] = ()) -> list[str]:
     """Submits a run; its job, or the jobs of its chain, behind those that it is to wait for.
 
     Args:
         trials: whose best rate the run is to take when it starts.
     """
     folder, run = prepared.folder, prepared.run
-    with submission(folder):
+    jobs: list[str] = []
+    with submission(folder, jobs):
         write_snapshot(folder, prepared.config)
         if trials:
             note_trials(folder, trials)
-        jobs: list[str] = []
         for _ in range(max(1, flags.chain)):
             before = jobs[-1:] or after
             waits = [f"--dependency=afterany:{':'.join(before)}"] if before else []
@@ -283,7 +287,7 @@ def send(
                     raise
                 print(f"warning: {error}; the chain has {counted(len(jobs), 'job')}", file=sys.stderr)
                 break
-    (folder / "jobs").write_text("".join(f"{job}\n" for job in jobs))
+            (folder / "jobs").write_text("".join(f"{job}\n" for job in jobs))
     (run / "stop").unlink(missing_ok=True)  # who submits a run wants it to go on
     return jobs
 
@@ -452,9 +456,11 @@ def submit_words(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
     if flags.dry_run:
         tell(flags, share + merge, {})
         return
-    with submission(folder):
+    jobs: list[str] = []
+    with submission(folder, jobs):
         write_snapshot(folder, None)
-        jobs = [Submitter(folder, share, [], []).send()] if share else []
+        if share:
+            jobs.append(Submitter(folder, share, [], []).send())
         after = [f"--dependency=afterok:{jobs[0]}", "--kill-on-invalid-dep=yes"] if jobs else []
         jobs.append(Submitter(folder, merge, after, []).send())
     if flags.json:
@@ -568,14 +574,32 @@ def next_folder(submissions: Path) -> Path:
 
 
 @contextlib.contextmanager
-def submission(folder: Path) -> Any:
-    """Makes a submission's folder, for its owner alone; what was made goes where nothing is submitted."""
+def telling_of(jobs: Sequence[str]) -> Iterator[None]:
+    """Where something fails, the error names the jobs that are submitted by then."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if not jobs:
+            raise
+        raise VerbError(f"{error}; submitted before that: job {', '.join(jobs)}, which `scancel {' '.join(jobs)}` takes back") from None
+
+
+@contextlib.contextmanager
+def submission(folder: Path, jobs: Sequence[str]) -> Iterator[None]:
+    """Makes a submission's folder, for its owner alone; what was made goes where nothing is submitted.
+
+    Args:
+        jobs: those that are submitted so far, which need the folder.
+    """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700)
     try:
-        yield
+        with telling_of(jobs):
+            yield
     except BaseException:
+        if jobs:
+            raise
         shutil.rmtree(folder)
         for path in made[1:]:
             with contextlib.suppress(OSError):

@@ -292,8 +292,8 @@ def _check_ranges(config: TrainConfig) -> None:
         if not 0 < low_end <= high_end <= most:
             rule = "0 < low <= high <= 1, as 0.05 1.0 does" if name == "crop_scale" else "0 < low <= high <= 1000, as 0.75 1.3333 does"
             raise ConfigError(f"preprocess.{name}=({low_end:g}, {high_end:g}) must satisfy {rule}")
-    if not 0.1 <= config.preprocess.eval_crop <= 1:
-        raise ConfigError(f"preprocess.eval_crop={config.preprocess.eval_crop:g} must lie in [0.1, 1]")
+    if problem := crop_problem(config.preprocess.eval_crop, "preprocess.eval_crop"):
+        raise ConfigError(problem)
     for name in ("lanes", "window"):
         if getattr(config.stream, name) > 2**40:
             raise ConfigError(f"stream.{name}={getattr(config.stream, name)} must be at most 2**40")
@@ -304,6 +304,11 @@ def _check_ranges(config: TrainConfig) -> None:
         )
     if min(config.preprocess.std) <= 0:
         raise ConfigError(f"preprocess.std={config.preprocess.std} must be above 0")
+
+
+def crop_problem(crop: float, name: str) -> str:
+    """Why an `eval_crop`, given by this name, cannot be; empty where it can."""
+    return "" if 0.1 <= crop <= 1 else f"{name}={crop:g} must lie in [0.1, 1]"
 
 
 def _listed(numbers: tuple[float, ...]) -> str:

@@ -35,6 +35,11 @@ Format = Literal[
 Library = Literal["timm", "hf", "npz", "safetensors"]  # that an export is for; the last is plain torch
 # Whose evaluation preprocessing: what timm does, big_vision, or the paper's code.
 EvalProtocol = Literal["timm", "big_vision", "paper"]
+# What a checkpoint's features are judged by (`probes.py`), and what finds the linear head
+ProbeProtocol = Literal["fewshot", "linear", "knn"]
+Solver = Literal["ridge", "lbfgs", "sgd"]
+SHOTS = (1, 5, 10, 25)  # big_vision's, as is how often they are drawn
+SEEDS = 3
 
 
 class ConfigError(UserError):
@@ -654,9 +659,7 @@ def fine_tuned_model(base: ViTConfig, new: NewModelConfig, num_classes: int) -> 
     return dataclasses.replace(base, num_classes=num_classes, representation_size=0, **dataclasses.asdict(new))
 
 
-def fine_tuning_run(
-    asked: FinetuneConfig, base: ViTConfig, trained_with: PreprocessConfig, folder: str, num_classes: int
-) -> TrainConfig:  # fmt: skip
+def fine_tuning_run(asked: FinetuneConfig, base: ViTConfig, trained_with: PreprocessConfig, folder: str, num_classes: int) -> TrainConfig:
     """The run that fine-tuning makes of a checkpoint in `folder`, of a model and its preprocessing."""
     shared = {f.name: getattr(asked, f.name) for f in dataclasses.fields(RunConfig)}
     preprocess = PreprocessConfig(**dataclasses.asdict(asked.preprocess), mean=trained_with.mean, std=trained_with.std)
@@ -666,7 +669,7 @@ def fine_tuning_run(
 
 def continued_run(
     asked: TrainConfig, base: ViTConfig, trained_with: PreprocessConfig, folder: str, num_classes: int, *, keep_head: bool
-) -> TrainConfig:  # fmt: skip
+) -> TrainConfig:
     """The run that pre-training makes of a checkpoint in `folder`: its body, at the image size and with all else that was asked for.
 
     Where the head is kept the representation layer is, too; where it is new that is as asked.

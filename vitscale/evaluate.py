@@ -7,7 +7,6 @@ order, and has `measures.py` make everything else of them. So no result depends 
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -19,7 +18,8 @@ from torch import Tensor
 from data_tools.dataset import Dataset, DatasetError
 from vitscale.checkpoint import Description
 from vitscale.config import ObjectiveConfig, PreprocessConfig, StreamConfig
-from vitscale.errors import CheckpointError
+from vitscale.group import add, gather, own_batches, own_device, place, unreadable
+from vitscale.inputs import check_head
 from vitscale.intervals import wilson
 from vitscale.machine import available_memory
 from vitscale.measures import (
@@ -35,21 +35,13 @@ from vitscale.measures import (
     pairs_of,
     resample,
 )
-from vitscale.mixture import Mixture
 from vitscale.model import ViT, normalize, parameter_shapes
 from vitscale.objective import correct_at, per_sample_loss
-from vitscale.stream import evaluation_batches
-from vitscale.transfer import DeviceBatch, on_device
+from vitscale.progress import Progress, Update, silent
+from vitscale.transfer import DeviceBatch
 from vitscale.weights import read_weights
 
 Interval = tuple[float, float]
-Update = Callable[[int, int], None]  # is told how much is done, of how much
-Progress = Callable[[str, str], AbstractContextManager[Update]]  # shows a part of the work, by its title and unit, as a progress bar does
-
-
-def silent(title: str, unit: str) -> AbstractContextManager[Update]:
-    """Shows nothing."""
-    return nullcontext(lambda done, total: None)
 
 
 @dataclass(frozen=True)
@@ -94,7 +86,7 @@ class Measures(Evaluation):
 def evaluate(
     forward: Callable[[Tensor], Tensor], dataset: Dataset, image_size: tuple[int, int], preprocess: PreprocessConfig,
     objective: ObjectiveConfig, *, device: torch.device, batch_size: int, stream: StreamConfig,
-    progress: Callable[[int, int], None] | None = None, see: Callable[[DeviceBatch, Tensor], None] | None = None,
+    progress: Update | None = None, see: Callable[[DeviceBatch, Tensor], None] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluates over all ranks of the process group, or alone where there is none. Raises DatasetError where no sample can be read.
 
@@ -103,13 +95,8 @@ def evaluate(
         progress: called with this rank's (samples done, samples in all).
         see: called with each of this rank's batches and its logits in fp32.
     """
-    rank, world_size = _place()
-    batches = evaluation_batches(
-        Mixture([dataset]), image_size, preprocess, stream, batch_size=batch_size, rank=rank, world_size=world_size
-    )
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # samples, top-1, top-5, loss
-    done = 0
-    for batch in on_device(batches, device):
+    for batch in own_batches(dataset, image_size, preprocess, stream, device=device, batch_size=batch_size, progress=progress):
         logits_BK = forward(normalize(batch.images_BHWC, preprocess)).float()
         of_each = (
             torch.ones_like(batch.valid_B),
@@ -120,20 +107,12 @@ def evaluate(
         sums += torch.stack([torch.where(batch.valid_B, values_B.double(), 0.0).sum() for values_B in of_each])
         if see:
             see(batch, logits_BK)
-        done += len(batch.valid_B)
-        if progress:
-            progress(min(done, -(-dataset.num_kept // world_size)), -(-dataset.num_kept // world_size))
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    add(sums)
     samples, top1, top5, loss = sums.tolist()
-    removed = dataset.overlay.num_removed
     if samples == 0:
-        raise DatasetError(
-            f"none of the {dataset.num_samples} samples of {dataset.path} can be read ({removed} are removed by overlays); pack it again"
-        )
-    return Evaluation(
-        top1 / samples, top5 / samples, loss / samples, int(samples), skipped=dataset.num_kept - int(samples), removed=removed
-    )  # fmt: skip
+        raise unreadable(dataset)
+    skipped, removed = dataset.num_kept - int(samples), dataset.overlay.num_removed
+    return Evaluation(top1 / samples, top5 / samples, loss / samples, int(samples), skipped, removed)
 
 
 def load_model(description: Description, kind: str) -> ViT:
@@ -163,7 +142,7 @@ def evaluate_checkpoint(
         seed: of the resamples.
     """
     check_head(description, dataset)
-    device, rows, scores = _device(), list[Tensor](), list[Tensor]()
+    device, rows, scores = own_device(), list[Tensor](), list[Tensor]()
     if precision:
         check_memory(dataset)
 
@@ -189,33 +168,18 @@ def evaluate_checkpoint(
         weights_NR = resample(len(samples_N), resamples, seed)
         pairs = pairs_of(labels_NL, told_NX[:, 3:])
         with progress("average precision", "classes") as update:
-            precisions_KR = average_precisions(scores, own_n, pairs, weights_NR, dataset.num_classes, _add, update)
+            precisions_KR = average_precisions(scores, own_n, pairs, weights_NR, dataset.num_classes, add, update)
     return _measures(result, dataset, labels_NL, guesses_N, confidences_N, None if real_NL is None else real_NL[samples_N], precisions_KR)
 
 
 def check_memory(dataset: Dataset) -> None:
     """Raises DatasetError where this machine has no room for all scores of its ranks' samples."""
-    ranks, world_size = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1, _place()[1]
+    ranks, world_size = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1, place()[1]
     samples = -(-dataset.num_samples * ranks // world_size)
     if (needed := 4 * samples * dataset.num_classes) > (there := available_memory()):
         raise DatasetError(
             f"average precision keeps {needed:,} bytes of scores in memory ({samples:,} samples x {dataset.num_classes:,} classes), and "
             f"{there:,} are available; leave out --average-precision, or evaluate where there is more"
-        )
-
-
-def check_head(description: Description, dataset: Dataset) -> None:
-    """Raises CheckpointError where a checkpoint's head is not one for the dataset's classes."""
-    if description.model.num_classes != dataset.num_classes:
-        raise CheckpointError(
-            f"{description.path} has a head of {description.model.num_classes} classes, {dataset.path} has {dataset.num_classes}; "
-            "fine-tune the checkpoint on these classes first"
-        )
-    if description.class_names != dataset.class_names:
-        names = ["no class names" if not of.class_names else f"{of.class_names[0]}, ..." for of in (description, dataset)]
-        raise CheckpointError(
-            f"{description.path} was trained on {names[0]}, {dataset.path} has {names[1]}: labels may mean other classes; pack it with the "
-            "--class-names of the training split, or without"
         )
 
 
@@ -262,41 +226,8 @@ def _measures(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------
-# Ranks
-# ---------------------------------------------------------------------------------------------------------------------------------------
-
-
-def meet() -> None:
-    """Joins the ranks that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe: NCCL on GPUs, gloo elsewhere."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-
-
-def _place() -> tuple[int, int]:
-    """Rank and number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _add(counts: Tensor) -> None:
-    """Sums counts over all ranks, in place."""
-    if dist.is_initialized():
-        on_device = counts.to(_device())
-        dist.all_reduce(on_device)
-        counts.copy_(on_device)
-
-
 def _of_all_ranks(rows_nX: Tensor) -> npt.NDArray[np.float64]:
-    """The rows of all ranks' samples, of which each has equally many, in the dataset's order, without those that are no sample's."""
-    of_ranks = [rows_nX]
-    if dist.is_initialized():
-        of_ranks = [torch.empty_like(rows_nX) for _ in range(dist.get_world_size())]
-        dist.all_gather(of_ranks, rows_nX)
-    told_NX = torch.cat(of_ranks).cpu().numpy()
+    """The rows of all ranks' samples in the dataset's order, without those that are no sample's."""
+    told_NX = gather(rows_nX).cpu().numpy()
     told_NX = told_NX[told_NX[:, 0] >= 0]
     return told_NX[np.argsort(told_NX[:, 0])]

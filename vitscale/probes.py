@@ -14,9 +14,7 @@ Axes: N training samples, B samples at a time, D width, F = D + 1 with the const
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,19 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitscale import keyed
+from vitscale.config import SEEDS, SHOTS, Solver
 from vitscale.features import Features
 from vitscale.intervals import mean_interval, wilson
 from vitscale.objective import correct_at, dense_targets
+from vitscale.progress import Progress, Update
 
 Head = Callable[[Tensor], Tensor]
 """Features (B, D) to scores (B, K), the highest for the class that is meant."""
-Update = Callable[[int, int], None]
-"""Told how far a work is: (done, in all)."""
-Solver = Literal["ridge", "lbfgs", "sgd"]
 SETTINGS: dict[Solver, str] = {"ridge": "lambda", "lbfgs": "L2 penalty", "sgd": "learning rate"}
 
-SHOTS = (1, 5, 10, 25)
-SEEDS = 3
 FEW_SHOT_LAMBDA = 2.0**10
 RIDGE_CONSTANT = 100.0  # so large that its weight, the bias, is hardly regularised (fewshot_lsr.py)
 NEIGHBOURS = (10, 20, 100, 200)
@@ -48,13 +43,6 @@ PENALTIES = tuple(10.0**power for power in range(1, -7, -1))
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # DINOv2's eval/linear.py, of 256 samples
 SGD_STEPS, SGD_BATCH = 12_500, 1024  # the same: 10 epochs of 1,250
 AT_A_TIME = 2**26  # numbers of a matrix with a row a sample: half a GiB of them in fp64
-
-
-class Progress(Protocol):
-    """Shows a part of the work, one part at a time, as `terminal.progress_bar` does."""
-
-    def __call__(self, title: str, unit: str, /) -> AbstractContextManager[Update]:
-        """Begins a part of this title, counted in this unit."""
 
 
 @dataclass(frozen=True)
@@ -182,9 +170,7 @@ def linear_probe(
         (head,) = fit(train, num_classes, (chosen,), update)
     top1, top5 = correct(head, test, num_classes)
     low, high = wilson(top1, len(test))
-    return Linear(
-        solver, chosen, tuple(zip(settings, found, strict=True)), len(judge), top1 / len(test), low, high, top5 / len(test)
-    )  # fmt: skip
+    return Linear(solver, chosen, tuple(zip(settings, found, strict=True)), len(judge), top1 / len(test), low, high, top5 / len(test))
 
 
 def held_out(samples_N: Tensor, seed: int) -> Tensor:
@@ -195,9 +181,7 @@ def held_out(samples_N: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(mask_N)
 
 
-def ridge_heads(
-    train: Features, num_classes: int, lambdas: Sequence[float], update: Update = lambda done, total: None
-) -> Iterator[Head]:  # fmt: skip
+def ridge_heads(train: Features, num_classes: int, lambdas: Sequence[float], update: Update = lambda done, total: None) -> Iterator[Head]:
     """For each lambda the head that minimises |X W - Y|^2 + lambda |W|^2, Y being 1 at a sample's labels and -1 elsewhere.
 
     One eigendecomposition serves all lambdas: with X^T X = Q E Q^T the weights are Q (E + lambda)^-1 Q^T X^T Y, and with fewer samples than
@@ -246,9 +230,7 @@ def logistic_heads(
 
     for done, penalty in enumerate(penalties):
         update(done, len(penalties))
-        search = torch.optim.LBFGS(
-            [weights_FK], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-        )  # fmt: skip
+        search = torch.optim.LBFGS([weights_FK], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
         search.step(torch.no_grad()(lambda penalty=penalty: objective(penalty)))  # type: ignore[no-untyped-call]
         yield head_of(weights_FK.detach().clone(), prepare)
     update(len(penalties), len(penalties))
@@ -324,7 +306,7 @@ def slopes(logits_BK: Tensor, targets_BK: Tensor, *, several: bool) -> Tensor:
 
 def neighbours(
     train: Features, test: Features, num_classes: int, progress: Progress, *, ks: Sequence[int] = NEIGHBOURS
-) -> list[Neighbours]:  # fmt: skip
+) -> list[Neighbours]:
     """For each k the accuracy of its nearest training samples' votes. A k of more samples than there are is all of them."""
     ks = sorted({min(k, len(train)) for k in ks})
     unit_ND = F.normalize(train.features_ND)
@@ -343,9 +325,7 @@ def neighbours(
     ]
 
 
-def votes(
-    unit_ND: Tensor, labels_NL: Tensor, features_BD: Tensor, num_classes: int, ks: Sequence[int]
-) -> Iterator[Tensor]:  # fmt: skip
+def votes(unit_ND: Tensor, labels_NL: Tensor, features_BD: Tensor, num_classes: int, ks: Sequence[int]) -> Iterator[Tensor]:
     """For each k, ascending, the votes (B, K) of the k nearest of the training samples, whose features have length 1.
 
     A neighbour of cosine similarity s gives exp(s / 0.07) to each of its labels, as in DINO; DINOv2's softmax is that over a constant.

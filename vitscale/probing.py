@@ -5,32 +5,17 @@ What `vitscale evaluate --protocol fewshot|linear|knn` calls. The report is plai
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
 
 from data_tools.dataset import Dataset, DatasetError
 from vitscale.checkpoint import Description
-from vitscale.config import ConfigError, StreamConfig
+from vitscale.config import SEEDS, SHOTS, ProbeProtocol, Solver, StreamConfig
 from vitscale.evaluate import load_model
 from vitscale.features import Features, extract_features
+from vitscale.group import own_device
+from vitscale.inputs import check_probe
 from vitscale.metrics import counted
-from vitscale.mixture import class_difference
-from vitscale.probes import (
-    SEEDS,
-    SETTINGS,
-    SHOTS,
-    FewShot,
-    Linear,
-    Neighbours,
-    Progress,
-    Solver,
-    few_shot,
-    linear_probe,
-    neighbours,
-)
-
-ProbeProtocol = Literal["fewshot", "linear", "knn"]
+from vitscale.probes import SETTINGS, FewShot, Linear, Neighbours, few_shot, linear_probe, neighbours
+from vitscale.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -64,15 +49,8 @@ def probe(
         shots, seeds: of `fewshot`.
         solver: of `linear`.
     """
-    if seeds < 1 or not shots or min(shots) < 1:
-        raise ConfigError(f"shots={list(shots)} and seeds={seeds} must be at least 1; {list(SHOTS)} and {SEEDS} are big_vision's")
-    if (train.num_classes, train.class_names) != (test.num_classes, test.class_names):
-        raise DatasetError(
-            f"{train.path} and {test.path} {class_difference(train, test)}; a probe needs the same: pack both with the same --class-names"
-        )
-    if train.content_hash == test.content_hash:
-        raise DatasetError(f"{test.path} is the split that the probe is trained on ({train.path}); give one that is held out")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_probe(train, test, shots, seeds)
+    device = own_device()
     model = load_model(description, kind).to(device)
 
     def features(dataset: Dataset, of: str) -> Features:
@@ -94,9 +72,7 @@ def probe(
     else:
         results = tuple(neighbours(of_train, of_test, train.num_classes, progress))
     skipped = train.num_samples + test.num_samples - removed - len(of_train) - len(of_test)
-    return ProbeReport(
-        protocol, of_train.features_ND.shape[1], train.num_classes, len(of_train), len(of_test), skipped, removed, results
-    )  # fmt: skip
+    return ProbeReport(protocol, of_train.features_ND.shape[1], train.num_classes, len(of_train), len(of_test), skipped, removed, results)
 
 
 def lines(report: ProbeReport) -> list[str]:

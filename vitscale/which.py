@@ -9,7 +9,7 @@ answers: at its own positions, and as a stand-in at those of others. Both are gi
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from vitscale.config import TrainConfig
 from vitscale.guards import is_skipped
 from vitscale.mixture import Mixture
 from vitscale.order import MAX_DRAWS, Int64, RunOrder
+from vitscale.progress import Update
 from vitscale.run import (
     RunError,
     is_of_tars,
@@ -125,9 +126,7 @@ def which_step(run: Path, step: int, rank: int | None = None, data: Sequence[str
     return StepSeen(str(run), step, step <= reached(run), skipped, world_size, tuple(seen))
 
 
-def which_sample(
-    run: Path, key: str, data: Sequence[str] = (), progress: Callable[[int, int], None] = lambda done, total: None
-) -> SampleSeen:
+def which_sample(run: Path, key: str, data: Sequence[str] = (), progress: Update = lambda done, total: None) -> SampleSeen:
     """The steps made so far that saw the sample with a key. Raises RunError where no dataset of the run has it.
 
     `progress` is called with how many keys were looked at, and of how many.
@@ -156,7 +155,7 @@ def which_sample(
     return SampleSeen(str(run), key, tuple(Named(*name) for name in past.names(samples).values()), steps_made, lines, kept)
 
 
-def _further(progress: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
+def _further(progress: Update, before: int, total: int, done: int, _: int) -> None:
     """Progress in one dataset as progress in all of them."""
     progress(before + done, total)
 

@@ -6,13 +6,18 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from data_tools.amend import removals, write_overlay
 from data_tools.dataset import Dataset
-from launch.evaluate_verb import EvaluateFlags, measure_of_run
+from launch.question import EvaluateFlags, identity
+from launch.watcher import measure_of_run
 from tests.command import SMALL, VITSCALE, vitscale
 from vitscale import checkpoint, retention
 from vitscale.run import RunError, read_evaluations
@@ -134,6 +139,9 @@ BAD = {
     "RUN --data DATA/val --protocol logits": "'head', 'fewshot', 'linear', 'knn'",
     "RUN --data DATA/val --protocol knn --per-class": "--per-class is of --protocol head",
     "RUN --data DATA/val --protocol knn --train-data TMP": "is not a dataset",
+    "RUN --data DATA/val --protocol fewshot --shots 0 5 --nproc 2": "shots=[0, 5] and seeds=3 must be at least 1",
+    "RUN --data DATA/val --protocol linear --train-data OTHER --nproc 2": "have 2 and 5 classes; a probe needs the same",
+    "RUN --data DATA/val --protocol knn --train-data DATA/val --watch": "is the split that the probe is trained on",
     "RUN --data DATA/val --real TMP/none.json": "none.json cannot be read (No such file or directory)",
     "RUN --data DATA/val --out TMP/none/report.json": "is to be a file in a folder that is there",
     "RUN --data DATA/val --watch --per-class": "leave out --out, --per-class and --confusions",
@@ -215,6 +223,33 @@ def test_another_question_is_another_evaluation(copied: Path, dataset: Path) -> 
     lines = read_evaluations(copied)
     assert [line["step"] for line in lines] == [3, 6, 3, 6]
     assert [line["mean_average_precision"] is not None for line in lines] == [False, False, True, True]
+
+
+def test_a_question_is_known_by_what_changes_the_answer(dataset: Path, tmp_path: Path) -> None:
+    """What lies at a path counts, not the path; a flag that is not known to change nothing counts."""
+    val, train, real = (
+        shutil.copytree(dataset / "val", tmp_path / "moved"),
+        shutil.copytree(dataset / "train", tmp_path / "other"),
+        tmp_path / "a",
+    )
+    real.write_text("[[1]]")
+    (tmp_path / "b").write_text("[[1]]")
+    head, probe = EvaluateFlags("run", str(dataset / "val"), real=str(real)), EvaluateFlags("run", str(dataset / "val"), protocol="knn")
+    laid_out = {"batch_size": 8, "workers": 1, "nproc": 2, "watch": True, "interval": 1.0, "json": True, "stage": str(tmp_path / "stage")}
+    for flags, elsewhere in ((head, {"real": str(tmp_path / "b")}), (probe, {"train_data": str(train)})):
+        assert identity(replace(flags, **laid_out, **elsewhere, checkpoint="other", data=str(val))) == identity(flags)
+    said = [
+        identity(flags)
+        for flags in (
+            head, probe, replace(head, real=""), replace(head, weights="weight"), replace(head, average_precision=True),
+            replace(head, average_precision=True, bootstrap=9), replace(head, eval_protocol="timm"), replace(probe, protocol="fewshot"),
+            replace(probe, shots=(1,)), replace(probe, seeds=1), replace(probe, solver="sgd"), replace(probe, data=str(dataset / "train")),
+        )
+    ]  # fmt: skip
+    real.write_text("[[2]]")
+    write_overlay(Dataset.open(train), "takedown", removals(np.array([3]), pa.array(["asked for"])))
+    said += [identity(head), identity(replace(probe, train_data=str(train)))]
+    assert not [one for number, one in enumerate(said) if one in said[:number]]
 
 
 def test_a_damaged_checkpoint_is_told_of_and_left_out(copied: Path, dataset: Path) -> None:

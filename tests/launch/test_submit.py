@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch.data_verbs import PackFlags
-from launch.evaluate_verb import evaluate_flags
 from launch.flags import parse
+from launch.question import evaluate_flags
 from launch.site import Site, read_site
 from launch.submit import SubmitFlags, check_flags, split_words
 from launch.verbs import finetune_flags, pretrain_flags
@@ -123,12 +123,16 @@ def test_a_pack_by_several_jobs_is_the_same_dataset(cluster: Cluster, dataset: P
 NEVER = "Requested node configuration is not available"
 
 
+def fine_tuning(dataset: Path, folder: Path) -> list[object]:
+    source = write_checkpoint(folder / "source", random_vit(ViTConfig(1, 16, 16, 2, 8, (16, 16), num_classes=7))).path
+    verb = ["finetune", "tiny-finetune", "--init", source, "--data", dataset / "train", "--holdout", "0.2", "--stream.workers", "1"]
+    sizes = "--model.image-size 16 24 --steps 4 --global-batch-size 8 --micro-batch-size 8 --schedule.warmup-steps 1 --log-every 1"
+    return [*verb, *sizes.split()]
+
+
 def test_a_sweep_is_a_job_of_each_trial_and_the_run_behind_them(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     """One trial is finished before; the run takes the rate that was best, and only once."""
-    source = write_checkpoint(tmp_path / "source", random_vit(ViTConfig(1, 16, 16, 2, 8, (16, 16), num_classes=7))).path
-    run = tmp_path / "run"
-    verb = ["finetune", "tiny-finetune", "--init", source, "--data", dataset / "train", "--holdout", "0.2", "--stream.workers", "1"]
-    verb += "--model.image-size 16 24 --steps 4 --global-batch-size 8 --micro-batch-size 8 --schedule.warmup-steps 1 --log-every 1".split()
+    run, verb = tmp_path / "run", fine_tuning(dataset, tmp_path)
     first = ["--out", run / "sweep" / "lr-0.001", "--optimizer.peak-lr", "0.001"]
     made = vitscale(*verb, *first)
     assert made.returncode == 0, made.stderr
@@ -144,6 +148,26 @@ def test_a_sweep_is_a_job_of_each_trial_and_the_run_behind_them(cluster: Cluster
     assert (noted["best"], read_config(run).optimizer.peak_lr, read_config(run).holdout) == (best["peak_lr"], best["peak_lr"], 0.0)
     assert [len(read_record(run / "sweep" / f"lr-{lr}")["starts"]) for lr in (0.001, 0.1, 0.3)] == [1, 1, 1]
     assert f"{best['peak_lr']:>9g}" in logs(folder), "the table"
+
+
+def test_of_a_sweep_that_is_submitted_in_part_the_jobs_are_named(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """SLURM takes the trials and refuses the run behind them."""
+    (tmp_path / "bin").mkdir()
+    sbatch, run = tmp_path / "bin" / "sbatch", tmp_path / "run"
+    sbatch.write_text(
+        '#!/bin/sh\ncase "$*" in *--dependency*) echo "sbatch: error: too many jobs" >&2; exit 1; esac\n'
+        f'exec {shutil.which("sbatch")} --hold "$@"\n'
+    )
+    sbatch.chmod(0o755)
+    words = ["--", *fine_tuning(dataset, tmp_path), "--out", run, "--sweep", "0.1", "0.3"]
+    path = f"{sbatch.parent}:{os.environ['PATH']}"
+    done = submit(*words, env=cluster.environment | {"PATH": path})
+    jobs = [(run / "sweep" / f"lr-{lr}" / "submissions" / "000" / "jobs").read_text().strip() for lr in (0.1, 0.3)]
+    cluster.run("scancel", *jobs)
+    assert done.returncode == 1
+    named = f"submitted before that: job {', '.join(jobs)}, which `scancel {' '.join(jobs)}` takes back"
+    assert done.stderr.splitlines()[-1] == f"error: sbatch refused the job: too many jobs; {named}"
+    assert not (run / "submissions").exists()
 
 
 @pytest.mark.parametrize("dry_run", [(), ("--dry-run",)])

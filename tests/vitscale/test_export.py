@@ -154,7 +154,6 @@ def holds(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("option", "to"),
     [(option, to) for to in ("hf", "safetensors") for option in OPTIONS if option not in REFUSED[to]],
-    ids="-".join,
 )
 def test_transformers_and_plain_torch_give_what_was_trained(tmp_path: Path, option: str, to: str) -> None:
     """Logits, features and patch tokens of tensors and of images, whose pixels are the same to the bit."""
@@ -162,9 +161,7 @@ def test_transformers_and_plain_torch_give_what_was_trained(tmp_path: Path, opti
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize(
-    ("option", "to"), [(option, to) for to in ("timm", "npz") for option in OPTIONS if option not in REFUSED[to]], ids="-".join
-)
+@pytest.mark.parametrize(("option", "to"), [(option, to) for to in ("timm", "npz") for option in OPTIONS if option not in REFUSED[to]])
 def test_timm_gives_what_was_trained(tmp_path: Path, option: str, to: str) -> None:
     holds(replay(exported(tmp_path, random_vit(OPTIONS[option]), to)))
 

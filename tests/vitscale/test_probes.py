@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +31,6 @@ from vitscale.config import ConfigError, ObjectiveConfig, ViTConfig
 from vitscale.features import Features
 from vitscale.objective import per_sample_loss
 from vitscale.probes import (
-    Update,
     correct,
     draw_shots,
     few_shot,
@@ -47,6 +46,7 @@ from vitscale.probes import (
     votes,
 )
 from vitscale.probing import ProbeReport, lines, probe
+from vitscale.progress import Update, silent
 
 CLASSES = 6
 
@@ -58,10 +58,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def quiet(title: str, unit: str, /) -> AbstractContextManager[Update]:
-    return nullcontext(lambda done, total: None)
 
 
 def blobs(count: int, width: int, seed: int = 0, *, labels: int = 1, spread: float = 2.0) -> Features:
@@ -121,7 +117,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def all_of_it() -> list[Any]:
         heads = [*ridge_heads(train, CLASSES, (1.0,)), *logistic_heads(train, CLASSES, (0.01,))]
-        return [*(head(test.features_ND) for head in heads), neighbours(train, test, CLASSES, quiet)]
+        return [*(head(test.features_ND) for head in heads), neighbours(train, test, CLASSES, silent)]
 
     *whole, near = all_of_it()
     monkeypatch.setattr(probes, "AT_A_TIME", 300)  # 7 samples at a time
@@ -225,7 +221,7 @@ def test_a_sample_of_several_labels_is_there_once() -> None:
 def test_few_shot_is_big_visions_written_in_numpy() -> None:
     """The same draws, then fewshot_lsr.py's equations; seeds draw other samples and so give other accuracies."""
     train, test = blobs(120, 40), blobs(300, 40, seed=1)
-    for found in few_shot(train, test, CLASSES, quiet, shots=(1, 5, 25)):
+    for found in few_shot(train, test, CLASSES, silent, shots=(1, 5, 25)):
         expected = []
         for seed in range(3):
             drawn = train.take(draw_shots(train, found.shots, seed))
@@ -237,7 +233,7 @@ def test_few_shot_is_big_visions_written_in_numpy() -> None:
         assert found.top1 == pytest.approx(np.mean(expected))
         assert 0 <= found.low < found.top1 < found.high <= 1
         assert found.short_classes == sum(np.bincount(one_label(train)) < found.shots)
-    assert few_shot(train, test, CLASSES, quiet, shots=(25,))[0].short_classes > 0
+    assert few_shot(train, test, CLASSES, silent, shots=(25,))[0].short_classes > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -274,7 +270,7 @@ def test_a_setting_is_chosen_without_the_samples_it_is_judged_on(monkeypatch: py
     monkeypatch.setattr(probes, name, watched)
     monkeypatch.setattr(probes, "correct", watched_correct)
     train, test = blobs(400, 12), blobs(200, 12, seed=1)
-    found = linear_probe(train, test, CLASSES, solver, quiet)
+    found = linear_probe(train, test, CLASSES, solver, silent)
     settings = tuple(setting for setting, _ in found.grid)
     out = train.take(held_out(train.samples_N, 0))
     every = set(train.samples_N.tolist())
@@ -289,7 +285,7 @@ def test_a_setting_is_chosen_without_the_samples_it_is_judged_on(monkeypatch: py
 
 def test_top1_and_top5_are_scikit_learns() -> None:
     train, test = blobs(300, 12), blobs(200, 12, seed=1)
-    found = linear_probe(train, test, CLASSES, "ridge", quiet, grid=(1.0,))
+    found = linear_probe(train, test, CLASSES, "ridge", silent, grid=(1.0,))
     (head,) = ridge_heads(train, CLASSES, (1.0,))
     scores = head(test.features_ND).numpy()
     assert found.top1 == pytest.approx(top_k_accuracy_score(one_label(test), scores, k=1))
@@ -324,7 +320,7 @@ def test_each_label_of_a_neighbour_gets_its_vote() -> None:
 
 def test_more_neighbours_than_samples_are_all_of_them() -> None:
     train, test = blobs(50, 12), blobs(80, 12, seed=1)
-    assert [found.k for found in neighbours(train, test, CLASSES, quiet)] == [10, 20, 50]
+    assert [found.k for found in neighbours(train, test, CLASSES, silent)] == [10, 20, 50]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

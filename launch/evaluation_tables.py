@@ -1,0 +1,74 @@
+"""What `vitscale evaluate` prints of a report, for people and for programs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from launch.question import EvaluateFlags
+
+
+def asked_of(report: Mapping[str, Any], flags: EvaluateFlags) -> dict[str, Any]:
+    """The report without those tables that were not asked for, and without its lines for people."""
+    kept = {name: value for name, value in report.items() if name != "lines"}
+    if "classes" in kept and not flags.per_class:
+        del kept["classes"]
+    if "confusions" in kept:
+        kept["confusions"] = kept["confusions"][: flags.confusions]
+        if not flags.confusions:
+            del kept["confusions"]
+    return kept
+
+
+def headline(report: Mapping[str, Any]) -> list[str]:
+    """What a report says in a line."""
+    if "lines" in report:
+        return list(report["lines"][1:])
+    words = [f"top-1 {report['top1']:.2%}", f"top-5 {report['top5']:.2%}", f"loss {report['loss']:.4f}"]
+    if report.get("real_top1") is not None:
+        words.append(f"ReaL top-1 {report['real_top1']:.2%}")
+    if report.get("mean_average_precision") is not None:
+        words.append(f"mean average precision {report['mean_average_precision']:.2%}")
+    return words
+
+
+def report_lines(report: Mapping[str, Any], flags: EvaluateFlags) -> list[str]:
+    """What is printed of a report."""
+    if "lines" in report:
+        by = f"{report['checkpoint']} by {report['protocol']} on {report['data']}, the {report['eval_protocol']} protocol:"
+        return [by, *report["lines"]]
+    skipped = f" ({report['skipped']:,} more could not be read)" if report["skipped"] else ""
+    skipped += f" (its overlays remove {report['removed']:,})" if report["removed"] else ""
+    of = f"{report['checkpoint']} on {report['samples']:,} samples of {report['data']}{skipped}"
+    lines = [
+        f"{of}, by the {report['eval_protocol']} protocol:",
+        f"top-1 {report['top1']:.2%}, top-5 {report['top5']:.2%}, loss {report['loss']:.4f}",
+        f"95% of another such draw of samples: top-1 {_span(report['top1_interval'])}, top-5 {_span(report['top5_interval'])}",
+        f"calibration error {report['calibration_error']:.2%}",
+    ]
+    if report["real_top1"] is not None:
+        lines.append(f"ReaL top-1 {report['real_top1']:.2%} ({_span(report['real_interval'])}) of {report['real_samples']:,} samples")
+    if report["mean_average_precision"] is not None:
+        interval = report["mean_average_precision_interval"]
+        within = f" ({_span(interval)} of {flags.bootstrap:,} resamples)" if interval else ""
+        lines.append(
+            f"mean average precision {report['mean_average_precision']:.2%}{within} over {report['classes_with_samples']:,} classes"
+        )
+    if flags.per_class:
+        rows = [("class", "samples", "right", "accuracy", "precision", "most confused with")]
+        for of_class in report["classes"]:
+            worst = f"{of_class['confused_with']} ({of_class['confused']:,})" if of_class["confused"] else ""
+            shares = [f"{share:.2%}" if share is not None else "" for share in (of_class["accuracy"], of_class["average_precision"])]
+            rows.append((of_class["name"], f"{of_class['samples']:,}", f"{of_class['right']:,}", *shares, worst))
+        lines += ["", *_columns(rows)]
+    if flags.confusions:
+        pairs = [(of["name"], of["guess_name"], f"{of['samples']:,}") for of in report["confusions"][: flags.confusions]]
+        lines += ["", *_columns([("class", "taken for", "samples"), *pairs])]
+    return lines
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.2%} to {interval[1]:.2%}"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

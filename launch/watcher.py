@@ -1,0 +1,80 @@
+"""`vitscale evaluate --watch`: each checkpoint of a live run is measured as it comes, and noted in RUN/evaluations.jsonl.
+
+Where it stands: `vitscale.watch` says which checkpoint is next, `evaluation.py` measures it.
+"""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launch.evaluation import measure
+from launch.evaluation_tables import asked_of, headline
+from launch.question import EvaluateFlags, check_inputs, identity
+from launch.terminal import need
+
+_CURVES = ("top1", "top5", "loss", "calibration_error", "real_top1", "mean_average_precision")  # named as those that the run draws itself
+
+
+def watch(flags: EvaluateFlags) -> None:
+    """Evaluates each durable checkpoint of a run as it comes, oldest first, none twice, until the run is finished or a signal says stop.
+
+    A stop leaves nothing half written, and the same command goes on. A checkpoint that the run removes meanwhile, and one that is damaged,
+    are told of and left out.
+    """
+    from vitscale.ending import EXIT_STOPPED
+    from vitscale.metrics import open_board
+    from vitscale.run import read_evaluations
+    from vitscale.watch import follow, note, recording
+
+    run = check_inputs(flags)
+    need("torch", "safetensors")
+    same = identity(flags)
+    terminated: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        terminated.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        with recording(run) as file:
+            done = {line["commit"] for line in read_evaluations(run) if same.items() <= line.items()}
+            board = open_board(run / "tensorboard" / f"evaluate-{same['dataset'][:12]}")
+            for folder, commit in follow(run, done, flags.interval):
+                done.add(commit)
+                report = measure_of_run(flags, folder)
+                if isinstance(report, str):
+                    print(f"warning: {report}; going on", file=sys.stderr, flush=True)
+                    continue
+                line = {"time": time.time(), "commit": commit} | asked_of(report, flags) | same
+                note(file, line)
+                if board is not None:
+                    for name in _CURVES:
+                        if line.get(name) is not None:
+                            board.add_scalar(f"eval_{name}", line[name], line["step"])
+                    board.flush()
+                print(json.dumps(line) if flags.json else f"step {line['step']}: {', '.join(headline(report))}", flush=True)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on with what {run} has written since", file=sys.stderr)
+        sys.exit(EXIT_STOPPED if terminated else 130)
+    if not flags.json:
+        print(f"{run} is finished, and all its checkpoints are evaluated")
+
+
+def measure_of_run(flags: EvaluateFlags, folder: Path) -> dict[str, Any] | str:
+    """The report on a checkpoint of a live run, or why there is none: it is damaged, or the run removed it meanwhile."""
+    from data_tools.errors import UserError
+    from vitscale.checkpoint import verify
+
+    problem: dict[str, Any] | str | None = None
+    try:
+        problem = verify(folder) or measure(flags, folder)
+    except (UserError, OSError):
+        if (folder / "COMMIT.json").is_file():
+            raise
+    there = (folder / "COMMIT.json").is_file() or isinstance(problem, dict)
+    return problem if problem and there else f"{folder} was removed before it was evaluated"
