@@ -53,15 +53,17 @@ def report_lines(report: Mapping[str, Any], flags: EvaluateFlags) -> list[str]:
             f"mean average precision {report['mean_average_precision']:.2%}{within} over {report['classes_with_samples']:,} classes"
         )
     if flags.per_class:
-        rows = [("class", "samples", "right", "accuracy", "precision", "most confused with")]
+        precision = report["mean_average_precision"] is not None
+        rows = [("class", "samples", "right", "accuracy", *["precision"] * precision, "most confused with")]
         for of_class in report["classes"]:
             worst = f"{of_class['confused_with']} ({of_class['confused']:,})" if of_class["confused"] else ""
-            shares = [f"{share:.2%}" if share is not None else "" for share in (of_class["accuracy"], of_class["average_precision"])]
+            measured = (of_class["accuracy"], *[of_class["average_precision"]] * precision)
+            shares = [f"{share:.2%}" if share is not None else "" for share in measured]
             rows.append((of_class["name"], f"{of_class['samples']:,}", f"{of_class['right']:,}", *shares, worst))
         lines += ["", *_columns(rows)]
     if flags.confusions:
         pairs = [(of["name"], of["guess_name"], f"{of['samples']:,}") for of in report["confusions"][: flags.confusions]]
-        lines += ["", *_columns([("class", "taken for", "samples"), *pairs])]
+        lines += ["", *(_columns([("class", "taken for", "samples"), *pairs]) if pairs else ["no class is taken for another"])]
     return lines
 
 

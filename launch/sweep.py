@@ -26,6 +26,7 @@ from launch.local import start
 from launch.terminal import LaunchError, print_json
 from vitscale.config import FinetuneConfig, TrainConfig
 from vitscale.ending import Cause
+from vitscale.intervals import wilson
 from vitscale.resolve import resolve
 from vitscale.run import check_directory, check_start, has_begun, is_finished, read_config, read_metrics, write_json
 from vitscale.status import status
@@ -125,9 +126,13 @@ def table(trials: Sequence[Trial], share: float) -> str:
     samples = max(trial.samples for trial in trials)
     best = max((trial.top1 for trial in trials if trial.top1 is not None), default=None)
     chosen = best_of(trials) if best is not None and all(trial.state != "unfinished" for trial in trials) else None
-    lines = [f"{'peak lr':>9}{'top-1':>9}{'loss':>9}   on {samples:,} held-out samples ({share:g} of the training split)"]
+    head = f"{'peak lr':>9}{'top-1':>9}{'95% of another draw':>21}{'loss':>9}"
+    lines = [f"{head}   on {samples:,} held-out samples ({share:g} of the training split)"]
     for trial in trials:
-        found = f"{trial.top1:>9.2%}{trial.loss:>9.4f}" if trial.top1 is not None else f"{trial.state:>18}"
+        found = f"{trial.state:>39}"
+        if trial.top1 is not None:
+            low, high = wilson(round(trial.top1 * trial.samples), trial.samples)
+            found = f"{trial.top1:>9.2%}{f'{low:.1%} to {high:.1%}':>21}{trial.loss:>9.4f}"
         lines.append(f"{trial.peak_lr:>9g}{found}   {trial.run}{'  best' if trial == chosen else ''}")
     return "\n".join(lines)
 
@@ -186,8 +191,8 @@ def check_alike(configs: Sequence[TrainConfig]) -> None:
     if len(folders) > 1:
         (one, of_one), (other, of_other), *_ = folders.items()
         raise SweepError(
-            f"{of_one} began from {one}, and {of_other} is to begin from {other}; --init {Path(one).parent.parent}@STEP names one "
-            "checkpoint whatever comes after it"
+            f"{of_one} began from {one}, and {of_other} is to begin from {other}; give another --out, and an --init that "
+            "stays: a run that is finished, or an export of the checkpoint"
         )
 
 

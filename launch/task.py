@@ -59,6 +59,7 @@ def environment(slurm: Mapping[str, str], cpus: int) -> dict[str, str]:
         "MASTER_ADDR": slurm["SLURM_LAUNCH_NODE_IPADDR"],  # of the first node, whose batch shell runs srun and whose first task is rank 0
         "MASTER_PORT": str(rendezvous_port(*(slurm.get(name, "") for name in _START))),
         "OMP_NUM_THREADS": slurm.get("OMP_NUM_THREADS", str(max(1, threads))),
+        "GOMP_SPINCOUNT": slurm.get("GOMP_SPINCOUNT", "1000"),  # `main.share_cores` says why
     }
 
 

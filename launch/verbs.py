@@ -98,6 +98,8 @@ def finetune_flags(words: list[str]) -> FinetuneFlags:
     flags = parse(FinetuneFlags, rest, f"finetune {name}", FinetuneFlags(default), f"Recipe {name}. {recipe_doc(name, FINETUNE)}")
     if flags.sweep is not None and given(rest, "optimizer.peak-lr"):
         raise UsageError("--sweep chooses the peak learning rate; leave out --optimizer.peak-lr")
+    if flags.sweep is not None and given(rest, "holdout") and not flags.config.holdout:
+        raise UsageError("--sweep with --holdout 0 has nothing to compare rates on; --holdout 0.1 works, as leaving it out does")
     return dataclasses.replace(flags, config=settle_length(flags.config, given(rest, "epochs", "steps")))
 
 

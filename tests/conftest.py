@@ -1,6 +1,7 @@
 """What tests of several packages share: a small packed dataset of real pixels and a configuration that trains on it in a second."""
 
 import dataclasses
+import os
 import signal
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from vitscale.config import (
 )
 
 NUM_CLASSES = 5
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # tests share cores; `launch.main.share_cores` says why, for processes of the command
 
 # Tests that run in the background of a shell are started with Ctrl-C ignored, and would hand that down to what they interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

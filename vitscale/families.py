@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from vitscale.config import Format
 
+INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}
 CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711), "interpolation": "bicubic"}
 CENTRAL = 0.999999  # an eval_crop of all of the short side, which 1, the whole image squashed, is not
@@ -175,7 +176,11 @@ FAMILIES: Mapping[Format, Family] = {
         preprocess=CLIP | {"eval_crop": CENTRAL},
     ),
     "hf_vit": _hugging_face(
-        "patch_embeddings.projection", _HF_VIT, {"layer_norm_eps": 1e-12}, has={"encoder.layer.0.layernorm_before.weight"}
+        "patch_embeddings.projection",
+        _HF_VIT,
+        {"layer_norm_eps": 1e-12},
+        has={"encoder.layer.0.layernorm_before.weight"},
+        preprocess=INCEPTION | {"interpolation": "bilinear", "eval_crop": 1.0},  # ViTImageProcessor's own
     ),
     "hf_vit_mae": _hugging_face(
         "patch_embeddings.projection",
@@ -200,6 +205,7 @@ FAMILIES: Mapping[Format, Family] = {
         has={"embeddings.position_embedding.weight"},
         lacks=frozenset({"embeddings.class_embedding"}),
         of_clip=True,
+        preprocess=INCEPTION | {"interpolation": "bicubic", "eval_crop": 1.0},  # SiglipImageProcessor's own
     ),
     "hf_clip": _hugging_face(
         "patch_embedding",

@@ -26,6 +26,10 @@ def find_checkpoint(spec: str) -> Path:
         if not path.exists():
             steps = [folder.name.removeprefix("step-").lstrip("0") or "0" for folder in committed(Path(run))]
             raise CheckpointError(f"{run} has no checkpoint of step {int(step)}; {_there_are(steps)}")
+    if not path.exists() and path.parent.name == "checkpoints" and (there := committed(path.parent.parent)):
+        raise CheckpointError(
+            f"{spec} does not exist (a run keeps its newest ones); {_there_are([str(step_of(folder)) for folder in there])}"
+        )
     if not path.exists():
         raise CheckpointError(f"{spec} does not exist; a checkpoint is a run, RUN@STEP, RUN@best, a step's folder or an exported folder")
     if path.is_file():

@@ -18,7 +18,7 @@ def check_head(description: Description, dataset: Dataset) -> None:
     if description.model.num_classes != dataset.num_classes:
         raise CheckpointError(
             f"{description.path} has a head of {description.model.num_classes} classes, {dataset.path} has {dataset.num_classes}; "
-            "fine-tune the checkpoint on these classes first"
+            "fine-tune the checkpoint on these classes first, or see what its features are worth: --protocol fewshot, linear or knn"
         )
     if description.class_names != dataset.class_names:
         names = ["no class names" if not of.class_names else f"{of.class_names[0]}, ..." for of in (description, dataset)]

@@ -75,13 +75,20 @@ def probe(
     return ProbeReport(protocol, of_train.features_ND.shape[1], train.num_classes, len(of_train), len(of_test), skipped, removed, results)
 
 
+_INTERVALS = {  # what they cover, which two accuracies that are compared must share
+    "fewshot": "Student's t of other draws of shots, on these test samples",
+    "linear": "Wilson's of other test samples",
+    "knn": "Wilson's of other test samples",
+}
+
+
 def lines(report: ProbeReport) -> list[str]:
     """The report for a terminal."""
     left_out = f", {report.skipped:,} more could not be read" if report.skipped else ""
     left_out += f", overlays remove {report.removed:,}" if report.removed else ""
     return [
         f"{report.width:,} features of {report.train_samples:,} training and {report.test_samples:,} test samples of "
-        f"{report.num_classes:,} classes{left_out}; in brackets 95% intervals:",
+        f"{report.num_classes:,} classes{left_out}; in brackets 95% intervals, {_INTERVALS[report.protocol]}:",
         *(line for result in report.results for line in _lines_of(result)),
     ]
 

@@ -228,7 +228,8 @@ def read_preprocess(
         ) from None
     if assumed and overrides.mean is None:
         assumed = [
-            f"preprocessing ({assumed[0]}: mean {found.mean}, deviation {found.std}, {found.interpolation}, crop {found.eval_crop:g})"
+            f"preprocessing ({assumed[0]}: mean {found.mean}, deviation {found.std}, {found.interpolation}, crop {found.eval_crop:g}; "
+            "--mean, --std, --interpolation and --eval-crop say others)"
         ]
     return found, assumed
 

@@ -154,7 +154,9 @@ def safetensors_entries(path: Path) -> dict[str, Entry]:
         width = _DTYPES[dtype].itemsize if dtype in _DTYPES else _OTHER_BYTES[dtype]
         if not all(type(number) is int and 0 <= number < 2**48 for number in (*shape, begin, end)) or len(shape) > 8:
             raise ValueError(f"{name:.100} has shape {shape!r:.100}")
-        if end - begin != math.prod(shape) * width or not 8 + length + end <= size:
+        if 8 + length + end > size:
+            raise ValueError(f"it has {size:,} bytes and says {name:.100} ends at {8 + length + end:,}: it is cut short; copy it again")
+        if end - begin != math.prod(shape) * width:
             raise ValueError(f"{name:.100} of shape {shape} lies at bytes {begin} to {end}, which cannot be")
         entries[name] = Entry(dtype, tuple(shape), 8 + length + begin, end - begin)
     at = 8 + length

@@ -63,7 +63,11 @@ def test_the_best_is_of_top1_then_loss_then_the_lower_rate() -> None:
     with pytest.raises(SweepError, match=r"every trial of --sweep 1 diverged; .* --sweep 0.1"):
         best_of([diverged])
     lines = table([trial(0.1, 0.5, 9.0), trial(0.2, 0.61, 1.0), diverged], 0.1).splitlines()
-    assert [line.split()[:3] for line in lines[1:]] == [["0.1", "50.00%", "9.0000"], ["0.2", "61.00%", "1.0000"], ["1", "diverged", "lr-1"]]
+    assert [line.split()[:6] for line in lines[1:]] == [
+        ["0.1", "50.00%", "40.4%", "to", "59.6%", "9.0000"],  # Wilson's of 50 and 61 in 100
+        ["0.2", "61.00%", "51.2%", "to", "70.0%", "1.0000"],
+        ["1", "diverged", "lr-1"],
+    ]
     assert [line.endswith("best") for line in lines] == [False, False, True, False]
 
 
@@ -74,10 +78,12 @@ def test_what_cannot_be_swept_is_refused() -> None:
             grid_of(asked, odd)
     with pytest.raises(UsageError, match="would never be evaluated"):
         grid_of(dataclasses.replace(asked, eval_data="none"), (0.1,))
+    with pytest.raises(UsageError, match=r"--holdout 0\.1 works"):
+        finetune_flags(["tiny-finetune", "--sweep", "0.1", "--holdout", "0"])
     with pytest.raises(UsageError, match=r"leave out --optimizer\.peak-lr"):
         finetune_flags(["tiny-finetune", "--sweep", "0.1", "--optimizer.peak-lr", "0.2"])
     runs = [TrainConfig(out=out, init=InitConfig("run", "average", "timm", f"run/checkpoints/{folder}")) for out, folder in ("ab", "cd")]
-    with pytest.raises(SweepError, match="a began from run/checkpoints/b, and c is to begin from run/checkpoints/d; --init run@STEP"):
+    with pytest.raises(SweepError, match="a began from run/checkpoints/b, and c is to begin from run/checkpoints/d; give another --out"):
         check_alike(runs)
 
 

@@ -490,7 +490,8 @@ def test_an_import_verifies_and_says_where_it_comes_from(tmp_path: Path) -> None
     assert all(found["holds"] for found in verify_export(description, "cpu", "fp32"))
     card = (tmp_path / "ours" / "README.md").read_text()
     assert all(
-        words in card for words in ("imported into vitscale", description.origin["sha256"], "layer_norm_eps 1e-06 (timm's)", "license: mit")
+        words in card
+        for words in ("imported into vitscale", description.origin["sha256"], "layer_norm_eps 1e-06 (timm's)", 'license: "mit"')
     )
     assert "trained with vitscale" not in card
     with pytest.raises(CheckpointError, match="2 class names for a head of 3 classes"):
