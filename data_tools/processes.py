@@ -1,4 +1,4 @@
-"""Work shared out to processes that end with the one that started them.
+"""Work shared out to processes that end with the one that started them, and what processes on shared cores are told.
 
 Where it stands: `pack.py` writes shards with it, `index.py` reads tars, `dedup.py` hashes pictures.
 """
@@ -10,13 +10,23 @@ import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Tell = Callable[[int], None]  # is called for each step of the work, with a number to add up
 Work = Callable[[Item, Tell], object]
+
+
+def spin_little(environment: Mapping[str, str]) -> dict[str, str]:
+    """What to add to an environment for OpenMP's threads to give way soon where others want their cores; nothing where the user has a say.
+
+    libgomp, which torch's wheels bring, has a thread that waits spin for 300,000 rounds before it sleeps (GOMP_SPINCOUNT in its manual).
+    Where two processes share cores, as ranks, loaders and other people's jobs do, each waits so for threads of the other, and both crawl
+    (docs/log.md).
+    """
+    return {} if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & environment.keys() else {"GOMP_SPINCOUNT": "1000"}
 
 
 def in_processes(count: int, work: Work[Item], todo: Sequence[Item], tell: Callable[[int, int], None]) -> None:

@@ -11,6 +11,7 @@ import sys
 import traceback
 
 from data_tools.errors import UserError
+from data_tools.processes import spin_little
 from launch import terminal, verbs
 from launch.flags import UsageError, parse
 from launch.terminal import LaunchError
@@ -19,7 +20,7 @@ from launch.terminal import LaunchError
 def main() -> None:
     """The entry point of the `vitscale` command."""
     debug = "--debug" in sys.argv
-    share_cores()
+    os.environ.update(spin_little(os.environ))
     try:
         dispatch([word for word in sys.argv[1:] if word != "--debug"])
     except KeyboardInterrupt:
@@ -62,16 +63,6 @@ def doctor(words: list[str]) -> None:
 
 
 VERBS = verbs.VERBS | {"submit": submit, "doctor": doctor, "quickstart": quickstart}  # apart from the others: they go through them
-
-
-def share_cores() -> None:
-    """Has OpenMP's threads give way soon where others want their cores, unless the user says otherwise.
-
-    libgomp, which torch's wheels bring, has a thread spin for long before it sleeps: where two processes share
-    cores, as ranks, loaders and other people's jobs do, each waits for threads of the other, and both crawl. 1000 rounds are its own choice
-    where it knows of more threads than cores.
-    """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def dispatch(words: list[str]) -> None:

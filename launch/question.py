@@ -107,6 +107,8 @@ def check_inputs(flags: EvaluateFlags) -> Path:
     from vitscale.inputs import check_head, check_probe
     from vitscale.run import read_record
 
+    if flags.out and (not Path(flags.out).parent.is_dir() or Path(flags.out).is_dir()):
+        raise UsageError(f"out={flags.out} is to be a file in a folder that is there")
     folder = Path(flags.checkpoint)
     if not flags.watch:
         folder = find_checkpoint(flags.checkpoint)

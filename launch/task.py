@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
+from data_tools.processes import spin_little
 from vitscale import stopping
 
 
@@ -59,8 +60,7 @@ def environment(slurm: Mapping[str, str], cpus: int) -> dict[str, str]:
         "MASTER_ADDR": slurm["SLURM_LAUNCH_NODE_IPADDR"],  # of the first node, whose batch shell runs srun and whose first task is rank 0
         "MASTER_PORT": str(rendezvous_port(*(slurm.get(name, "") for name in _START))),
         "OMP_NUM_THREADS": slurm.get("OMP_NUM_THREADS", str(max(1, threads))),
-        "GOMP_SPINCOUNT": slurm.get("GOMP_SPINCOUNT", "1000"),  # `main.share_cores` says why
-    }
+    } | spin_little(slurm)
 
 
 # What all ranks of a start share and no other start has; the port is srun's own, so that clusters on one machine differ, too

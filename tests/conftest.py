@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_tools.config import PackConfig
 from data_tools.pack import pack
+from data_tools.processes import spin_little
 from vitscale.config import (
     EngineConfig,
     OptimizerConfig,
@@ -23,7 +24,7 @@ from vitscale.config import (
 
 NUM_CLASSES = 5
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # tests share cores; `launch.main.share_cores` says why, for processes of the command
+os.environ.update(spin_little(os.environ))  # before torch is there, for tests share cores
 
 # Tests that run in the background of a shell are started with Ctrl-C ignored, and would hand that down to what they interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -26,8 +26,8 @@ _FILES = {
     "verify.py": "holds the library to the certificate",
     "certificate": "twenty images rendered from a seed (nobody's; free to use) and what the model says of them",
     "vitscale.json": "what vitscale reads, where the folder is given to it as a checkpoint",
-    "SHA256SUMS": "of all files; `sha256sum -c SHA256SUMS`",
-    "COMMIT.json": "the same for vitscale",
+    "SHA256SUMS": "of all files but this one, which may be written on; `sha256sum -c SHA256SUMS`",
+    "COMMIT.json": "sizes and checksums of them for vitscale",
 }
 
 
@@ -51,7 +51,7 @@ def model_card(
         "\n".join(["```python", *_loading(library, target, certificate, multi_label=multi_label), "```"]),
         *_outputs(library, target),
         "`python verify.py` holds that library to what the trained model said of twenty images and of seeded tensors (`certificate/`), "
-        f"and every file to its SHA-256 sum; it needs torch{_needs(library)}.",
+        f"and the files to their SHA-256 sums; it needs {_needs(library)}.",
         "## Preprocessing",
         _preprocessing(model.image_size, preprocess),
         *_classes(description),
@@ -103,7 +103,9 @@ def _head(num_classes: int, multi_label: bool) -> str:
 
 
 def _needs(library: str) -> str:
-    return {"timm": " and timm", "npz": " and timm, which reads npz, too", "hf": " and transformers", "safetensors": " alone"}[library]
+    """Packages for loading and verifying."""
+    of_library = {"timm": "timm", "npz": "timm, which reads npz, too", "hf": "transformers", "safetensors": "nothing else"}[library]
+    return f"torch, numpy, pillow, safetensors and {of_library}"
 
 
 # -- Code ---------------------------------------------------------------------------------------------------------------------------------

@@ -170,12 +170,12 @@ def check_model(model: ViTConfig) -> None:
 def check_bounds(model: ViTConfig) -> None:
     """Raises ValueError on a model, read from a file, that nobody could build, before anybody tries."""
     if model.depth > _DEEPEST:
-        raise ValueError(f"model.depth is {model.depth}, which no model has")
+        raise ValueError(f"model.depth is {model.depth}, and no model has more than {_DEEPEST} blocks")
     if not 0 < model.layer_norm_eps < 1:
-        raise ValueError(f"model.layer_norm_eps is {model.layer_norm_eps}, which no model has")
+        raise ValueError(f"model.layer_norm_eps is {model.layer_norm_eps}, and must lie in (0, 1)")
     for name, value in flatten(dataclasses.asdict(model)).items():
         if any(isinstance(number, int) and number > _LARGEST for number in (value if isinstance(value, tuple) else (value,))):
-            raise ValueError(f"model.{name} is {value!r:.50}, which no model has")
+            raise ValueError(f"model.{name} is {value!r:.50}, and nothing in a model is above {_LARGEST}")
 
 
 def _check_freeze(config: TrainConfig) -> None:
@@ -308,7 +308,7 @@ def _check_ranges(config: TrainConfig) -> None:
 
 def crop_problem(crop: float, name: str) -> str:
     """Why an `eval_crop`, given by this name, cannot be; empty where it can."""
-    return "" if 0.1 <= crop <= 1 else f"{name}={crop:g} must lie in [0.1, 1]"
+    return "" if 0.1 <= crop <= 1 else f"{name}={crop:g} must lie in [0.1, 1]; 0.875 is usual, 1 is the whole image"
 
 
 def _listed(numbers: tuple[float, ...]) -> str:

@@ -32,6 +32,15 @@ from vitscale.errors import CheckpointError
 FORMAT_VERSION = 1
 EXPORT_DESCRIPTION = "vitscale.json"  # what an exported folder holds in place of checkpoint.json
 WEIGHT, AVERAGE = "weight", "average"  # kinds of tensors, beside the optimizer's moments
+# What an export's origin holds that is not a word: an object or a list, and of what
+_ORIGIN: dict[str, tuple[type, Any]] = {
+    "results": (dict, (int, float)),
+    "evaluated_on": (dict, (str, int)),
+    "versions": (dict, str),
+    "left_out": (dict, str),
+    "datasets": (list, dict),
+    "assumed": (list, str),
+}
 _STEP_FOLDER = re.compile(r"step-\d{8,18}")
 _FILE_NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)  # of files in a checkpoint: no path, and not hidden
 _EXPORTED_NAME = re.compile(r"(?:certificate/)?\w[\w.-]{0,99}", re.ASCII)  # and in an export
@@ -270,9 +279,22 @@ def _read_exported(values: dict[str, Any]) -> Exported:
     if not (isinstance(weights, str) and _FILE_NAME.fullmatch(weights)):
         raise ValueError(f"{weights!r:.100} is not the name of a file in the folder")
     origin = values.get("origin", {})
+    _check_origin(origin)
+    return Exported(form, prefix, weights, origin)
+
+
+def _check_origin(origin: Any) -> None:
+    """Raises ValueError where an origin is not made as `origin.py` and `adopt.py` make it, which model cards are written from."""
     if not isinstance(origin, dict):
         raise ValueError("origin is no object")
-    return Exported(form, prefix, weights, origin)
+    for name, (made, of) in _ORIGIN.items():
+        value = origin.get(name, made())
+        inner = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, made) or not all(isinstance(one, of) for one in inner):
+            raise ValueError(f"origin.{name} is {value!r:.50}, and not what an export says of it")
+    for name in ("step", "samples_seen"):
+        if not _is_count(origin.get(name, 0)):
+            raise ValueError(f"origin.{name} is {origin[name]!r:.50}, not a number of things")
 
 
 def _read_entries(tensors: Any) -> tuple[TensorEntry, ...]:

@@ -65,8 +65,8 @@ def export(
         raise CheckpointError(f"{out} exists; give a folder that does not")
     kind = description.preferred(kind)
     model = description.model
-    if headless or model.num_classes == 0:
-        model = dataclasses.replace(model, num_classes=0, representation_size=0 if headless else model.representation_size)
+    if headless:
+        model = dataclasses.replace(model, num_classes=0, representation_size=0)
     class_names = description.class_names if model.num_classes else None
     multi_label = description.objective.kind == "sigmoid"
     wanted = target(to, model, description.preprocess, class_names, multi_label=multi_label, bf16=dtype == "bf16")

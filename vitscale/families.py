@@ -1,7 +1,8 @@
 """What the field's formats are, an entry each: what their files are known by, call otherwise than we do, and leave unsaid.
 
 Where it stands: `formats.py` lays tensors out by it, `recognise.py` and `sidecars.py` tell by it what a file is. A new format is an entry
-here with its names, and in `formats.py` what of its layout no other has. Sources: timm/models/vision_transformer.py,
+here with its names; what of its layout no other has is in `formats.py`, what may be left out of its files in `recognise.py`, what its JSON
+files say in `sidecars.py`. Sources: timm/models/vision_transformer.py,
 google-research/big_vision (models/vit.py) and vision_transformer (vit_jax/models_vit.py), transformers' modeling and configuration files,
 facebookresearch/dinov2 and mae, openai/CLIP.
 """

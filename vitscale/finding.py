@@ -24,7 +24,7 @@ def find_checkpoint(spec: str) -> Path:
     if not path.exists() and at and step.isdigit():
         path = step_folder(Path(run), int(step))
         if not path.exists():
-            steps = [folder.name.removeprefix("step-").lstrip("0") or "0" for folder in committed(Path(run))]
+            steps = [str(step_of(folder)) for folder in committed(Path(run))]
             raise CheckpointError(f"{run} has no checkpoint of step {int(step)}; {_there_are(steps)}")
     if not path.exists() and path.parent.name == "checkpoints" and (there := committed(path.parent.parent)):
         raise CheckpointError(

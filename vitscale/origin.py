@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UserError
-from vitscale.checkpoint import AVERAGE, WEIGHT, Description
+from vitscale.checkpoint import AVERAGE, WEIGHT, Description, step_of
 from vitscale.config import TrainConfig
 from vitscale.run import read_config, read_metrics, read_record, trained_datasets
 
@@ -66,4 +66,4 @@ def _named(of: dict[str, Any]) -> dict[str, Any]:
 def _name_of(checkpoint: str) -> str:
     """What a CHECKPOINT is called, without where it lies."""
     path = Path(checkpoint)
-    return f"{path.parent.parent.name}@{path.name.removeprefix('step-').lstrip('0')}" if path.parent.name == "checkpoints" else path.name
+    return f"{path.parent.parent.name}@{step_of(path)}" if path.parent.name == "checkpoints" else path.name

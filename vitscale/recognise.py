@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vitscale.anatomy import Facts, facts_of, sides
-from vitscale.check import check_bounds, check_model
+from vitscale.check import check_bounds, check_model, crop_problem
 from vitscale.config import UNREADABLE, ConfigError, Format, ImportConfig, PreprocessConfig, ViTConfig
 from vitscale.errors import CheckpointError
 from vitscale.families import FAMILIES
@@ -98,8 +98,8 @@ def _check_overrides(overrides: ImportConfig) -> None:
         raise ConfigError(f"layer_norm_eps={overrides.layer_norm_eps:g} must lie in (0, 1), as 1e-6 does")
     if overrides.num_heads is not None and overrides.num_heads < 1:
         raise ConfigError(f"num_heads={overrides.num_heads} must be at least 1")
-    if overrides.eval_crop is not None and not 0.1 <= overrides.eval_crop <= 1:
-        raise ConfigError(f"eval_crop={overrides.eval_crop:g} must lie in [0.1, 1]")
+    if overrides.eval_crop is not None and (problem := crop_problem(overrides.eval_crop, "eval_crop")):
+        raise ConfigError(problem)
     for name, values in (("mean", overrides.mean), ("std", overrides.std)):
         if values is not None and not all(0 <= value <= 1 for value in values):
             raise ConfigError(f"{name}={values} must lie in [0, 1], for pixels do; 114 of 255 is 0.447")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vitscale.anatomy import Facts
+from vitscale.check import crop_problem
 from vitscale.config import UNREADABLE, Format, ImportConfig, PreprocessConfig, ViTConfig
 from vitscale.errors import CheckpointError
 from vitscale.families import CENTRAL, CLIP, FAMILIES, IMAGENET
@@ -203,34 +204,33 @@ def read_preprocess(
     """
     family = FAMILIES[form]
     stated: dict[str, Any] = dict(IMAGENET if is_metas else family.preprocess)
-    assumed = ["ImageNet's" if is_metas else "its family's" if stated else "vitscale's own"]
+    whose = "ImageNet's" if is_metas else "its family's" if stated else "vitscale's own"
     config, processor = sidecars.get("config.json", {}), sidecars.get("preprocessor_config.json", {})
     try:
         if "pretrained_cfg" in config or ("architecture" in config and "mean" in config):
             cfg = config.get("pretrained_cfg", config)
-            stated, assumed = _timm_views(cfg), []
+            stated, whose = _timm_views(cfg), ""
         elif "image_mean" in processor and family.config is not None:
-            stated, assumed = _processor_views(processor), []
+            stated, whose = _processor_views(processor), ""
         elif clip := sidecars.get("open_clip_config.json", {}).get("preprocess_cfg", {}):
-            stated, assumed = _clip_views(clip), []
+            stated, whose = _clip_views(clip), ""
         stated |= {f.name: value for f in fields(PreprocessConfig) if (value := getattr(overrides, f.name, None)) is not None}
         found = PreprocessConfig(**stated)
         if not (
             len(found.mean) == len(found.std) == 3
             and min(found.std) > 0
             and found.interpolation in ("bilinear", "bicubic")
-            and 0.1 <= found.eval_crop <= 1
+            and not crop_problem(found.eval_crop, "")
         ):
             raise ValueError(f"mean {found.mean}, std {found.std}, {found.interpolation}, crop {found.eval_crop} make no preprocessing")
     except UNREADABLE as error:
         raise CheckpointError(
             f"{where}: what lies beside the weights says no preprocessing ({' '.join(str(error).split())[:200]})"
         ) from None
-    if assumed and overrides.mean is None:
-        assumed = [
-            f"preprocessing ({assumed[0]}: mean {found.mean}, deviation {found.std}, {found.interpolation}, crop {found.eval_crop:g}; "
-            "--mean, --std, --interpolation and --eval-crop say others)"
-        ]
+    taken = {name: getattr(found, name) for name in ("mean", "std", "interpolation", "eval_crop") if getattr(overrides, name) is None}
+    words = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in taken.items())
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in taken)
+    assumed = [f"preprocessing ({whose}: {words}; {flags} would say another)"] if whose and taken else []
     return found, assumed
 
 

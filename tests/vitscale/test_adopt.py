@@ -486,6 +486,9 @@ def test_an_import_verifies_and_says_where_it_comes_from(tmp_path: Path) -> None
     description = describe(find_checkpoint(str(tmp_path / "ours")))
     assert (description.class_names, description.preprocess.mean, description.preprocess.eval_crop) == (names, (0.1, 0.2, 0.3), 0.9)
     assert description.origin["imported_from"] == "model.safetensors"
+    assert [words for words in description.origin["assumed"] if words.startswith("preprocessing")] == [  # mean and crop were given
+        "preprocessing (vitscale's own: std (0.5, 0.5, 0.5), interpolation bilinear; --std, --interpolation would say another)"
+    ]
     assert len(description.origin["sha256"]) == 64
     assert all(found["holds"] for found in verify_export(description, "cpu", "fp32"))
     card = (tmp_path / "ours" / "README.md").read_text()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.vitscale.models import (
     cotangent,
@@ -368,6 +368,39 @@ def test_what_it_is_held_to_is_held_to_its_sum(tmp_path: Path, name: str, fault:
     ran = subprocess.run([sys.executable, out / "verify.py"], capture_output=True, text=True)
     assert ran.returncode == 1, ran.stderr
     assert ran.stdout.startswith("FAILED ")
+
+
+@pytest.mark.parametrize(("to", "package"), [("safetensors", "safetensors.torch"), ("safetensors", "numpy"), ("hf", "transformers")])
+def test_a_package_that_is_missing_is_told_in_a_line(tmp_path: Path, to: str, package: str) -> None:
+    out = exported(tmp_path, random_vit(SMALL), to)
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = ['verify.py']; runpy.run_path('verify.py', run_name='__main__')"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=out, capture_output=True, text=True)
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stdout.startswith(f"NOT CHECKED: {package.partition('.')[0]}")
+
+
+def test_a_tensor_that_transformers_does_not_find_is_told_in_a_line(tmp_path: Path) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "hf")
+    tensors = load_file(out / "model.safetensors")
+    del tensors["classifier.bias"]
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    summed_again(out, "model.safetensors")
+    found = replay(out)
+    assert not found["holds"]
+    assert any(line.startswith("FAILED transformers") and "classifier.bias" in line for line in found["lines"]), found["lines"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("results", 5), ("results", {"eval_top1": "high"}), ("datasets", [1]), ("left_out", 5), ("versions", [1]), ("samples_seen", -1)],
+)
+def test_an_origin_that_is_none_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    values = json.loads((out / "vitscale.json").read_text())
+    values["origin"][name] = value
+    (out / "vitscale.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=f"origin.{name} is "):
+        describe(out)
 
 
 @pytest.mark.parametrize("to", ["hf", pytest.param("timm", marks=pytest.mark.peers)])

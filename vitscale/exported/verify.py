@@ -5,23 +5,34 @@
 
 It needs torch and the library that the export is for, timm or transformers; what lies in `certificate/` it holds that library to: of twenty
 images the pixels that the model sees, and of these and of seeded tensors logits, pooled features and patch tokens. Exit status 0 where all
-is as it was trained, 1 where not, 2 where it cannot be checked because the library is missing. Documents may be added and README.md be
+is as it was trained, 1 where not, 2 where it cannot be checked because a package is missing. Documents may be added and README.md be
 changed, for hubs want that, and nothing is computed by them.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 import types
+from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from safetensors.torch import load_file
+try:
+    import numpy as np
+    import torch
+    from PIL import Image
+    from safetensors.torch import load_file
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"NOT CHECKED: {error.name} is not installed; `pip install torch numpy pillow safetensors` and the export's library have all")
+    sys.exit(2)
 
-DOCUMENTS = (".md", ".txt", "")  # LICENSE has no suffix
+# The export in its library: outputs of images (1, 3, H, W) by name, the view (3, H, W) of a picture or None, the name of the library, the
+# epsilons of its LayerNorms, its names of the classes or None
+Loaded = namedtuple("Loaded", ["outputs", "view", "library", "epsilons", "class_names"])
+DOCUMENTS = (".md", ".txt")  # and a licence
 
 
 def main() -> None:
@@ -34,7 +45,7 @@ def main() -> None:
     try:
         found = replay(flags.folder, flags.device, flags.precision)
     except ModuleNotFoundError as error:
-        print(f"NOT CHECKED: {error.name} is not installed here, which this export is for; its files have their SHA-256 sums")
+        print(f"NOT CHECKED: {error.name} is not installed, which loading needs (`pip install {error.name}`); the SHA-256 sums hold")
         sys.exit(2)
     print("\n".join(found["lines"]))
     sys.exit(0 if found["holds"] else 1)
@@ -44,24 +55,27 @@ def replay(folder, device="cpu", precision="fp32"):
     """What a library makes of an export: `lines` to print, whether all `holds`, and the measured `differences`."""
     folder = Path(folder)
     if faults := list(wrong_sums(folder)):  # first, for nothing of a damaged file can be told
-        return {"lines": [f"FAILED {fault}" for fault in faults], "holds": False, "differences": {}}
+        return failed(faults)
     about = json.loads((folder / "certificate" / "certificate.json").read_text())
     expected = load_file(folder / "certificate" / "expected.safetensors")
     lines = [f"{sum(1 for _ in sums(folder))} files have their SHA-256 sums"]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     loader = {"timm": in_timm, "npz": npz_in_timm, "hf": in_transformers, "safetensors": in_torch}[about["library"]]
-    outputs, view, library = loader(folder, about, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    try:
+        loaded = loader(folder, about, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    except NotLoadedError as error:
+        return failed([str(error)])
+    view, library = loaded.view, loaded.library
     lossy = {loss["what"]: loss["words"] for loss in about["losses"]}
     differences, holds = {}, True
-    if odd := sorted(eps for eps in outputs.epsilons if abs(eps - about["layer_norm_eps"]) > 1e-3 * about["layer_norm_eps"]):
+    if odd := sorted(eps for eps in loaded.epsilons if abs(eps - about["layer_norm_eps"]) > 1e-3 * about["layer_norm_eps"]):
         holds = False  # which hardly shows in the outputs of noise, and does in those of some images
         lines.append(f"FAILED LayerNorm has an epsilon of {odd[0]:g}, the model was trained with {about['layer_norm_eps']:g}")
-    names = about.get("class_names") or []  # which certificates of before have not
-    if outputs.class_names and names and (wrong := [pair for pair in zip(outputs.class_names, names, strict=False) if pair[0] != pair[1]]):
+    said, names = loaded.class_names, about.get("class_names")  # which certificates of before have not
+    if said and names and said != names:
         holds = False
-        lines.append(
-            f"FAILED {len(wrong)} classes have another name: {library} says {wrong[0][0]!r}, the model was trained on {wrong[0][1]!r}"
-        )
+        wrong = [pair for pair in itertools.zip_longest(said, names) if pair[0] != pair[1]]
+        lines.append(f"FAILED {len(wrong)} classes have another name: {wrong[0][0]!r} in {library}, {wrong[0][1]!r} as trained")
     paths = sorted((folder / "certificate").glob("*.jpg"))
     mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
     if view:
@@ -86,7 +100,7 @@ def replay(folder, device="cpu", precision="fp32"):
     tolerance = about["tolerances"][precision]
     for images, prefix, what in ((expected["inputs_BCHW"], "", "tensors"), (viewed, "image_", "images")):
         known = bool(prefix) and "preprocessing" in lossy
-        for name, value in differences_of(outputs, images, expected, prefix, device).items():
+        for name, value in differences_of(loaded.outputs, images, expected, prefix, device).items():
             differences[name] = value
             good = value <= tolerance
             holds = holds and (good or known)
@@ -96,17 +110,22 @@ def replay(folder, device="cpu", precision="fp32"):
     lines += [f"lossy  {words}" for words in lossy.values()]
     if about["changed"]:
         far = ", ".join(f"{name} {value:.1e}" for name, value in about["changed"].items())
-        why = " and ".join(
-            [*(["what is lossy"] if lossy else []), *([f"rounding to {about['dtype']}"] if about["dtype"] != "fp32" else [])]
-        )
-        lines.append(
-            f"note   {why} changed the trained model, and the library is held to what came of it; off from what was trained: {far}"
-        )
+        why = " and ".join(["what is lossy"] * bool(lossy) + [f"rounding to {about['dtype']}"] * (about["dtype"] != "fp32"))
+        lines.append(f"note   {why} changed the model, and {library} is held to what came of it; off from what was trained by: {far}")
     wanted = "what vitscale made of the imported file" if about["imported"] else "what was trained"
     rounded = f", rounded to {about['dtype']}" if about["dtype"] != "fp32" else ""
     verdict = f"does NOT give {wanted}{rounded}" if not holds else "differs as said above" if lossy else f"gives {wanted}{rounded}"
     lines.append(f"{library} {verdict} ({precision})")
     return {"lines": lines, "holds": holds, "differences": differences, "library": library, "precision": precision}
+
+
+class NotLoadedError(ValueError):
+    """A library that does not take what the export has."""
+
+
+def failed(faults):
+    """What is found where nothing can be compared."""
+    return {"lines": [f"FAILED {fault}" for fault in faults], "holds": False, "differences": {}}
 
 
 def differences_of(outputs, images, expected, prefix="", device="cpu"):
@@ -155,11 +174,12 @@ def wrong_sums(folder):
     summed = {name for _, name in sums(folder)} | {"SHA256SUMS", "COMMIT.json"}
     for path in sorted([*folder.iterdir(), *(folder / "certificate").iterdir()]):
         name = str(path.relative_to(folder))
-        if path.is_file() and not path.name.startswith(".") and name not in summed and path.suffix not in DOCUMENTS:
+        is_document = path.suffix in DOCUMENTS or path.stem in ("LICENSE", "NOTICE")
+        if path.is_file() and not path.name.startswith(".") and name not in summed and not is_document:
             yield f"{name} has no line in SHA256SUMS"
 
 
-# Each loads the export and returns: outputs of images (1, 3, H, W) by name, the view (3, H, W) of a picture, and the library's name
+# Each loads the export
 
 
 def in_timm(folder, about, device, dtype):
@@ -169,9 +189,8 @@ def in_timm(folder, about, device, dtype):
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device, dtype)
     transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
-    outputs = timm_outputs(model, dtype)
-    outputs.class_names = model.pretrained_cfg.get("label_names")
-    return outputs, transform, f"timm {timm.__version__}"
+    names = model.pretrained_cfg.get("label_names")
+    return Loaded(timm_outputs(model, dtype), transform, f"timm {timm.__version__}", epsilons_of(model), names)
 
 
 def timm_outputs(model, dtype):
@@ -184,7 +203,6 @@ def timm_outputs(model, dtype):
         found = {"features_BD": features_BD, "tokens_BND": tokens_BND[:, model.num_prefix_tokens :]}
         return found | ({"logits_BK": model.head(features_BD)} if model.num_classes else {})
 
-    outputs.epsilons, outputs.class_names = epsilons_of(model), None
     return outputs
 
 
@@ -213,8 +231,7 @@ def npz_in_timm(folder, about, device, dtype):
             found["logits_BK"] = found["features_BD"] @ layers["head"][0] + layers["head"][1]
         return found
 
-    outputs.epsilons, outputs.class_names = inner.epsilons, None
-    return outputs, transform, f"timm {timm.__version__}, from npz,"
+    return Loaded(outputs, transform, f"timm {timm.__version__}, from npz,", epsilons_of(model), None)
 
 
 def in_transformers(folder, about, device, dtype):
@@ -227,9 +244,8 @@ def in_transformers(folder, about, device, dtype):
         settings["add_pooling_layer"] = about["has_representation"]
     model, info = (AutoModelForImageClassification if about["has_head"] else AutoModel).from_pretrained(folder, **settings)
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
-        raise SystemExit(
-            f"FAILED transformers {transformers.__version__} does not load {len(wrong)} tensors: {', '.join(map(str, wrong))[:300]}"
-        )
+        some = ", ".join(map(str, wrong))[:300]
+        raise NotLoadedError(f"transformers {transformers.__version__} does not load {len(wrong)} tensors: {some}")
     model = model.eval().to(device, dtype)
     base = getattr(model, "vit", None) or getattr(model, "vision_model", None) or model
     # Pillow resizes, as in training: torchvision's own kernels differ by a grey level here and there
@@ -248,14 +264,13 @@ def in_transformers(folder, about, device, dtype):
             found = {"features_BD": features_BD, "tokens_BND": tokens_BND}
         return found | ({"logits_BK": model(pixel_values=images_BCHW.to(dtype)).logits} if about["has_head"] else {})
 
-    outputs.epsilons = epsilons_of(model)
     labels = model.config.id2label if about["has_head"] else {}
-    outputs.class_names = [labels[number] for number in sorted(labels)]
+    names = [labels[number] for number in sorted(labels)]
 
     def view(picture):
         return torch.as_tensor(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0]))
 
-    return outputs, view, f"transformers {transformers.__version__}"
+    return Loaded(outputs, view, f"transformers {transformers.__version__}", epsilons_of(model), names)
 
 
 def in_torch(folder, about, device, dtype):
@@ -267,9 +282,8 @@ def in_torch(folder, about, device, dtype):
     def outputs(images_BCHW):
         return vit.forward(model, images_BCHW.to(dtype))
 
-    outputs.epsilons, outputs.class_names = {model["model"]["layer_norm_eps"]}, model["class_names"]
     view = (lambda picture: vit.view(model, picture)) if about["protocol"] == "timm" else None
-    return outputs, view, f"torch {torch.__version__}"
+    return Loaded(outputs, view, f"torch {torch.__version__}", {model["model"]["layer_norm_eps"]}, model["class_names"])
 
 
 if __name__ == "__main__":
