@@ -198,7 +198,7 @@ def number_labels(labels: pa.Array, starts: np.ndarray, classes: Classes, source
 
 
 def _check_class_names(names: tuple[str, ...], where: str) -> None:
-    bad = [name for name in names if not name or "\n" in name or "\r" in name]
+    bad = [name for name in names if len(name.splitlines()) != 1]
     if bad:
         raise PackError(f"class name {bad[0]!r} from {where} must be one line of text that is not empty")
     if len(set(names)) < len(names):

@@ -77,6 +77,7 @@ class EvaluateFlags:
 _CHANGES_NOTHING = (
     "per_class", "confusions", "out", "watch", "interval", "batch_size", "workers", "nproc", "stage", "cache", "cache_bytes", "json",
 )  # fmt: skip
+_OF_PROTOCOL = {"shots": "fewshot", "seeds": "fewshot", "solver": "linear"}  # flags that another protocol does not look at
 _PATHS = ("checkpoint", "data", "train_data", "real")  # what lies there counts, not where it lies
 
 
@@ -134,7 +135,9 @@ def identity(flags: EvaluateFlags) -> dict[str, Any]:
     from vitscale.checkpoint import file_checksum
 
     usual = vars(EvaluateFlags("", ""))
-    asked = {name: value for name, value in vars(flags).items() if name not in (*_CHANGES_NOTHING, *_PATHS) and value != usual[name]}
+    idle = {name for name, protocol in _OF_PROTOCOL.items() if flags.protocol != protocol} | ({"seed"} if not flags.bootstrap else set())
+    apart = {*_CHANGES_NOTHING, *_PATHS, *idle}
+    asked = {name: value for name, value in vars(flags).items() if name not in apart and value != usual[name]}
     if flags.protocol != "head":
         train = open_train_data(flags)
         asked |= {"train_dataset": train.content_hash, "train_overlays": train.overlay.names}

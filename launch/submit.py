@@ -287,9 +287,14 @@ def send(flags: SubmitFlags, prepared: Prepared, after: Sequence[str] = (), tria
                     raise
                 print(f"warning: {error}; the chain has {counted(len(jobs), 'job')}", file=sys.stderr)
                 break
-            (folder / "jobs").write_text("".join(f"{job}\n" for job in jobs))
+            note_jobs(folder, jobs)
     (run / "stop").unlink(missing_ok=True)  # who submits a run wants it to go on
     return jobs
+
+
+def note_jobs(folder: Path, jobs: Sequence[str]) -> None:
+    """Writes down the jobs of a submission: each as soon as it is submitted, for nobody else knows of it."""
+    (folder / "jobs").write_text("".join(f"{job}\n" for job in jobs))
 
 
 def check_name(path: str) -> None:
@@ -461,8 +466,10 @@ def submit_words(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
         write_snapshot(folder, None)
         if share:
             jobs.append(Submitter(folder, share, [], []).send())
+            note_jobs(folder, jobs)
         after = [f"--dependency=afterok:{jobs[0]}", "--kill-on-invalid-dep=yes"] if jobs else []
         jobs.append(Submitter(folder, merge, after, []).send())
+        note_jobs(folder, jobs)
     if flags.json:
         print_json({"jobs": jobs, "folder": str(folder)})
         return
@@ -582,6 +589,10 @@ def telling_of(jobs: Sequence[str]) -> Iterator[None]:
         if not jobs:
             raise
         raise VerbError(f"{error}; submitted before that: job {', '.join(jobs)}, which `scancel {' '.join(jobs)}` takes back") from None
+    except KeyboardInterrupt:
+        if jobs:
+            print(f"submitted before that: job {', '.join(jobs)}, which `scancel {' '.join(jobs)}` takes back", file=sys.stderr)
+        raise
 
 
 @contextlib.contextmanager

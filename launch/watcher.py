@@ -32,7 +32,7 @@ def watch(flags: EvaluateFlags) -> None:
 
     run = check_inputs(flags)
     need("torch", "safetensors")
-    same = identity(flags)
+    asked_first = identity(flags)
     terminated: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -42,15 +42,19 @@ def watch(flags: EvaluateFlags) -> None:
     signal.signal(signal.SIGTERM, stop)
     try:
         with recording(run) as file:
-            done = {line["commit"] for line in read_evaluations(run) if same.items() <= line.items()}
-            board = open_board(run / "tensorboard" / f"evaluate-{same['dataset'][:12]}")
+            done = {line["commit"] for line in read_evaluations(run) if asked_first.items() <= line.items()}
+            board = open_board(run / "tensorboard" / f"evaluate-{asked_first['dataset'][:12]}")
             for folder, commit in follow(run, done, flags.interval):
                 done.add(commit)
-                report = measure_of_run(flags, folder)
+                while True:  # overlays, and files of labels, may change while the run goes on; a line says what it was measured on
+                    question = identity(flags)
+                    report = measure_of_run(flags, folder)
+                    if isinstance(report, str) or identity(flags) == question:
+                        break
                 if isinstance(report, str):
                     print(f"warning: {report}; going on", file=sys.stderr, flush=True)
                     continue
-                line = {"time": time.time(), "commit": commit} | asked_of(report, flags) | same
+                line = {"time": time.time(), "commit": commit} | asked_of(report, flags) | question
                 note(file, line)
                 if board is not None:
                     for name in _CURVES:

@@ -43,8 +43,8 @@ def model_card(
     parameters = sum(map(math.prod, parameter_shapes(model).values()))
     made = "imported into" if "imported_from" in origin else "trained with"
     paragraphs = [
-        _header(name, library, model, origin, licence),
-        f"# {name}",
+        _header(_plain(name), library, model, origin, licence),
+        f"# {_plain(name)}",
         f"A Vision Transformer of {_size(parameters)} parameters, {made} vitscale: {model.depth} blocks, {model.width} features, "
         f"{model.num_heads} heads, MLPs of {model.mlp_dim}, patches of {model.patch_size} pixels. {_head(model.num_classes, multi_label)}",
         "## Load",
@@ -81,7 +81,7 @@ def _header(name: str, library: str, model: ViTConfig, origin: Mapping[str, Any]
         metrics = [{"type": "accuracy", "name": measure, "value": round(value, 6)} for measure, value in results.items()]
         result = {"task": {"type": task}, "dataset": {"name": called, "type": called}, "metrics": metrics}
         header |= {"metrics": ["accuracy"], "model-index": [{"name": name, "results": [result]}]}
-    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---"])
+    return "\n".join(["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()), "---"])
 
 
 def _results(origin: Mapping[str, Any]) -> dict[str, float]:
@@ -126,12 +126,14 @@ def _loading(library: str, target: Target, certificate: Mapping[str, Any], *, mu
     elif library == "npz":
         timm = certificate["timm"]
         lines = ["import timm", "from timm.data import create_transform", *begin, "", *opened]
-        lines += [f"model = timm.create_model({timm['architecture']!r}, num_classes={model.num_classes}, **{timm['model_args']!r})"]
+        classes = 0 if model.representation_size else model.num_classes  # timm leaves that layer out, and the head was trained behind it
+        lines += [f"model = timm.create_model({timm['architecture']!r}, num_classes={classes}, **{timm['model_args']!r})"]
         lines += ['model.load_pretrained(str(folder / "weights.npz"))', "model.eval()"]
         lines += [f"transform = create_transform(**{timm['transform']!r})"]
         given = "transform(picture)[None]"
-        if model.representation_size:  # which timm leaves out, and its head is not to be seen without
-            return [*lines, f"tokens_BND = model.forward_features({given})  # timm leaves the representation layer and the head out"]
+        if model.representation_size:
+            prefix = f"[:, {model.num_prefix_tokens} :]" if model.num_prefix_tokens else ""
+            return [*lines, f"tokens_BND = model.forward_features({given}){prefix}  # timm has no representation layer"]
     elif library == "hf":
         auto = "AutoModelForImageClassification" if model.num_classes else "AutoModel"
         pooler = ", add_pooling_layer=False" if _has_no_pooler(target) else ""
@@ -143,9 +145,13 @@ def _loading(library: str, target: Target, certificate: Mapping[str, Any], *, mu
             return [*lines, f"features_BD = {_hf_features(target)}"]
         return [*lines, "logits_BK = outputs.logits", f"print({best if multi_label else f'model.config.id2label[{best}]'})"]
     else:
-        lines = ["import sys", *begin, "", *opened, "sys.path.insert(0, str(folder))", "import vit  # vit.py, in this folder", ""]
-        lines += ["model = vit.load(folder)", "found = vit.forward(model, vit.view(model, picture)[None])"]
-        return [*lines, 'logits_BK = found["logits_BK"]', f"print({best})"] if model.num_classes else [*lines, 'found["features_BD"]']
+        lines = ["import runpy", *begin, "", *opened, 'vit = runpy.run_path(str(folder / "vit.py"))  # or copy it and import it', ""]
+        lines += ['model = vit["load"](folder)', 'found = vit["forward"](model, vit["view"](model, picture)[None])']
+        return (
+            [*lines, 'logits_BK = found["logits_BK"]', f"print({best})"]
+            if model.num_classes
+            else [*lines, 'features_BD = found["features_BD"]']
+        )
     return [*lines, f"logits_BK = model({given})", f"print({best})"] if model.num_classes else [*lines, f"features_BD = model({given})"]
 
 
@@ -160,20 +166,26 @@ def _hf_features(target: Target) -> str:
     return "outputs.last_hidden_state[:, 0]" if target.form == "hf_vit" else "outputs.last_hidden_state.mean(dim=1)"
 
 
+_OTHER_VIEWS = "images are then to be prepared at that size, too"
+
+
 def _tuning(library: str, target: Target) -> list[str]:
     """What the library takes for a new head and another resolution."""
     p = target.model.patch_size
-    size = 2 * max(target.model.image_size) // p * p
+    rows, columns = target.model.grid
     said = ["`vitscale finetune RECIPE --init FOLDER --data TRAIN --model.image-size H W` takes this folder as it is."]
     if library == "timm":
+        square = rows == columns  # timm takes the table of positions that it resamples for one of a square
+        larger = f", img_size={2 * rows * p}" if square else ""
+        at_size = f" `img_size` resamples the position embeddings; {_OTHER_VIEWS}." if square else ""
+        new_head = f'timm.create_model(f"local-dir:{{folder}}", pretrained=True, num_classes=10{larger})'
+        said += [f"With a new head{', at another resolution' if square else ''}: `{new_head}`.{at_size}"]
+    if library == "hf" and (target.model.num_classes or target.form == "hf_vit"):  # there is no head for SigLIP's tower alone
+        layer = " The representation layer (`pooler`) is left out there." if target.model.representation_size else ""
+        new_head = "AutoModelForImageClassification.from_pretrained(folder, num_labels=10, ignore_mismatched_sizes=True)"
         said += [
-            f'With a new head, at another resolution: `timm.create_model(f"local-dir:{{folder}}", pretrained=True, num_classes=10, '
-            f"img_size={size})`, which resamples the position embeddings; the images' transform is then to have that size, too."
-        ]
-    if library == "hf":
-        said += [
-            "With a new head: `AutoModelForImageClassification.from_pretrained(folder, num_labels=10, ignore_mismatched_sizes=True)`; with "
-            "as many classes as before the old head stays. At another resolution: `model(pixel_values, interpolate_pos_encoding=True)`."
+            f"With a new head: `{new_head}`; with as many classes as before the old head stays.{layer} At another resolution: "
+            f"`model(pixel_values, interpolate_pos_encoding=True)`; {_OTHER_VIEWS}."
         ]
     return said
 
@@ -216,7 +228,7 @@ def _classes(description: Description) -> list[str]:
     names = description.class_names
     if not names:
         return []
-    some = ", ".join(f"{number} {name}" for number, name in enumerate(names[:_NAMED]))
+    some = ", ".join(f"{number} {_plain(name)}" for number, name in enumerate(names[:_NAMED]))
     return ["## Classes", f"{some}{f', ... (`classes.txt` has all {len(names):,})' if len(names) > _NAMED else ''}."]
 
 
@@ -267,4 +279,9 @@ def _rows(origin: Mapping[str, Any], model: ViTConfig, dtype: str, licence: str)
 
 
 def _table(rows: Mapping[str, str | None]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {_plain(value)} |" for key, value in rows.items() if value)])
+
+
+def _plain(words: str) -> str:
+    """A stranger's words in a line of their own, with nothing that Markdown takes for a cell, code or a mark of HTML."""
+    return " ".join(words.split()).translate({ord("|"): "/", ord("`"): "'", ord("<"): "&lt;", ord(">"): "&gt;"})

@@ -238,6 +238,8 @@ def describe(folder: Path) -> Description:
         class_names = values["class_names"]
         if class_names and not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
             raise ValueError("class_names are not a list of names")
+        if broken := [name for name in class_names or [] if len(name.splitlines()) != 1]:
+            raise ValueError(f"class_names has {broken[0]!r:.100}, which is not one line")
         exported = file.name == EXPORT_DESCRIPTION
         return Description(
             path=folder,
@@ -364,7 +366,8 @@ def settings(description: Description) -> dict[str, Any]:
     """What a description says of all tensors together, as JSON has it."""
     values = asdict(replace(description, tensors=()))
     del values["path"], values["tensors"], values["state"], values["exported"]  # a folder may be moved
-    return values | asdict(description.exported or description.state)
+    # Versions of before look for `skipped` in exports, too
+    return values | (asdict(description.exported) | {"skipped": []} if description.exported else asdict(description.state))
 
 
 def write_description(file: Path, description: Description) -> None:

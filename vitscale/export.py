@@ -95,7 +95,7 @@ def export(
         sums = {name: of_weights.result() if name == wanted.weights else _sums(path) for name, path in files.items()}
         (hidden / "SHA256SUMS").write_text("".join(f"{sha256}  {name}\n" for name, (sha256, _) in sums.items()))
         sums["SHA256SUMS"] = _sums(hidden / "SHA256SUMS")
-        (hidden / "README.md").write_text(card, encoding="utf-8")  # without a sum: hubs and their users write on
+        (hidden / "README.md").write_text(card, encoding="utf-8", errors="replace")  # without a sum: hubs and their users write on
         checkpoint.publish(hidden, out, {name: checksum for name, (_, checksum) in sums.items()})
     return out
 
@@ -180,9 +180,10 @@ def _certify(
         "std": preprocess.std, "protocol": preprocess.eval_protocol, "has_head": model.num_classes > 0,
         "has_representation": model.representation_size > 0, "pool": model.pool, "layer_norm_eps": wanted.model.layer_norm_eps,
         "changed": changed, "imported": "imported_from" in description.origin, "class_names": class_names,
+        "interpolation": preprocess.interpolation,
     }  # fmt: skip
     if to == "hf":
-        about["model_type"] = wanted.sidecars["config.json"]["model_type"]
+        about |= {name: wanted.sidecars["config.json"].get(name) for name in ("model_type", "problem_type")}
     if to == "npz":  # timm reads these files, too
         config = timm_config(dataclasses.replace(wanted.model, representation_size=0), 1e-6, preprocess, None)
         cfg = config["pretrained_cfg"]

@@ -251,9 +251,11 @@ def _processor_views(processor: Mapping[str, Any]) -> dict[str, Any]:
     if abs(processor.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-9:
         raise ValueError(f"rescale_factor is {processor['rescale_factor']!r:.50}, and not 1/255")
     found = {"mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"]), "eval_crop": 1.0}
-    found["interpolation"] = {2: "bilinear", 3: "bicubic"}[processor.get("resample", 2)]
-    if processor.get("do_center_crop"):
-        size, crop = processor.get("size"), processor.get("crop_size")
+    kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type") or "")
+    of_clip = kind.startswith("CLIP")
+    found["interpolation"] = {2: "bilinear", 3: "bicubic"}[processor.get("resample", 3 if kind.startswith(("CLIP", "Siglip")) else 2)]
+    if processor.get("do_center_crop", of_clip):
+        size, crop = processor.get("size", 224 if of_clip else None), processor.get("crop_size", 224 if of_clip else None)
         short = size.get("shortest_edge") if isinstance(size, dict) else size  # a plain number is the older way to say it
         side = crop.get("height") if isinstance(crop, dict) else crop
         if not (isinstance(short, int) and isinstance(side, int) and 0 < side <= short):

@@ -22,6 +22,7 @@ from vitscale.images import evaluation_view
 from vitscale.model import normalize
 from vitscale.tensorfiles import read_json
 
+_STATED = ("mean", "std", "interpolation")  # of preprocessing, as the certificate states it
 LIBRARIES = {"timm": "timm", "npz": "timm", "hf": "transformers", "safetensors": "torch"}
 
 
@@ -74,7 +75,14 @@ def _ours(description: Description, about: dict[str, Any]) -> dict[str, Any]:
     differences = {"pixels": float((views_BHWC.float() - expected["image_views_BHWC"]).abs().max())}
     for images_BCHW, prefix in ((expected["inputs_BCHW"], ""), (normalize(views_BHWC, description.preprocess), "image_")):
         differences |= differences_of(lambda image_1CHW: outputs(model, image_1CHW), images_BCHW, expected, prefix)
+    stated = {"class_names": description.class_names, **{name: getattr(description.preprocess, name) for name in _STATED}}
+    other = [name for name, value in stated.items() if about.get(name) and value != _as_tuple(about[name])]
     worst = max(value for name, value in differences.items() if name != "pixels")
-    holds = differences["pixels"] == 0 and worst <= about["tolerances"]["fp32"]
+    holds = differences["pixels"] == 0 and worst <= about["tolerances"]["fp32"] and not other
     said = f"vitscale: {len(paths)} images {'to the bit' if not differences['pixels'] else 'otherwise'}, outputs within {worst:.1e}"
+    said += f", and vitscale.json has another {other[0]} than was trained" if other else ""
     return {"lines": [said], "holds": holds, "differences": differences, "library": "vitscale"}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

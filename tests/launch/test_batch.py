@@ -95,6 +95,9 @@ def test_a_task_becomes_a_rank() -> None:
     assert (place["RANK"], place["LOCAL_RANK"], place["WORLD_SIZE"], place["LOCAL_WORLD_SIZE"]) == ("4", "1", "6", "3")
     assert (place["MASTER_ADDR"], place["OMP_NUM_THREADS"]) == ("10.0.0.7", "4")
     assert environment(SLURM | {"SLURM_CPUS_PER_TASK": "5"}, cpus=12)["OMP_NUM_THREADS"] == "5"
+    assert environment(SLURM, cpus=12)["GOMP_SPINCOUNT"] == "1000"
+    for own in ({"GOMP_SPINCOUNT": "9"}, {"OMP_WAIT_POLICY": "ACTIVE"}):
+        assert "GOMP_SPINCOUNT" not in environment(SLURM | own, cpus=12), "the user's own is inherited"
 
 
 def test_each_start_has_a_port_of_its_own_that_all_its_ranks_know() -> None:

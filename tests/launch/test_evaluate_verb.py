@@ -238,17 +238,22 @@ def test_a_question_is_known_by_what_changes_the_answer(dataset: Path, tmp_path:
     laid_out = {"batch_size": 8, "workers": 1, "nproc": 2, "watch": True, "interval": 1.0, "json": True, "stage": str(tmp_path / "stage")}
     for flags, elsewhere in ((head, {"real": str(tmp_path / "b")}), (probe, {"train_data": str(train)})):
         assert identity(replace(flags, **laid_out, **elsewhere, checkpoint="other", data=str(val))) == identity(flags)
+    for flags in (head, probe):  # what neither looks at
+        assert identity(replace(flags, shots=(1,), seeds=1, solver="sgd", seed=3)) == identity(flags)
+    few = replace(probe, protocol="fewshot")
     said = [
         identity(flags)
         for flags in (
             head, probe, replace(head, real=""), replace(head, weights="weight"), replace(head, average_precision=True),
-            replace(head, average_precision=True, bootstrap=9), replace(head, eval_protocol="timm"), replace(probe, protocol="fewshot"),
-            replace(probe, shots=(1,)), replace(probe, seeds=1), replace(probe, solver="sgd"), replace(probe, data=str(dataset / "train")),
+            replace(head, average_precision=True, bootstrap=9), replace(head, average_precision=True, bootstrap=9, seed=2),
+            replace(head, eval_protocol="timm"), few, replace(few, shots=(1,)), replace(few, seeds=1), replace(probe, protocol="linear"),
+            replace(probe, protocol="linear", solver="sgd"), replace(probe, data=str(dataset / "train")),
         )
     ]  # fmt: skip
     real.write_text("[[2]]")
     write_overlay(Dataset.open(train), "takedown", removals(np.array([3]), pa.array(["asked for"])))
-    said += [identity(head), identity(replace(probe, train_data=str(train)))]
+    write_overlay(Dataset.open(val), "takedown", removals(np.array([3]), pa.array(["asked for"])))
+    said += [identity(head), identity(replace(head, data=str(val))), identity(replace(probe, train_data=str(train)))]
     assert not [one for number, one in enumerate(said) if one in said[:number]]
 
 

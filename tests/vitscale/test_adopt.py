@@ -24,9 +24,11 @@ from vitscale.config import ImportConfig, ViTConfig
 from vitscale.errors import CheckpointError
 from vitscale.evaluate import load_model
 from vitscale.export import export
+from vitscale.families import FAMILIES
 from vitscale.finding import find_checkpoint
 from vitscale.images import evaluation_view
 from vitscale.model import ViT, normalize
+from vitscale.sidecars import read_preprocess
 from vitscale.verification import verify_export
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
@@ -477,6 +479,27 @@ def test_every_tensor_that_does_not_fit_is_named_and_nothing_is_written(tmp_path
     assert "blocks.0.attn.qkv.weight has shape (64 x 64), the model's has (192 x 64)" in words
     assert "blocks.0.extra (2) has no place" in words
     assert {path.name for path in tmp_path.iterdir()} == {"theirs"}
+
+
+@pytest.mark.parametrize(("form", "processor"), [("hf_vit", "ViTImageProcessor"), ("hf_siglip", "SiglipImageProcessor")])
+def test_without_a_processor_a_family_has_what_transformers_gives_it(form: Any, processor: str) -> None:
+    theirs = getattr(transformers, processor)()
+    assert not theirs.do_center_crop
+    assert FAMILIES[form].preprocess == {
+        "mean": tuple(theirs.image_mean), "std": tuple(theirs.image_std), "eval_crop": 1.0,
+        "interpolation": {2: "bilinear", 3: "bicubic"}[int(theirs.resample)],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("processor", ["ViTImageProcessor", "SiglipImageProcessor", "CLIPImageProcessor"])
+def test_what_a_processor_leaves_out_is_its_default(processor: str) -> None:
+    theirs = getattr(transformers, processor)()
+    whole = {"image_processor_type": processor, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    size = {name: dict(value) for name in ("size", "crop_size") if (value := getattr(theirs, name, None))}
+    said = whole | size | {"resample": int(theirs.resample), "do_center_crop": bool(theirs.do_center_crop)}
+    views = [read_preprocess("hf_vit", False, {"preprocessor_config.json": of}, ImportConfig(), "x") for of in (whole, said)]
+    assert views[0] == views[1]
+    assert not views[0][1], "nothing was assumed"
 
 
 def test_an_import_verifies_and_says_where_it_comes_from(tmp_path: Path) -> None:

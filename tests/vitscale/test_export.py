@@ -311,18 +311,18 @@ def code_of(out: Path) -> str:
 
 def runs_as_it_stands(out: Path, model: ViT) -> None:
     """What the card says to load the model by, in the folder, without this program: it ends in what the model says of the image."""
-    check = "import torch; torch.save(globals().get('logits_BK', globals().get('features_BD', globals().get('found'))), 'said.pt')"
+    check = "import torch; torch.save({name: value for name, value in globals().items() if isinstance(value, torch.Tensor)}, 'said.pt')"
     code = f"{code_of(out)}\n{check}\n"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-I", "-c", code], cwd=out, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
-    said = torch.load(out / "said.pt", weights_only=True)
-    value = said if isinstance(said, torch.Tensor) else said["features_BD"]
-    name = "image_logits_BK" if model.config.num_classes else "image_features_BD"
-    assert relative_error(value, load_file(out / "certificate" / "expected.safetensors")[name][:1]) < 1e-5
+    said, expected = torch.load(out / "said.pt", weights_only=True), load_file(out / "certificate" / "expected.safetensors")
+    name = next(name for name in ("logits_BK", "features_BD", "tokens_BND") if name in said)
+    assert name == ("tokens_BND" if "tokens_BND" in said else "logits_BK" if model.config.num_classes else "features_BD")
+    assert relative_error(said[name], expected[f"image_{name}"][:1]) < 1e-5
 
 
-CARDS = ("tanh", "headless", "mean", "map-headless", "representation-headless", "mae", "dinov2")
+CARDS = ("tanh", "headless", "mean", "map-headless", "representation", "representation-headless", "mae", "dinov2")
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,14 @@ CARDS = ("tanh", "headless", "mean", "map-headless", "representation-headless", 
 )
 def test_the_code_of_a_card_runs_as_it_stands(tmp_path: Path, option: str, to: str) -> None:
     model = random_vit(OPTIONS[option])
-    runs_as_it_stands(exported(tmp_path, model, to), model)
+    out = exported(tmp_path, model, to)
+    runs_as_it_stands(out, model)
+    told = re.findall(r"`((?:AutoModel|timm\.create_model).*?\))[`;,]", (out / "README.md").read_text())
+    assert bool(told) == (to == "timm" or (to == "hf" and option not in ("mean-headless", "map-headless"))), told
+    for code in told:  # to fine-tune
+        begin = "import timm\n" if to == "timm" else "from transformers import AutoModelForImageClassification\n"
+        ran = subprocess.run([sys.executable, "-I", "-c", f"{begin}folder = '.'\n{code}"], cwd=out, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
 
 
 def test_hubs_take_a_card(tmp_path: Path) -> None:
@@ -403,22 +410,69 @@ def test_an_origin_that_is_none_is_refused(tmp_path: Path, name: str, value: Any
         describe(out)
 
 
-@pytest.mark.parametrize("to", ["hf", pytest.param("timm", marks=pytest.mark.peers)])
-def test_classes_that_were_renamed_are_seen(tmp_path: Path, to: str) -> None:
+def named(tmp_path: Path, to: Any) -> Path:
     description = replace(write_checkpoint(tmp_path / "step", random_vit(SMALL), preprocess=SQUASHED), class_names=tuple("abcdefg"))
-    out = export(description, "weight", tmp_path / "out", to=to)  # type: ignore[arg-type]
+    out = export(description, "weight", tmp_path / "out", to=to)
     holds(replay(out))
-    config = json.loads((out / "config.json").read_text())
-    if to == "hf":
-        config["id2label"] |= {"0": "b", "1": "a"}
-        del config["label2id"]
-    else:
-        config["label_names"] = list("bacdefg")
-    (out / "config.json").write_text(json.dumps(config))
-    summed_again(out, "config.json")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("to", "file", "change", "what"),
+    [
+        ("hf", "config.json", {"id2label": dict(zip("0123456", "bacdefg", strict=True)), "label2id": {}}, "class_names is ['b', 'a', 'c'"),
+        ("hf", "config.json", {"problem_type": "multi_label_classification"}, "problem_type is multi_label"),
+        ("hf", "preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.7]}, "mean is [0.4, 0.5, 0.7]"),
+        ("hf", "preprocessor_config.json", {"resample": 2}, "interpolation is bilinear"),
+        ("safetensors", "vitscale.json", {"class_names": list("abc")}, "class_names is ['a', 'b', 'c']"),
+        ("safetensors", "vitscale.json", {"class_names": None}, "class_names is None"),
+        pytest.param("timm", "config.json", {"label_names": list("bacdefg")}, "class_names is ['b', 'a'", marks=pytest.mark.peers),
+        pytest.param("timm", "config.json", {"label_names": None}, "class_names is None", marks=pytest.mark.peers),
+    ],
+)
+def test_what_the_library_says_is_held_to_what_was_trained(tmp_path: Path, to: str, file: str, change: dict[str, Any], what: str) -> None:
+    """Whoever changes it on purpose, and the sums as well, is seen."""
+    out = named(tmp_path, to)
+    (out / file).write_text(json.dumps(json.loads((out / file).read_text()) | change))
+    summed_again(out, file)
     found = replay(out)
     assert not found["holds"]
-    assert any(line.startswith("FAILED 2 classes have another name") for line in found["lines"]), found["lines"]
+    assert any(line.startswith(f"FAILED {what}") for line in found["lines"]), found["lines"]
+
+
+def test_a_list_of_classes_in_another_order_is_seen(tmp_path: Path) -> None:
+    out = named(tmp_path, "safetensors")
+    (out / "classes.txt").write_text("".join(f"{name}\n" for name in "bacdefg"))
+    lines = [line for line in (out / "SHA256SUMS").read_text().splitlines() if not line.endswith("classes.txt")]
+    (out / "SHA256SUMS").write_text("".join(f"{line}\n" for line in lines))
+    found = replay(out)
+    assert not found["holds"]
+    assert "FAILED classes.txt does not name the classes as trained" in found["lines"]
+
+
+def test_a_lossy_preprocessing_is_no_leave_for_another(tmp_path: Path) -> None:
+    out = exported(tmp_path, random_vit(SQUARE), "hf", preprocess=replace(SQUASHED, eval_crop=0.9), lossy=True)
+    assert replay(out)["holds"]
+    processor = json.loads((out / "preprocessor_config.json").read_text())
+    (out / "preprocessor_config.json").write_text(json.dumps(processor | {"image_std": [1, 1, 1]}))
+    summed_again(out, "preprocessor_config.json")
+    assert not replay(out)["holds"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin", "model.safetensors.index.json", "modeling.py", "vit/__init__.py", "__pycache__/vit.cpython-311.pyc",
+        "torch/__init__.py", "lib.so", "weights", "certificate/20.jpg", "notes/LICENSE",
+    ],
+)  # fmt: skip
+def test_a_file_that_might_be_loaded_needs_a_sum(tmp_path: Path, name: str) -> None:
+    """Nothing of it runs, for the script does not look for packages where it lies."""
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("raise SystemExit(0)")
+    ran = subprocess.run([sys.executable, "verify.py"], cwd=out, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, f"FAILED {name} has no line in SHA256SUMS\n"), ran.stderr
 
 
 def test_a_head_of_sigmoids_says_so(tmp_path: Path) -> None:

@@ -9,11 +9,15 @@ is as it was trained, 1 where not, 2 where it cannot be checked because a packag
 changed, for hubs want that, and nothing is computed by them.
 """
 
+import os
+import sys
+
+if __name__ == "__main__":  # else what lies in the folder would be imported in place of what is installed
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != os.path.dirname(os.path.abspath(__file__))]
+
 import argparse
 import hashlib
-import itertools
 import json
-import sys
 import types
 from collections import namedtuple
 from pathlib import Path
@@ -30,9 +34,8 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 # The export in its library: outputs of images (1, 3, H, W) by name, the view (3, H, W) of a picture or None, the name of the library, the
-# epsilons of its LayerNorms, its names of the classes or None
-Loaded = namedtuple("Loaded", ["outputs", "view", "library", "epsilons", "class_names"])
-DOCUMENTS = (".md", ".txt")  # and a licence
+# epsilons of its LayerNorms, what it says that it is (`class_names`, `problem_type`, `mean`, `std`, `interpolation`) as far as it does
+Loaded = namedtuple("Loaded", ["outputs", "view", "library", "epsilons", "says"])
 
 
 def main() -> None:
@@ -71,11 +74,15 @@ def replay(folder, device="cpu", precision="fp32"):
     if odd := sorted(eps for eps in loaded.epsilons if abs(eps - about["layer_norm_eps"]) > 1e-3 * about["layer_norm_eps"]):
         holds = False  # which hardly shows in the outputs of noise, and does in those of some images
         lines.append(f"FAILED LayerNorm has an epsilon of {odd[0]:g}, the model was trained with {about['layer_norm_eps']:g}")
-    said, names = loaded.class_names, about.get("class_names")  # which certificates of before have not
-    if said and names and said != names:
+    classes = about.get("class_names")  # which certificates of before have not, as they have no more of what is said here
+    written = folder / "classes.txt"
+    if classes and (not written.is_file() or written.read_text(encoding="utf-8") != "".join(f"{name}\n" for name in classes)):
         holds = False
-        wrong = [pair for pair in itertools.zip_longest(said, names) if pair[0] != pair[1]]
-        lines.append(f"FAILED {len(wrong)} classes have another name: {wrong[0][0]!r} in {library}, {wrong[0][1]!r} as trained")
+        lines.append("FAILED classes.txt does not name the classes as trained")
+    for what, value in loaded.says.items():
+        if what in about and about[what] is not None and value != about[what]:
+            holds = False
+            lines.append(f"FAILED {what} is {str(value)[:200]} in {library}, {str(about[what])[:200]} as trained")
     paths = sorted((folder / "certificate").glob("*.jpg"))
     mean, std = (torch.tensor(about[name])[:, None, None] for name in ("mean", "std"))
     if view:
@@ -172,10 +179,10 @@ def wrong_sums(folder):
         if found.hexdigest() != digest and name != "README.md":
             yield f"{name} does not have its SHA-256 sum: the file is damaged or was changed"
     summed = {name for _, name in sums(folder)} | {"SHA256SUMS", "COMMIT.json"}
-    for path in sorted([*folder.iterdir(), *(folder / "certificate").iterdir()]):
+    for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        is_document = path.suffix in DOCUMENTS or path.stem in ("LICENSE", "NOTICE")
-        if path.is_file() and not path.name.startswith(".") and name not in summed and not is_document:
+        is_document = path.parent == folder and (path.suffix in (".md", ".txt") or path.stem in ("LICENSE", "NOTICE"))
+        if not path.is_dir() and not name.startswith(".") and name not in summed and not is_document:
             yield f"{name} has no line in SHA256SUMS"
 
 
@@ -189,8 +196,10 @@ def in_timm(folder, about, device, dtype):
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(device, dtype)
     transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
-    names = model.pretrained_cfg.get("label_names")
-    return Loaded(timm_outputs(model, dtype), transform, f"timm {timm.__version__}", epsilons_of(model), names)
+    config = resolve_data_config({}, model=model)
+    says = {"class_names": model.pretrained_cfg.get("label_names"), "interpolation": config["interpolation"]}
+    says |= {name: list(config[name]) for name in ("mean", "std")}
+    return Loaded(timm_outputs(model, dtype), transform, f"timm {timm.__version__}", epsilons_of(model), says)
 
 
 def timm_outputs(model, dtype):
@@ -231,7 +240,7 @@ def npz_in_timm(folder, about, device, dtype):
             found["logits_BK"] = found["features_BD"] @ layers["head"][0] + layers["head"][1]
         return found
 
-    return Loaded(outputs, transform, f"timm {timm.__version__}, from npz,", epsilons_of(model), None)
+    return Loaded(outputs, transform, f"timm {timm.__version__}, from npz,", epsilons_of(model), {})
 
 
 def in_transformers(folder, about, device, dtype):
@@ -264,13 +273,16 @@ def in_transformers(folder, about, device, dtype):
             found = {"features_BD": features_BD, "tokens_BND": tokens_BND}
         return found | ({"logits_BK": model(pixel_values=images_BCHW.to(dtype)).logits} if about["has_head"] else {})
 
-    labels = model.config.id2label if about["has_head"] else {}
-    names = [labels[number] for number in sorted(labels)]
+    says = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
+    says["interpolation"] = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), str(processor.resample))
+    if about["has_head"]:
+        says["class_names"] = [model.config.id2label[number] for number in sorted(model.config.id2label)]
+        says["problem_type"] = model.config.problem_type
 
     def view(picture):
         return torch.as_tensor(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0]))
 
-    return Loaded(outputs, view, f"transformers {transformers.__version__}", epsilons_of(model), names)
+    return Loaded(outputs, view, f"transformers {transformers.__version__}", epsilons_of(model), says)
 
 
 def in_torch(folder, about, device, dtype):
@@ -283,7 +295,8 @@ def in_torch(folder, about, device, dtype):
         return vit.forward(model, images_BCHW.to(dtype))
 
     view = (lambda picture: vit.view(model, picture)) if about["protocol"] == "timm" else None
-    return Loaded(outputs, view, f"torch {torch.__version__}", {model["model"]["layer_norm_eps"]}, model["class_names"])
+    says = {"class_names": model["class_names"], **{name: model["preprocess"][name] for name in ("mean", "std", "interpolation")}}
+    return Loaded(outputs, view, f"torch {torch.__version__}", {model["model"]["layer_norm_eps"]}, says)
 
 
 if __name__ == "__main__":
