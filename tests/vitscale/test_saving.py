@@ -19,7 +19,7 @@ from tests.disks import small_disk
 from tests.distributed import run_on_ranks
 from tests.vitscale.savers import MODEL, Held, about, saved, step_of_state
 from vitscale import checkpoint
-from vitscale.checkpoint import describe
+from vitscale.checkpoint import RunState, describe
 from vitscale.config import EngineConfig, OptimizerConfig
 from vitscale.engine import Engine
 from vitscale.errors import CheckpointError
@@ -242,7 +242,7 @@ def test_what_may_be_rolled_back_takes_the_place_of_no_other(tmp_path: Path) -> 
     held = Held(1000)
     saver = Saver(tmp_path, held, Policy(newest=1), 0)
     saved(saver, held, tmp_path, 1)
-    assert saver.snapshot(dataclasses.replace(about(tmp_path, 2), spikes=(9.0,)))
+    assert saver.snapshot(dataclasses.replace(about(tmp_path, 2), state=RunState(spikes=(9.0,))))
     saver.finish()
     assert [*map(checkpoint.step_of, checkpoint.committed(tmp_path))] == [1, 2]
     saved(saver, held, tmp_path, 3)
