@@ -42,7 +42,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from launch.local import free_port
+from launch.ranks import free_port
 from vitscale import checkpoint
 from vitscale.config import EngineConfig, ObjectiveConfig, OptimizerConfig, PreprocessConfig, ViTConfig
 from vitscale.engine import Engine, init_distributed

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from launch.local import free_port
+from launch.ranks import free_port
 from vitscale.agreement import Agreement
 from vitscale.config import EngineConfig, GuardConfig, ObjectiveConfig, OptimizerConfig
 from vitscale.engine import Engine, init_distributed

@@ -22,7 +22,7 @@ from datetime import timedelta
 import torch
 from torch.distributed import TCPStore
 
-from launch.local import free_port
+from launch.ranks import free_port
 from vitscale.rendezvous import Meeting, check_alike, who
 
 PROCESSES = 4

@@ -35,6 +35,7 @@ from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.errors import UserError
 from data_tools.images import decode
 from data_tools.processes import in_processes
+from data_tools.progress import Update, unseen
 from data_tools.storage import Location
 
 SIDE = 128  # pixels to which a picture is squashed before it is hashed, so that its own size does not matter
@@ -48,8 +49,6 @@ PROBED = 2**15  # with fewer hashes than this comparing all is faster than looki
 ROW = np.dtype([("hash", np.uint8, BITS // 8), ("mirrored", np.uint8, BITS // 8), ("quality", np.uint8)])
 NOT_READ = 255
 IMAGES_A_PROCESS = 1_000  # fewer are not worth the start of a process
-
-Progress = Callable[[int, int], None]
 
 
 class DedupError(UserError):
@@ -96,7 +95,7 @@ class Deduplicated:
 def dedup(
     path: Path, against: tuple[Location, ...] = (), *, inside: bool = True, distance: int = 31, min_quality: int = 50, mirror: bool = True,
     name: str = "dedup", listing: Path | None = None, dry_run: bool = False, work: Path | None = None, jobs: int = 0,
-    progress: Progress | None = None, block: int = BLOCK,
+    progress: Update = unseen, block: int = BLOCK,
 ) -> Deduplicated:  # fmt: skip
     """Removes from a dataset what is in it twice, and what is in evaluation sets too. Raises DedupError, DatasetError.
 
@@ -168,7 +167,7 @@ def _hashed(image_bytes: bytes) -> tuple[bytes, bytes, int] | None:
         return None
 
 
-def hash_datasets(datasets: list[Dataset], folder: Path, jobs: int, progress: Progress | None) -> list[np.ndarray]:
+def hash_datasets(datasets: list[Dataset], folder: Path, jobs: int, progress: Update) -> list[np.ndarray]:
     """The hashes of all datasets (ROW), mapped from files in `folder`; those that are there already are not made again."""
     _need("pdqhash", "faiss")
     todo = []
@@ -186,8 +185,7 @@ def hash_datasets(datasets: list[Dataset], folder: Path, jobs: int, progress: Pr
     def tell(images: int, _: int) -> None:
         nonlocal hashed
         hashed += images
-        if progress is not None:
-            progress(hashed, total)
+        progress(hashed, total)
 
     processes = min(jobs or len(os.sched_getaffinity(0)), max(1, total // IMAGES_A_PROCESS))
     if processes > 1:

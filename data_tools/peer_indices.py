@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 from data_tools.dataset import DatasetError
 from data_tools.durable import replace_file
 from data_tools.members import OpenTar, TarError, grouped
+from data_tools.progress import Update, unseen
 
 DALI, ENERGON = ".idx", ".tar.idx"
 KINDS = {DALI: "DALI", ENERGON: "Energon"}
@@ -70,9 +71,7 @@ class Written:
     there: int
 
 
-def write_indices(
-    tars: list[Path], kinds: Iterable[str], jobs: int = 0, progress: Callable[[int, int], None] | None = None, replace: bool = False
-) -> Written:
+def write_indices(tars: list[Path], kinds: Iterable[str], jobs: int = 0, progress: Update = unseen, replace: bool = False) -> Written:
     """Writes the indices that are missing; one that is there and is another is replaced if that is asked for, or an error."""
     kinds = tuple(kinds)
 
@@ -94,8 +93,7 @@ def write_indices(
     with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
         for number, (fresh, kept) in enumerate(pool.map(write, tars), 1):
             written, there = written + fresh, there + kept
-            if progress is not None:
-                progress(number, len(tars))
+            progress(number, len(tars))
     return Written(written, there)
 
 

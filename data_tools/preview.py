@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any
@@ -26,11 +26,10 @@ from PIL import Image, UnidentifiedImageError
 from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.errors import UserError
 from data_tools.images import decode
+from data_tools.progress import Update, unseen
 from data_tools.storage import Location
 
 MOST_TILES = 5_000  # whose pictures are held
-
-Progress = Callable[[int, int], None]  # done and in all: samples passed while picking, then tiles
 
 
 class PreviewError(UserError):
@@ -104,7 +103,7 @@ def sheet(
     classes: tuple[str, ...] = (),
     seed: int = 0,
     side: int = 192,
-    progress: Progress | None = None,
+    progress: Update = unseen,
 ) -> Sheet:
     """Picks samples of the split in directory or at URL `path` and decodes them.
 
@@ -139,8 +138,7 @@ def sheet(
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for tile in pool.map(lambda sample: look(dataset, sample, side), sorted(set(numbers))):
             tiles[tile.sample] = tile
-            if progress is not None:
-                progress(len(tiles), len(set(numbers)))
+            progress(len(tiles), len(set(numbers)))
     return Sheet(
         path=str(path),
         name=dataset.name,
@@ -157,7 +155,7 @@ def sheet(
 
 
 def pick_classes(
-    dataset: Dataset, groups: int, images: int, seed: int, labels: tuple[int, ...] = (), progress: Progress | None = None
+    dataset: Dataset, groups: int, images: int, seed: int, labels: tuple[int, ...] = (), progress: Update = unseen
 ) -> list[Pick]:
     """`images` samples of each of the given classes, or of `groups` classes that have any, drawn by the seed.
 
@@ -181,8 +179,7 @@ def pick_classes(
             keys, numbers = (np.concatenate(both) for both in zip(best[number], (drawn[mine], samples[mine]), strict=True))
             first = np.argsort(keys, kind="stable")[:images]
             best[number] = keys[first], numbers[first]
-        if progress is not None:
-            progress(int(batch.samples[-1]) + 1 if len(batch.samples) else 0, dataset.num_samples)
+        progress(int(batch.samples[-1]) + 1 if len(batch.samples) else 0, dataset.num_samples)
     return [
         Pick(dataset.class_name(label), tuple(sorted(numbers.tolist())), of)
         for label, (_, numbers), of in zip(chosen.tolist(), best, counts.tolist(), strict=True)

@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from data_tools.dataset import Dataset, DatasetError, IndexBatch
+from data_tools.progress import Update, unseen
 from data_tools.storage import Location
 
 PAIR_CLASSES = 1_024  # whose pairs are counted: 8 MiB of counts
@@ -32,8 +33,6 @@ TOP_SHARES = (0.01, 0.1)
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 GRID_STEPS = 4  # cells an octave of the width-height grid ...
 GRID_OCTAVES = 18  # ... whose last row and column also hold what is larger
-
-Progress = Callable[[int, int], None]  # samples passed and samples to pass, over all passes
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ class Stats:
     rejects: tuple[Reason, ...]
 
 
-def count(path: Location, progress: Progress | None = None) -> Stats:
+def count(path: Location, progress: Update = unseen) -> Stats:
     """Counts the split in directory or at URL `path`. Raises DatasetError where it is none, or damaged."""
     dataset = Dataset.open_checked(path, check_shards=False)
     if not dataset.num_kept:
@@ -234,8 +233,7 @@ def count(path: Location, progress: Progress | None = None) -> Stats:
     def advance(samples: int) -> None:
         nonlocal passed
         passed += samples
-        if progress is not None:
-            progress(passed, 3 * dataset.num_kept)
+        progress(passed, 3 * dataset.num_kept)
 
     first = _FirstPass(dataset)
     for batch in dataset.index_batches():

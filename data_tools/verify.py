@@ -9,7 +9,7 @@ Left to others: mending (`repair.py`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,11 @@ from data_tools import overlay
 from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.images import decode as decode_image
 from data_tools.peer_indices import DALI, ENERGON, index_file, kinds_beside, wrong_indices
+from data_tools.progress import Update, unseen
 from data_tools.stage import StageError
 from data_tools.storage import Location, Missing, RemoteFile, Url, sequential, walk
 
 STRANGER = "is not a file of this dataset"
-Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Report:
     problems: tuple[Problem, ...]
 
 
-def verify(path: Location, *, jobs: int = 0, decode: bool = False, share: float = 1.0, progress: Progress | None = None) -> Report:
+def verify(path: Location, *, jobs: int = 0, decode: bool = False, share: float = 1.0, progress: Update = unseen) -> Report:
     """Reads a split in full, where it lies. Raises DatasetError where dataset.json itself is damaged or missing, StorageError.
 
     Args:
@@ -92,8 +92,7 @@ def verify(path: Location, *, jobs: int = 0, decode: bool = False, share: float 
                 counts["samples"] += shard["samples"]
                 counts["bytes"] += shard["bytes"]
                 counts["decoded"] += decoded
-                if progress is not None:
-                    progress(counts["bytes"], total)
+                progress(counts["bytes"], total)
     return Report(path=str(path), content_hash=header["content_hash"], problems=tuple(problems), **counts)
 
 

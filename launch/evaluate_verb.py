@@ -15,7 +15,7 @@ from launch.terminal import need, print_json
 
 def evaluate(words: list[str]) -> None:
     """Accuracy of a checkpoint on a dataset, or of each checkpoint of a live run."""
-    from launch.local import visible_gpus
+    from launch.ranks import visible_gpus
 
     flags = evaluate_flags(words)
     gpus = visible_gpus()

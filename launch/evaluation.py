@@ -14,15 +14,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from data_tools.progress import Update
 from launch.question import EvaluateFlags, open_data, open_train_data
-from launch.terminal import Update, progress_bar
+from launch.terminal import progress_bar
 
 
 def measure(flags: EvaluateFlags, folder: Path) -> dict[str, Any]:
     """The report on a checkpoint, made by `flags.nproc` processes."""
     if flags.nproc == 1:
         return report_on(flags, folder, quiet=flags.json)
-    from launch.local import run_ranks
+    from launch.ranks import run_ranks
 
     with tempfile.TemporaryDirectory(prefix="vitscale-evaluate-") as scratch:
         task = Path(scratch) / "task.json"
@@ -36,7 +37,7 @@ def report_on(flags: EvaluateFlags, folder: Path, *, quiet: bool) -> dict[str, A
     """What is found of a checkpoint; all ranks of the process group call it, and each gets the same."""
     from vitscale.checkpoint import describe
     from vitscale.evaluate import evaluate_checkpoint
-    from vitscale.probing import lines, probe
+    from vitscale.probing import probe
     from vitscale.reassessed import read_real_labels
 
     description, dataset = describe(folder).evaluated_by(flags.eval_protocol), open_data(flags)
@@ -61,7 +62,7 @@ def report_on(flags: EvaluateFlags, folder: Path, *, quiet: bool) -> dict[str, A
             description, flags.weights, flags.protocol, open_train_data(flags), dataset, batch_size=flags.batch_size,
             workers=flags.workers, progress=progress, shots=flags.shots, seeds=flags.seeds, solver=flags.solver,
         )  # fmt: skip
-        return about | dataclasses.asdict(probed) | {"lines": lines(probed)}
+        return about | dataclasses.asdict(probed)
     found = evaluate_checkpoint(
         description, flags.weights, dataset, batch_size=flags.batch_size, workers=flags.workers, progress=progress,
         real_NL=read_real_labels(Path(flags.real), dataset) if flags.real else None, precision=flags.average_precision,

@@ -1,14 +1,25 @@
-"""What `vitscale evaluate` prints of a report, for people and for programs."""
+"""What `vitscale evaluate` prints of a report, for people and for programs.
+
+A report is that of `evaluation.report_on`: of `--protocol head` the fields of `Measures`, else those of `ProbeReport`.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.question import EvaluateFlags
+from vitscale.config import SETTINGS
+from vitscale.metrics import counted
+
+_INTERVALS = {  # what they cover, which two accuracies that are compared must share
+    "fewshot": "Student's t of other draws of shots, on these test samples",
+    "linear": "Wilson's of other test samples",
+    "knn": "Wilson's of other test samples",
+}
 
 
 def asked_of(report: Mapping[str, Any], flags: EvaluateFlags) -> dict[str, Any]:
-    """The report without those tables that were not asked for, and without its lines for people."""
-    kept = {name: value for name, value in report.items() if name != "lines"}
+    """The report without those tables that were not asked for."""
+    kept = dict(report)
     if "classes" in kept and not flags.per_class:
         del kept["classes"]
     if "confusions" in kept:
@@ -20,8 +31,8 @@ def asked_of(report: Mapping[str, Any], flags: EvaluateFlags) -> dict[str, Any]:
 
 def headline(report: Mapping[str, Any]) -> list[str]:
     """What a report says in a line."""
-    if "lines" in report:
-        return list(report["lines"][1:])
+    if report["protocol"] != "head":
+        return [line for result in report["results"] for line in _probe_lines(report["protocol"], result)]
     words = [f"top-1 {report['top1']:.2%}", f"top-5 {report['top5']:.2%}", f"loss {report['loss']:.4f}"]
     if report.get("real_top1") is not None:
         words.append(f"ReaL top-1 {report['real_top1']:.2%}")
@@ -32,9 +43,8 @@ def headline(report: Mapping[str, Any]) -> list[str]:
 
 def report_lines(report: Mapping[str, Any], flags: EvaluateFlags) -> list[str]:
     """What is printed of a report."""
-    if "lines" in report:
-        by = f"{report['checkpoint']} by {report['protocol']} on {report['data']}, the {report['eval_protocol']} protocol:"
-        return [by, *report["lines"]]
+    if report["protocol"] != "head":
+        return [*_probe_heading(report), *headline(report)]
     skipped = f" ({report['skipped']:,} more could not be read)" if report["skipped"] else ""
     skipped += f" (its overlays remove {report['removed']:,})" if report["removed"] else ""
     of = f"{report['checkpoint']} on {report['samples']:,} samples of {report['data']}{skipped}"
@@ -65,6 +75,34 @@ def report_lines(report: Mapping[str, Any], flags: EvaluateFlags) -> list[str]:
         pairs = [(of["name"], of["guess_name"], f"{of['samples']:,}") for of in report["confusions"][: flags.confusions]]
         lines += ["", *(_columns([("class", "taken for", "samples"), *pairs]) if pairs else ["no class is taken for another"])]
     return lines
+
+
+def _probe_heading(report: Mapping[str, Any]) -> list[str]:
+    left_out = f", {report['skipped']:,} more could not be read" if report["skipped"] else ""
+    left_out += f", overlays remove {report['removed']:,}" if report["removed"] else ""
+    return [
+        f"{report['checkpoint']} by {report['protocol']} on {report['data']}, the {report['eval_protocol']} protocol:",
+        f"{report['width']:,} features of {report['train_samples']:,} training and {report['test_samples']:,} test samples of "
+        f"{report['num_classes']:,} classes{left_out}; in brackets 95% intervals, {_INTERVALS[report['protocol']]}:",
+    ]
+
+
+def _probe_lines(protocol: str, result: Mapping[str, Any]) -> list[str]:
+    top1 = f"top-1 {result['top1']:.2%} [{result['low']:.2%}, {result['high']:.2%}]"
+    if protocol == "knn":
+        return [f"{counted(result['k'], 'neighbour'):>14}: {top1}, top-5 {result['top5']:.2%}"]
+    if protocol == "fewshot":
+        of_seeds, short = result["top1_of_seeds"], result["short_classes"]
+        by_seed = f", by seed {', '.join(f'{of:.2%}' for of in of_seeds)}" if len(of_seeds) > 1 else ""
+        all_there_are = f" (all there are of {counted(short, 'class')} with fewer samples)" if short else ""
+        return [f"{counted(result['shots'], 'shot'):>9}: {top1}{by_seed}{all_there_are}"]
+    best = max(top1 for _, top1 in result["grid"])
+    edge = "; it ends the grid: one beyond may be better" if result["at_edge"] else ""
+    chosen = f"{SETTINGS[result['solver']]} {result['chosen']:g}, the best of {len(result['grid'])}"
+    return [
+        f"linear head by {result['solver']}: {top1}, top-5 {result['top5']:.2%}",
+        f"{chosen} on {counted(result['held_out'], 'training sample')} held out ({best:.2%}){edge}",
+    ]
 
 
 def _span(interval: tuple[float, float]) -> str:

@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from launch.local import visible_gpus
+from launch.ranks import visible_gpus
 from launch.terminal import VerbError, print_json
 from launch.verbs import VERBS
 from vitscale.metrics import duration

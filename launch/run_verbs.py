@@ -262,11 +262,11 @@ def run_fork(words: list[str]) -> None:
             )
             return
         raise UsageError("`vitscale run fork` needs RUN@STEP and OUT as its first words, then fields that are to be others")
-    from vitscale.fork import fork, origin_of
+    from vitscale.fork import fork, fork_point
     from vitscale.resolve import resolve
     from vitscale.run import read_config
 
-    run, origin = origin_of(words[0])
+    run, origin = fork_point(words[0])
     before = dataclasses.replace(read_config(run), out=words[1])
     asked = parse(TrainConfig, words[2:], "run fork", before)
     out = fork(run, origin, resolve(settle_length(asked, given(words[2:], "epochs", "steps")), 1))

@@ -597,7 +597,7 @@ def telling_of(jobs: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def submission(folder: Path, jobs: Sequence[str]) -> Iterator[None]:
-    """Makes a submission's folder, for its owner alone; what was made goes where nothing is submitted.
+    """Makes a submission's folder, for its owner alone; what was made goes where it is known that nothing is submitted.
 
     Args:
         jobs: those that are submitted so far, which need the folder.
@@ -608,8 +608,8 @@ def submission(folder: Path, jobs: Sequence[str]) -> Iterator[None]:
     try:
         with telling_of(jobs):
             yield
-    except BaseException:
-        if jobs:
+    except BaseException as error:
+        if jobs or isinstance(error, UnansweredError):
             raise
         shutil.rmtree(folder)
         for path in made[1:]:
@@ -628,6 +628,10 @@ def write_snapshot(folder: Path, config: TrainConfig | None) -> None:
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
 
 
+class UnansweredError(VerbError):
+    """A job may be in SLURM's queue, and its number is not known: what it needs has to stay."""
+
+
 class Submitter(SlurmExecutor):  # type: ignore[misc]
     """submitit's way to sbatch, with a script of our own."""
 
@@ -644,10 +648,14 @@ class Submitter(SlurmExecutor):  # type: ignore[misc]
         return ["sbatch", *self._options, str(submission_file_path), *self._arguments]
 
     def send(self) -> str:
-        """Submits; the job's id. Raises VerbError with what sbatch said."""
+        """Submits; the job's id. Raises VerbError with what sbatch said, UnansweredError where there may be a job."""
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it raises as well
                 job: SlurmJob[Any] = self._submit_command("")
-        except (FailedJobError, FailedSubmissionError) as error:
+        except FailedJobError as error:
             raise VerbError(f"sbatch refused the job: {in_a_line(str(error)) or 'it did not say why'}") from None
+        except (FailedSubmissionError, KeyboardInterrupt) as error:
+            why = "interrupted while sbatch was asked" if isinstance(error, KeyboardInterrupt) else "sbatch named no job"
+            queue = f"`squeue --me --format='%i %o' | grep {shlex.quote(str(self.folder))}` tells"
+            raise UnansweredError(f"{why}, and one may be in the queue: {queue}; {self.folder}, which it would need, is kept") from None
         return str(job.job_id)

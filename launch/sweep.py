@@ -104,7 +104,7 @@ def trial_at(run: Path, peak_lr: float) -> Trial:
     return Trial(peak_lr, str(run), "finished", last["eval_top1"], last["eval_loss"], int(last["eval_samples"]))
 
 
-def best_of(trials: Sequence[Trial]) -> Trial:
+def best_trial(trials: Sequence[Trial]) -> Trial:
     """The finished trial of the highest top-1; of equal ones that of the lowest loss, then of the lowest rate. Raises SweepError."""
     if unfinished := [trial.run for trial in trials if trial.state == "unfinished"]:
         raise SweepError(f"{unfinished[0]} is not finished, and a sweep is decided by all its trials; the same command goes on with it")
@@ -125,7 +125,7 @@ def table(trials: Sequence[Trial], share: float) -> str:
     """What a sweep found, for people; the best is marked."""
     samples = max(trial.samples for trial in trials)
     best = max((trial.top1 for trial in trials if trial.top1 is not None), default=None)
-    chosen = best_of(trials) if best is not None and all(trial.state != "unfinished" for trial in trials) else None
+    chosen = best_trial(trials) if best is not None and all(trial.state != "unfinished" for trial in trials) else None
     head = f"{'peak lr':>9}{'top-1':>9}{'95% of another draw':>21}{'loss':>9}"
     lines = [f"{head}   on {samples:,} held-out samples ({share:g} of the training split)"]
     for trial in trials:
@@ -166,7 +166,7 @@ def sweep(asked: FinetuneConfig, given: Sequence[float], nproc: int, *, as_json:
             return ended
         trials[number] = trial_at(Path(config.out), lr)
         note(run, trials, share)
-    best = best_of(trials)
+    best = best_trial(trials)
     note(run, trials, share, best)
     print(table(trials, share), file=said, flush=True)
     ended = start(resolve(final_run(asked, best.peak_lr), nproc), nproc, said)
@@ -224,7 +224,7 @@ def at_best(config: TrainConfig, submission: Path) -> TrainConfig:
     else:
         noted = json.loads((submission / "sweep.json").read_bytes())
         trials = [trial_at(Path(of["run"]), of["peak_lr"]) for of in noted["trials"]]
-        best = best_of(trials)
+        best = best_trial(trials)
         note(run, trials, noted["holdout"], best)
         print(table(trials, noted["holdout"]), flush=True)
         peak_lr = best.peak_lr

@@ -120,7 +120,7 @@ def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> Non
 
 def ranks_here(nproc: int, engine: EngineConfig) -> int:
     """How many ranks a run has on this machine, where so many are asked for. Raises UsageError, VerbError, ConfigError where none can."""
-    from launch.local import visible_gpus
+    from launch.ranks import visible_gpus
     from vitscale.check import check_on_cpu
 
     gpus = visible_gpus()

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from data_tools.errors import UserError
 from launch.evaluation import measure
 from launch.evaluation_tables import asked_of, headline
 from launch.question import EvaluateFlags, check_inputs, identity
@@ -46,13 +47,10 @@ def watch(flags: EvaluateFlags) -> None:
             board = open_board(run / "tensorboard" / f"evaluate-{asked_first['dataset'][:12]}")
             for folder, commit in follow(run, done, flags.interval):
                 done.add(commit)
-                while True:  # overlays, and files of labels, may change while the run goes on; a line says what it was measured on
-                    question = identity(flags)
-                    report = measure_of_run(flags, folder)
-                    if isinstance(report, str) or identity(flags) == question:
-                        break
-                if isinstance(report, str):
-                    print(f"warning: {report}; going on", file=sys.stderr, flush=True)
+                try:
+                    report, question = measure_of_run(flags, folder)
+                except UnusableError as error:
+                    print(f"warning: {error}; going on", file=sys.stderr, flush=True)
                     continue
                 line = {"time": time.time(), "commit": commit} | asked_of(report, flags) | question
                 note(file, line)
@@ -69,16 +67,23 @@ def watch(flags: EvaluateFlags) -> None:
         print(f"{run} is finished, and all its checkpoints are evaluated")
 
 
-def measure_of_run(flags: EvaluateFlags, folder: Path) -> dict[str, Any] | str:
-    """The report on a checkpoint of a live run, or why there is none: it is damaged, or the run removed it meanwhile."""
-    from data_tools.errors import UserError
+class UnusableError(UserError):
+    """A checkpoint of a live run is damaged, or the run removed it before it was evaluated."""
+
+
+def measure_of_run(flags: EvaluateFlags, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report on a checkpoint of a live run, and the identity of what was asked. Raises UnusableError."""
     from vitscale.checkpoint import verify
 
-    problem: dict[str, Any] | str | None = None
     try:
-        problem = verify(folder) or measure(flags, folder)
+        if problem := verify(folder):
+            raise UnusableError(problem)
+        while True:  # overlays, and files of labels, may change while the run goes on; a line says what it was measured on
+            question = identity(flags)
+            report = measure(flags, folder)
+            if identity(flags) == question:
+                return report, question
     except (UserError, OSError):
         if (folder / "COMMIT.json").is_file():
             raise
-    there = (folder / "COMMIT.json").is_file() or isinstance(problem, dict)
-    return problem if problem and there else f"{folder} was removed before it was evaluated"
+        raise UnusableError(f"{folder} was removed before it was evaluated") from None

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.local import free_port
+from launch.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 

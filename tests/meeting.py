@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.local import free_port
+from launch.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 

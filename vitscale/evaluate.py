@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_tools.dataset import Dataset, DatasetError
+from data_tools.progress import Progress, Update, silent
 from vitscale.checkpoint import Description
 from vitscale.config import ObjectiveConfig, PreprocessConfig, StreamConfig
 from vitscale.group import add, gather, own_batches, own_device, place, unreadable
@@ -35,11 +36,10 @@ from vitscale.measures import (
     pairs_of,
     resample,
 )
-from vitscale.model import ViT, normalize, parameter_shapes
+from vitscale.model import normalize
 from vitscale.objective import correct_at, per_sample_loss
-from vitscale.progress import Progress, Update, silent
 from vitscale.transfer import DeviceBatch
-from vitscale.weights import read_weights
+from vitscale.weights import load_model
 
 Interval = tuple[float, float]
 
@@ -113,17 +113,6 @@ def evaluate(
         raise unreadable(dataset)
     skipped, removed = dataset.num_kept - int(samples), dataset.overlay.num_removed
     return Evaluation(top1 / samples, top5 / samples, loss / samples, int(samples), skipped, removed)
-
-
-def load_model(description: Description, kind: str) -> ViT:
-    """The model of a checkpoint or an export, in evaluation mode on the CPU. Raises CheckpointError where a tensor is missing or extra.
-
-    Args:
-        kind: `average` (where there is one) or `weight`.
-    """
-    model = ViT(description.model)
-    model.load_state_dict(read_weights(description, kind, parameter_shapes(description.model)))
-    return model.eval()
 
 
 def evaluate_checkpoint(

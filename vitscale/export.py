@@ -29,6 +29,7 @@ import xxhash
 from torch import Tensor
 
 from data_tools.durable import fsync
+from data_tools.progress import Update, unseen
 from vitscale import checkpoint
 from vitscale.card import model_card
 from vitscale.certificate import outputs, seeded_inputs, write_certificate
@@ -49,7 +50,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def export(
     description: Description, kind: str, out: Path, *, to: Library, headless: bool = False, dtype: str = "fp32", lossy: bool = False,
-    licence: str = "", progress: Callable[[int, int], None] = lambda done, total: None,
+    licence: str = "", progress: Update = unseen,
 ) -> Path:  # fmt: skip
     """Writes the folder `out`, which must not exist. Raises CheckpointError where the export would not be exact.
 
@@ -140,7 +141,7 @@ def _reader(description: Description, kind: str, model: ViTConfig, wanted: Targe
     return read
 
 
-def _write_weights(file: Path, wanted: Target, read: Stretch, dtype: torch.dtype, progress: Callable[[int, int], None]) -> None:
+def _write_weights(file: Path, wanted: Target, read: Stretch, dtype: torch.dtype, progress: Update) -> None:
     shapes = file_shapes(wanted.form, wanted.model, wanted.prefix)
     total, done = sum(map(math.prod, shapes.values())) * dtype.itemsize, 0
     value = to_file(wanted.form, wanted.model, wanted.prefix, read)

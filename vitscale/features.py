@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from data_tools.dataset import Dataset
+from data_tools.progress import Update
 from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.group import gather, own_batches, unreadable
 from vitscale.model import ViT, normalize
-from vitscale.progress import Update
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ _FIXED = {
 _FREE = ("model.drop_path_rate", "model.dropout", "model.patch_dropout")  # of the model, and no shape
 
 
-def origin_of(spec: str) -> tuple[Path, checkpoint.Description]:
+def fork_point(spec: str) -> tuple[Path, checkpoint.Description]:
     """The run and the checkpoint that RUN@STEP, or a run's or a step's folder, names; it is whole. Raises CheckpointError, RunError."""
     folder = find_checkpoint(spec)
     run = folder.parent.parent

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_tools.dataset import Dataset, DatasetError
+from data_tools.progress import Update
 from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.mixture import Mixture
-from vitscale.progress import Update
 from vitscale.stream import evaluation_batches
 from vitscale.transfer import DeviceBatch, on_device
 

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from data_tools.progress import Update, unseen
 from vitscale import keyed
-from vitscale.progress import Update
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[Any]
@@ -167,7 +167,7 @@ def pairs_of(labels_NL: Integers, scores_NL: npt.NDArray[Any]) -> Pairs:
 
 def average_precisions(
     scores: Sequence[Tensor], own_n: Integers, pairs: Pairs, weights_NR: npt.NDArray[np.int32], num_classes: int,
-    add: Callable[[Tensor], object] = lambda counts: None, progress: Update = lambda done, total: None,
+    add: Callable[[Tensor], object] = lambda counts: None, progress: Update = unseen,
 ) -> Floats:  # fmt: skip
     """Average precision of each class under each column of weights (K, R), NaN where a class has no sample of any weight.
 

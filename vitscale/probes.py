@@ -22,16 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data_tools.progress import Progress, Update, unseen
 from vitscale import keyed
-from vitscale.config import SEEDS, SHOTS, Solver
+from vitscale.config import SEEDS, SETTINGS, SHOTS, Solver
 from vitscale.features import Features
 from vitscale.intervals import mean_interval, wilson
 from vitscale.objective import correct_at, dense_targets
-from vitscale.progress import Progress, Update
 
 Head = Callable[[Tensor], Tensor]
 """Features (B, D) to scores (B, K), the highest for the class that is meant."""
-SETTINGS: dict[Solver, str] = {"ridge": "lambda", "lbfgs": "L2 penalty", "sgd": "learning rate"}
 
 FEW_SHOT_LAMBDA = 2.0**10
 RIDGE_CONSTANT = 100.0  # so large that its weight, the bias, is hardly regularised (fewshot_lsr.py)
@@ -76,11 +75,8 @@ class Linear:
     """Of the 95% interval (Wilson)."""
     high: float
     top5: float
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best setting was the grid's first or last, so that one beyond may be better."""
-        return len(self.grid) > 1 and self.chosen in (self.grid[0][0], self.grid[-1][0])
+    at_edge: bool
+    """Whether the best setting was the grid's first or last, so that one beyond may be better."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +166,9 @@ def linear_probe(
         (head,) = fit(train, num_classes, (chosen,), update)
     top1, top5 = correct(head, test, num_classes)
     low, high = wilson(top1, len(test))
-    return Linear(solver, chosen, tuple(zip(settings, found, strict=True)), len(judge), top1 / len(test), low, high, top5 / len(test))
+    at_edge = len(settings) > 1 and chosen in (settings[0], settings[-1])
+    grid_found = tuple(zip(settings, found, strict=True))
+    return Linear(solver, chosen, grid_found, len(judge), top1 / len(test), low, high, top5 / len(test), at_edge)
 
 
 def held_out(samples_N: Tensor, seed: int) -> Tensor:
@@ -181,7 +179,7 @@ def held_out(samples_N: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(mask_N)
 
 
-def ridge_heads(train: Features, num_classes: int, lambdas: Sequence[float], update: Update = lambda done, total: None) -> Iterator[Head]:
+def ridge_heads(train: Features, num_classes: int, lambdas: Sequence[float], update: Update = unseen) -> Iterator[Head]:
     """For each lambda the head that minimises |X W - Y|^2 + lambda |W|^2, Y being 1 at a sample's labels and -1 elsewhere.
 
     One eigendecomposition serves all lambdas: with X^T X = Q E Q^T the weights are Q (E + lambda)^-1 Q^T X^T Y, and with fewer samples than
@@ -207,9 +205,7 @@ def ridge_heads(train: Features, num_classes: int, lambdas: Sequence[float], upd
     update(len(lambdas), len(lambdas))
 
 
-def logistic_heads(
-    train: Features, num_classes: int, penalties: Sequence[float], update: Update = lambda done, total: None
-) -> Iterator[Head]:
+def logistic_heads(train: Features, num_classes: int, penalties: Sequence[float], update: Update = unseen) -> Iterator[Head]:
     """For each penalty the head that minimises the mean loss + penalty / 2 |W|^2 without its biases; each starts from the one before.
 
     scikit-learn's and cuML's C, which multiplies the summed loss, is 1 / (penalty N).
@@ -237,7 +233,7 @@ def logistic_heads(
 
 
 def sgd_heads(
-    train: Features, num_classes: int, rates: Sequence[float], update: Update = lambda done, total: None, *, seed: int = 0,
+    train: Features, num_classes: int, rates: Sequence[float], update: Update = unseen, *, seed: int = 0,
     steps: int = SGD_STEPS, batch_size: int = SGD_BATCH,
 ) -> Iterator[Head]:  # fmt: skip
     """For each learning rate the head that SGD with momentum 0.9 and cosine decay to zero finds, all of them in one pass.

@@ -1,4 +1,4 @@
-"""A probe of a checkpoint: the features of a training and a test split (`features.py`), one protocol (`probes.py`), a report and its lines.
+"""A probe of a checkpoint: the features of a training and a test split (`features.py`), one protocol (`probes.py`), and the report.
 
 What `vitscale evaluate --protocol fewshot|linear|knn` calls. The report is plain data, which `dataclasses.asdict` makes JSON of.
 """
@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_tools.dataset import Dataset, DatasetError
+from data_tools.progress import Progress
 from vitscale.checkpoint import Description
 from vitscale.config import SEEDS, SHOTS, ProbeProtocol, Solver, StreamConfig
-from vitscale.evaluate import load_model
 from vitscale.features import Features, extract_features
 from vitscale.group import own_device
 from vitscale.inputs import check_probe
-from vitscale.metrics import counted
-from vitscale.probes import SETTINGS, FewShot, Linear, Neighbours, few_shot, linear_probe, neighbours
-from vitscale.progress import Progress
+from vitscale.probes import FewShot, Linear, Neighbours, few_shot, linear_probe, neighbours
+from vitscale.weights import load_model
 
 
 @dataclass(frozen=True)
@@ -73,38 +72,3 @@ def probe(
         results = tuple(neighbours(of_train, of_test, train.num_classes, progress))
     skipped = train.num_samples + test.num_samples - removed - len(of_train) - len(of_test)
     return ProbeReport(protocol, of_train.features_ND.shape[1], train.num_classes, len(of_train), len(of_test), skipped, removed, results)
-
-
-_INTERVALS = {  # what they cover, which two accuracies that are compared must share
-    "fewshot": "Student's t of other draws of shots, on these test samples",
-    "linear": "Wilson's of other test samples",
-    "knn": "Wilson's of other test samples",
-}
-
-
-def lines(report: ProbeReport) -> list[str]:
-    """The report for a terminal."""
-    left_out = f", {report.skipped:,} more could not be read" if report.skipped else ""
-    left_out += f", overlays remove {report.removed:,}" if report.removed else ""
-    return [
-        f"{report.width:,} features of {report.train_samples:,} training and {report.test_samples:,} test samples of "
-        f"{report.num_classes:,} classes{left_out}; in brackets 95% intervals, {_INTERVALS[report.protocol]}:",
-        *(line for result in report.results for line in _lines_of(result)),
-    ]
-
-
-def _lines_of(result: FewShot | Linear | Neighbours) -> list[str]:
-    top1 = f"top-1 {result.top1:.2%} [{result.low:.2%}, {result.high:.2%}]"
-    if isinstance(result, Neighbours):
-        return [f"{f'{result.k} neighbours':>14}: {top1}, top-5 {result.top5:.2%}"]
-    if isinstance(result, FewShot):
-        seeds = f", by seed {', '.join(f'{of:.2%}' for of in result.top1_of_seeds)}" if len(result.top1_of_seeds) > 1 else ""
-        short = f" (all there are of {counted(result.short_classes, 'class')} with fewer samples)" if result.short_classes else ""
-        return [f"{counted(result.shots, 'shot'):>9}: {top1}{seeds}{short}"]
-    best = max(top1 for _, top1 in result.grid)
-    edge = "; it ends the grid: one beyond may be better" if result.at_edge else ""
-    chosen = f"{SETTINGS[result.solver]} {result.chosen:g}, the best of {len(result.grid)}"
-    return [
-        f"linear head by {result.solver}: {top1}, top-5 {result.top5:.2%}",
-        f"{chosen} on {counted(result.held_out, 'training sample')} held out ({best:.2%}){edge}",
-    ]

@@ -24,14 +24,13 @@ from data_tools.durable import replace_file
 from data_tools.page import BASE, LIGHT, cards, document, inline, nice_step, section
 from vitscale.checkpoint import WEIGHT, describe
 from vitscale.config import StreamConfig
-from vitscale.evaluate import load_model
 from vitscale.finding import find_checkpoint
 from vitscale.metrics import SHARES, duration, share_name, what_bounds
 from vitscale.mixture import Mixture
 from vitscale.model import normalize
 from vitscale.run import read_metrics
 from vitscale.stream import evaluation_batches
-from vitscale.weights import TensorReader
+from vitscale.weights import TensorReader, load_model
 
 BLUE, ORANGE, GREY = "#2563eb", "#ea7317", "#94a3b8"
 COLORS = {"pretrain": "#0f766e", "finetune": BLUE, "scratch": ORANGE}

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from vitscale.certificate import FOLDER, TOLERANCES, outputs
 from vitscale.checkpoint import Description
 from vitscale.errors import CheckpointError
-from vitscale.evaluate import load_model
 from vitscale.exported import verify
 from vitscale.exported.verify import differences_of, replay
 from vitscale.images import evaluation_view
 from vitscale.model import normalize
 from vitscale.tensorfiles import read_json
+from vitscale.weights import load_model
 
 _STATED = ("mean", "std", "interpolation")  # of preprocessing, as the certificate states it
 LIBRARIES = {"timm": "timm", "npz": "timm", "hf": "transformers", "safetensors": "torch"}

@@ -14,6 +14,7 @@ from torch import Tensor
 from vitscale.checkpoint import Description, Exported, Piece, is_plain, piece_key
 from vitscale.errors import CheckpointError
 from vitscale.formats import file_shapes, from_file
+from vitscale.model import ViT, parameter_shapes
 from vitscale.tensorfiles import faults_of, open_tensors, read_into, safetensors_entries
 
 
@@ -99,6 +100,17 @@ def read_weights(description: Description, kind: str, shapes: dict[str, tuple[in
     if not description.exported:
         check_tensors(description, shapes, {kind: shapes.keys()})
     return {name: reader.whole(name, kind) for name in shapes}
+
+
+def load_model(description: Description, kind: str) -> ViT:
+    """The model of a checkpoint or an export, in evaluation mode on the CPU. Raises CheckpointError where a tensor is missing or extra.
+
+    Args:
+        kind: `average` (where there is one) or `weight`.
+    """
+    model = ViT(description.model)
+    model.load_state_dict(read_weights(description, kind, parameter_shapes(description.model)))
+    return model.eval()
 
 
 def check_tensors(description: Description, expected: dict[str, tuple[int, ...]], kinds: Mapping[str, Collection[str]]) -> None:

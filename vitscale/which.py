@@ -21,12 +21,12 @@ import pyarrow as pa
 from data_tools.amend import find_samples
 from data_tools.errors import UserError
 from data_tools.holdout import part_of
+from data_tools.progress import Update, unseen
 from vitscale import checkpoint
 from vitscale.config import TrainConfig
 from vitscale.guards import is_skipped
 from vitscale.mixture import Mixture
 from vitscale.order import MAX_DRAWS, Int64, RunOrder
-from vitscale.progress import Update
 from vitscale.run import (
     RunError,
     is_of_tars,
@@ -126,7 +126,7 @@ def which_step(run: Path, step: int, rank: int | None = None, data: Sequence[str
     return StepSeen(str(run), step, step <= reached(run), skipped, world_size, tuple(seen))
 
 
-def which_sample(run: Path, key: str, data: Sequence[str] = (), progress: Update = lambda done, total: None) -> SampleSeen:
+def which_sample(run: Path, key: str, data: Sequence[str] = (), progress: Update = unseen) -> SampleSeen:
     """The steps made so far that saw the sample with a key. Raises RunError where no dataset of the run has it.
 
     `progress` is called with how many keys were looked at, and of how many.

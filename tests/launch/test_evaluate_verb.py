@@ -17,7 +17,7 @@ import pytest
 from data_tools.amend import removals, write_overlay
 from data_tools.dataset import Dataset
 from launch.question import EvaluateFlags, identity
-from launch.watcher import measure_of_run
+from launch.watcher import UnusableError, measure_of_run
 from tests.command import SMALL, VITSCALE, vitscale
 from vitscale import checkpoint, retention
 from vitscale.run import RunError, read_evaluations
@@ -101,7 +101,7 @@ def test_a_probe_by_several_processes_is_that_of_one(run: Path, dataset: Path) -
 RANKS = """
 import os, signal, sys
 from pathlib import Path
-from launch.local import run_ranks
+from launch.ranks import run_ranks
 code = "import os, signal; print(os.getpid(), file=open('pids', 'w'), flush=True); DO; signal.pause()".replace("DO", sys.argv[1])
 run_ranks([sys.executable, "-c", code], 2, Path("."))
 """
@@ -280,7 +280,8 @@ def test_a_checkpoint_that_the_run_removes_is_told_of(copied: Path, dataset: Pat
         retention.remove(copied, [3])
     else:
         monkeypatch.setattr("vitscale.checkpoint.verify", verify_and_remove)
-    assert measure_of_run(flags, folder) == f"{folder} was removed before it was evaluated"
+    with pytest.raises(UnusableError, match=f"^{folder} was removed before it was evaluated$"):
+        measure_of_run(flags, folder)
 
 
 def test_one_writes_at_a_time_and_what_a_kill_cut_short_goes(copied: Path, dataset: Path) -> None:

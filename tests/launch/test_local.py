@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import _wait, visible_gpus
+from launch.ranks import _wait, visible_gpus
 from tests.command import SMALL, VITSCALE, vitscale
 from tests.disks import small_disk
 from vitscale.run import read_metrics

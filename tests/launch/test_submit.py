@@ -150,6 +150,24 @@ def test_a_sweep_is_a_job_of_each_trial_and_the_run_behind_them(cluster: Cluster
     assert f"{best['peak_lr']:>9g}" in logs(folder), "the table"
 
 
+def test_a_job_whose_number_sbatch_does_not_tell_keeps_what_it_needs(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
+    """A site's own sbatch may print other words; the error says how the job is found, and that is how the test finds it."""
+    (tmp_path / "bin").mkdir()
+    sbatch, run = tmp_path / "bin" / "sbatch", tmp_path / "run"
+    sbatch.write_text(f'#!/bin/sh\ncase "$*" in *--test-only*) ;; *) {shutil.which("sbatch")} --hold "$@" >/dev/null; echo thanks; esac\n')
+    sbatch.chmod(0o755)
+    done = submit(*pretraining(dataset, run), env=cluster.environment | {"PATH": f"{sbatch.parent}:{os.environ['PATH']}"})
+    assert done.returncode == 1
+    said, folder = done.stderr.splitlines()[-1], run / "submissions" / "000"
+    assert said.startswith("error: sbatch named no job, and one may be in the queue: ")
+    assert said.endswith(f"{folder}, which it would need, is kept")
+    found = subprocess.run(said.split("`")[1], shell=True, env=cluster.environment, capture_output=True, text=True, check=True).stdout
+    job, script = found.split()
+    cluster.run("scancel", job)
+    assert Path(script).parent == folder
+    assert (folder / "config.json").is_file()
+
+
 def test_of_a_sweep_that_is_submitted_in_part_the_jobs_are_named(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
     """SLURM takes the trials and refuses the run behind them."""
     (tmp_path / "bin").mkdir()

@@ -9,7 +9,7 @@ import pytest
 from data_tools.dataset import Dataset
 from data_tools.holdout import Part
 from launch.flags import UsageError
-from launch.sweep import SweepError, Trial, best_of, check_alike, final_run, grid_of, table, trial_at, trials_of
+from launch.sweep import SweepError, Trial, best_trial, check_alike, final_run, grid_of, table, trial_at, trials_of
 from launch.verbs import finetune_flags
 from tests.command import vitscale
 from tests.vitscale.models import random_vit, write_checkpoint
@@ -55,13 +55,13 @@ def test_the_best_is_of_top1_then_loss_then_the_lower_rate() -> None:
         return Trial(lr, f"lr-{lr:g}", "finished", top1, loss, 100)
 
     diverged, unfinished = Trial(1.0, "lr-1", "diverged"), Trial(2.0, "lr-2", "unfinished")
-    assert best_of([trial(0.1, 0.5, 9.0), trial(0.2, 0.6, 99.0), diverged]).peak_lr == 0.2
-    assert best_of([trial(0.1, 0.5, 9.0), trial(0.2, 0.5, 8.0)]).peak_lr == 0.2
-    assert best_of([trial(0.2, 0.5, 8.0), trial(0.1, 0.5, 8.0)]).peak_lr == 0.1
+    assert best_trial([trial(0.1, 0.5, 9.0), trial(0.2, 0.6, 99.0), diverged]).peak_lr == 0.2
+    assert best_trial([trial(0.1, 0.5, 9.0), trial(0.2, 0.5, 8.0)]).peak_lr == 0.2
+    assert best_trial([trial(0.2, 0.5, 8.0), trial(0.1, 0.5, 8.0)]).peak_lr == 0.1
     with pytest.raises(SweepError, match="lr-2 is not finished"):
-        best_of([trial(0.1, 0.5, 9.0), unfinished])
+        best_trial([trial(0.1, 0.5, 9.0), unfinished])
     with pytest.raises(SweepError, match=r"every trial of --sweep 1 diverged; .* --sweep 0.1"):
-        best_of([diverged])
+        best_trial([diverged])
     lines = table([trial(0.1, 0.5, 9.0), trial(0.2, 0.61, 1.0), diverged], 0.1).splitlines()
     assert [line.split()[:6] for line in lines[1:]] == [
         ["0.1", "50.00%", "40.4%", "to", "59.6%", "9.0000"],  # Wilson's of 50 and 61 in 100

@@ -22,7 +22,6 @@ from vitscale.adopt import adopt, open_foreign
 from vitscale.checkpoint import describe
 from vitscale.config import ImportConfig, ViTConfig
 from vitscale.errors import CheckpointError
-from vitscale.evaluate import load_model
 from vitscale.export import export
 from vitscale.families import FAMILIES
 from vitscale.finding import find_checkpoint
@@ -30,6 +29,7 @@ from vitscale.images import evaluation_view
 from vitscale.model import ViT, normalize
 from vitscale.sidecars import read_preprocess
 from vitscale.verification import verify_export
+from vitscale.weights import load_model
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
 DINOV2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2, "image_size": 32, "patch_size": 8}

@@ -27,9 +27,9 @@ from vitscale.adopt import adopt
 from vitscale.checkpoint import describe
 from vitscale.config import ImportConfig
 from vitscale.errors import CheckpointError
-from vitscale.evaluate import load_model
 from vitscale.finding import find_checkpoint
 from vitscale.verification import verify_export
+from vitscale.weights import load_model
 
 CASES, MANY = 500, 20_000
 MOST_MEMORY = 600 << 20  # bytes beyond what torch has, that the cases take at most; those that would take all there is say terabytes

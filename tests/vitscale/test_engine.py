@@ -21,14 +21,13 @@ from tests.runs import STOP, case, losses_of, variant
 from vitscale import checkpoint
 from vitscale.config import EngineConfig, OptimizerConfig, TrainConfig, ViTConfig, from_dict, to_dict
 from vitscale.engine import Engine
-from vitscale.evaluate import load_model
 from vitscale.finding import find_checkpoint
 from vitscale.gradients import flatten
 from vitscale.model import ViT, initialize
 from vitscale.run import open_run
 from vitscale.timing import Clock
 from vitscale.train import train
-from vitscale.weights import TensorReader
+from vitscale.weights import TensorReader, load_model
 from vitscale.zero import deepspeed_config
 
 MODEL = ViTConfig(depth=2, width=16, mlp_dim=20, num_heads=2, patch_size=4, image_size=(8, 8), num_classes=3)

@@ -22,11 +22,12 @@ from vitscale import images
 from vitscale.checkpoint import describe
 from vitscale.config import ObjectiveConfig, PreprocessConfig, StreamConfig, ViTConfig
 from vitscale.errors import CheckpointError
-from vitscale.evaluate import evaluate, evaluate_checkpoint, load_model
+from vitscale.evaluate import evaluate, evaluate_checkpoint
 from vitscale.intervals import wilson
 from vitscale.measures import calibration_error
 from vitscale.model import normalize
 from vitscale.reassessed import read_real_labels
+from vitscale.weights import load_model
 
 # More classes than the dataset's five, so that being among the five best says something.
 MODEL = ViTConfig(depth=1, width=16, mlp_dim=16, num_heads=2, patch_size=8, image_size=(16, 24), num_classes=12)

@@ -32,7 +32,6 @@ from vitscale.adopt import adopt
 from vitscale.checkpoint import describe, verify
 from vitscale.config import ImportConfig, ObjectiveConfig, PreprocessConfig, ViTConfig
 from vitscale.errors import CheckpointError
-from vitscale.evaluate import load_model
 from vitscale.export import export
 from vitscale.exported.verify import replay
 from vitscale.finding import find_checkpoint
@@ -42,7 +41,7 @@ from vitscale.model import ViT, normalize, parameter_shapes
 from vitscale.recipes import vit
 from vitscale.targets import position_tensors, timm_config
 from vitscale.verification import verify_export
-from vitscale.weights import read_weights
+from vitscale.weights import load_model, read_weights
 
 SMALL = ViTConfig(depth=2, width=64, mlp_dim=160, num_heads=4, patch_size=8, image_size=(24, 40), num_classes=7)
 SQUARE = replace(SMALL, image_size=(40, 40))

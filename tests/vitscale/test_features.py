@@ -18,9 +18,9 @@ from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale import images
 from vitscale.checkpoint import describe
 from vitscale.config import PreprocessConfig, StreamConfig, ViTConfig
-from vitscale.evaluate import load_model
 from vitscale.features import Features, extract_features
 from vitscale.model import normalize
+from vitscale.weights import load_model
 
 MODEL = ViTConfig(depth=2, width=16, mlp_dim=24, num_heads=2, patch_size=8, image_size=(16, 24), num_classes=5)
 PREPROCESS = PreprocessConfig(eval_crop=0.9)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from launch.local import free_port
+from launch.ranks import free_port
 from vitscale.config import EngineConfig, ObjectiveConfig, OptimizerConfig, ViTConfig
 from vitscale.engine import Engine, device, init_distributed
 from vitscale.model import ViT, initialize

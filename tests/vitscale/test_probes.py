@@ -23,6 +23,7 @@ from torch import nn
 from data_tools.config import PackConfig
 from data_tools.dataset import Dataset, DatasetError
 from data_tools.pack import pack
+from data_tools.progress import Update, silent
 from tests.conftest import write_images
 from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale import probes
@@ -45,8 +46,7 @@ from vitscale.probes import (
     slopes,
     votes,
 )
-from vitscale.probing import ProbeReport, lines, probe
-from vitscale.progress import Update, silent
+from vitscale.probing import ProbeReport, probe
 
 CLASSES = 6
 
@@ -362,23 +362,6 @@ def test_a_probe_of_a_checkpoint_reports(checkpoint: Description, dataset: Path,
     assert json.loads(json.dumps(dataclasses.asdict(report)))["results"][0]["top1"] == report.results[0].top1
     assert {("features of the training split", "images"), ("features of the test split", "images")} < told.keys()
     assert all(done == total for done, total in told.values())
-    said = lines(report)
-    assert len(said) == (3 if protocol == "linear" else 1 + len(report.results))
-    for result in report.results:
-        assert any(f"{result.top1:.2%} [{result.low:.2%}, {result.high:.2%}]" in line for line in said)
-
-
-def test_lines_say_what_to_beware_of(checkpoint: Description, dataset: Path) -> None:
-    report = probed(checkpoint, dataset, "fewshot", shots=(1, 40), seeds=1)
-    report = dataclasses.replace(report, skipped=2, removed=1)
-    head, one, forty = lines(report)
-    assert "2 more could not be read, overlays remove 1" in head
-    assert "shot: " in one
-    assert "seed" not in one
-    assert "(all there are of 5 classes with fewer samples)" in forty
-    grid = ((1.0, 0.5), (0.1, 0.4))
-    linear = probes.Linear("lbfgs", 1.0, grid, 13, 0.5, 0.4, 0.6, 0.9)
-    assert lines(dataclasses.replace(report, results=(linear,)))[-1].endswith("(50.00%); it ends the grid: one beyond may be better")
 
 
 @pytest.mark.parametrize("rest", [{"shots": ()}, {"shots": (0, 5)}, {"seeds": 0}])

@@ -33,7 +33,7 @@ from vitscale.config import (
 )
 from vitscale.finetune import resample_grid
 from vitscale.flops import train_flops
-from vitscale.fork import fork, origin_of
+from vitscale.fork import fork, fork_point
 from vitscale.guards import Guard
 from vitscale.locality import choose_order
 from vitscale.mixture import Mixture
@@ -397,7 +397,7 @@ def test_a_fork_keeps_the_batches_that_were(config: TrainConfig, tmp_path: Path)
     """A larger batch from a checkpoint on is a phase of the steps before it, which the refusal names."""
     begun = variant_of(with_phases(config), tmp_path, "begun")
     run_on_ranks("tests.vitscale.test_zero:walk", 1, {"cases": {"begun": case(begun, stop_at=12)}}, tmp_path)
-    run, origin = origin_of(begun.out)
+    run, origin = fork_point(begun.out)
     longer = replace(begun, out=str(tmp_path / "fork"), steps=60, global_batch_size=48, schedule=replace(begun.schedule, phases=()))
     with pytest.raises(RunError, match="the checkpoint's 12 steps would have other batches than they had") as refused:
         fork(run, origin, longer)
