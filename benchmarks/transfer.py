@@ -25,6 +25,7 @@ from typing import Any
 
 from launch.quickstart import FASHION_CLASSES, read_fashion_mnist, sample_classes, write_class_folders
 from vitscale.intervals import mean_interval
+from vitscale.metrics import counted
 from vitscale.run import is_finished
 
 RESULTS = Path(__file__).parent / "results"
@@ -152,27 +153,40 @@ def cell(values: list[float]) -> str:
     return f"{100 * mean:.1f} ± {50 * (high - low):.1f}"
 
 
-def tables(found: dict[str, Any]) -> str:
-    """What was found, as Markdown."""
-    seeds = found["seeds"]
-    of = {(row["seed"], row["labelled"]): row for row in found["tuned"]}
-    names = {"native": "28 px, 28 px", "low": "20 px, 20 px", "raised": "20 px, 28 px", "scratch": "none, 28 px"}
-    lines = [
-        f"| labelled, a class | {' | '.join(names.values())} | 28, 28 over none | 28, 28 over 20, 20 |",
-        f"|---|{'---|' * (len(names) + 2)}",
-    ]
+NAMES = {"native": "28 px, 28 px", "low": "20 px, 20 px", "raised": "20 px, 28 px", "scratch": "none, 28 px"}
+
+
+def tuned_table(found: dict[str, Any]) -> str:
+    """Top-1 after fine-tuning by the pixels of pre-training and of fine-tuning, and how far apart they are on the same seeds."""
+    seeds, of = found["seeds"], {(row["seed"], row["labelled"]): row for row in found["tuned"]}
+    heads = ["labelled, a class", *NAMES.values(), "28, 28 over none", "28, 28 over 20, 20", "20, 28 over 20, 20"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for labelled in LABELLED:
-        found_by = {kind: [of[seed, labelled][kind] for seed in seeds] for kind in names}
-        over = [[a - b for a, b in zip(found_by["native"], found_by[kind], strict=True)] for kind in ("scratch", "low")]
-        lines.append(f"| {labelled} | {' | '.join(cell(values) for values in (*found_by.values(), *over))} |")
-    by_epochs = {(row["seed"], row["epochs"]): row["top1"] for row in found["shots"]}
-    lines += ["", f"| few-shot probe: pre-training | {' | '.join(f'{n} shots' for n in SHOTS)} |", f"|---|{'---|' * len(SHOTS)}"]
+        by_kind = {kind: [of[seed, labelled][kind] for seed in seeds] for kind in NAMES}
+        pairs = [("native", "scratch"), ("native", "low"), ("raised", "low")]
+        over = [[a - b for a, b in zip(by_kind[one], by_kind[other], strict=True)] for one, other in pairs]
+        lines.append(f"| {labelled} | {' | '.join(cell(values) for values in (*by_kind.values(), *over))} |")
+    return "\n".join(lines)
+
+
+def shots_table(found: dict[str, Any]) -> str:
+    """Top-1 of the few-shot probe by the length of pre-training."""
+    of = {(row["seed"], row["epochs"]): row["top1"] for row in found["shots"]}
+    lines = [f"| pre-training | {' | '.join(counted(n, 'shot') for n in SHOTS)} |", f"|---|{'---|' * len(SHOTS)}"]
     for epochs in EPOCHS:
-        cells = [cell([by_epochs[seed, epochs][str(n)] for seed in seeds]) for n in SHOTS]
-        lines.append(f"| {f'{epochs} epochs' if epochs else 'none: random weights'} | {' | '.join(cells)} |")
-    chosen = {kind: ", ".join(f"{row['best']:g}" for row in found["rates"] if row["kind"] == kind) for kind in RATES}
-    rates = "; ".join(f"{names[kind]}: {best}" for kind, best in chosen.items())
-    return "\n".join([*lines, "", f"Learning rates chosen, by labelled images: {rates}."])
+        cells = [cell([of[seed, epochs][str(n)] for seed in found["seeds"]]) for n in SHOTS]
+        lines.append(f"| {counted(epochs, 'epoch') if epochs else 'none: random weights'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rates_table(found: dict[str, Any]) -> str:
+    """The learning rate that was chosen of each grid."""
+    chosen = {(row["kind"], row["labelled"]): row["best"] for row in found["rates"]}
+    lines = [f"| | grid | {' | '.join(f'{labelled} labelled' for labelled in LABELLED)} |", f"|---|---|{'---|' * len(LABELLED)}"]
+    for kind, name in NAMES.items():
+        grid = ", ".join(f"{rate:g}" for rate in RATES[kind])
+        lines.append(f"| {name} | {grid} | {' | '.join(f'{chosen[kind, labelled]:g}' for labelled in LABELLED)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -183,7 +197,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/DATE-transfer.json")
     flags = parser.parse_args()
     found = measure(flags.out, flags.seeds)
-    print(f"\n{tables(found)}")
+    print(f"\n{tuned_table(found)}\n\n{shots_table(found)}\n\n{rates_table(found)}")
     if flags.save:
         file = RESULTS / f"{time.strftime('%Y-%m-%d')}-transfer.json"
         file.write_text(json.dumps(found, indent=1) + "\n")

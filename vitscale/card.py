@@ -1,17 +1,18 @@
 """An export's model card: README.md, for people and for model hubs.
 
 What a team needs that is given the folder and nothing else: how it is loaded, what goes in and what comes out, where it comes from, what
-was measured, and how it is fine-tuned. The code in it is tested as it stands there.
+was measured, and how it is fine-tuned. Its code is `snippets.py`.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vitscale.checkpoint import Description
 from vitscale.config import PreprocessConfig, ViTConfig
 from vitscale.model import parameter_shapes
+from vitscale.snippets import has_no_pooler, inner, is_square, loading, tuning
 from vitscale.targets import Target
 
 _NAMED = 20  # classes, which are listed in the card itself
@@ -26,8 +27,8 @@ _FILES = {
     "verify.py": "holds the library to the certificate",
     "certificate": "twenty images rendered from a seed (nobody's; free to use) and what the model says of them",
     "vitscale.json": "what vitscale reads, where the folder is given to it as a checkpoint",
-    "SHA256SUMS": "of all files but this one, which may be written on; `sha256sum -c SHA256SUMS`",
-    "COMMIT.json": "sizes and checksums of them for vitscale",
+    "SHA256SUMS": "of all files but README.md, which may be written on, COMMIT.json and itself; `sha256sum -c SHA256SUMS`",
+    "COMMIT.json": "sizes and checksums of them all for vitscale",
 }
 
 
@@ -43,23 +44,24 @@ def model_card(
     parameters = sum(map(math.prod, parameter_shapes(model).values()))
     made = "imported into" if "imported_from" in origin else "trained with"
     paragraphs = [
-        _header(_plain(name), library, model, origin, licence),
+        _header(_plain(name), library, model, origin, licence, exact=not (certificate["changed"] or target.losses)),
         f"# {_plain(name)}",
         f"A Vision Transformer of {_size(parameters)} parameters, {made} vitscale: {model.depth} blocks, {model.width} features, "
         f"{model.num_heads} heads, MLPs of {model.mlp_dim}, patches of {model.patch_size} pixels. {_head(model.num_classes, multi_label)}",
         "## Load",
-        "\n".join(["```python", *_loading(library, target, certificate, multi_label=multi_label), "```"]),
+        _code(loading(target, certificate, multi_label=multi_label, named=bool(description.class_names))),
         *_outputs(library, target),
         "`python verify.py` holds that library to what the trained model said of twenty images and of seeded tensors (`certificate/`), "
-        f"and the files to their SHA-256 sums; it needs {_needs(library)}.",
+        f"and the files to their SHA-256 sums; it needs {_needs(library)}. "
+        "Sums tell damage; they are no signature of whoever gives the folder.",
         "## Preprocessing",
-        _preprocessing(model.image_size, preprocess),
+        _preprocessing(library, model.image_size, preprocess),
         *_classes(description),
         *_changes(target, certificate),
         "## Fine-tune",
-        *_tuning(library, target),
+        *_tuning(target, certificate),
         "## Where it comes from",
-        _table(_rows(origin, model, certificate["dtype"], licence)),
+        _table(_rows(origin, target, certificate, licence)),
     ]
     if "training" in origin:
         paragraphs += ["How it was trained:", f"```json\n{json.dumps(origin['training'], indent=1)}\n```"]
@@ -70,13 +72,13 @@ def model_card(
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _header(name: str, library: str, model: ViTConfig, origin: Mapping[str, Any], licence: str) -> str:
-    """What model hubs read; its values are JSON, which YAML takes."""
+def _header(name: str, library: str, model: ViTConfig, origin: Mapping[str, Any], licence: str, *, exact: bool) -> str:
+    """What model hubs read, with results only of what was measured; its values are JSON, which YAML takes."""
     task = "image-classification" if model.num_classes else "image-feature-extraction"
     header: dict[str, Any] = {
         "license": licence or "unknown", "library_name": _LIBRARIES[library], "pipeline_tag": task, "tags": ["vit", "vitscale"],
     }  # fmt: skip
-    if model.num_classes and (results := _results(origin)):
+    if exact and model.num_classes and (results := _results(origin)):
         called = origin.get("evaluated_on", {}).get("name") or "held out"
         metrics = [{"type": "accuracy", "name": measure, "value": round(value, 6)} for measure, value in results.items()]
         result = {"task": {"type": task}, "dataset": {"name": called, "type": called}, "metrics": metrics}
@@ -108,93 +110,15 @@ def _needs(library: str) -> str:
     return f"torch, numpy, pillow, safetensors and {of_library}"
 
 
-# -- Code ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def _loading(library: str, target: Target, certificate: Mapping[str, Any], *, multi_label: bool) -> list[str]:
-    """From a picture to a class or features."""
-    model = target.model
-    begin = ["from pathlib import Path", "", "from PIL import Image"]
-    folder = 'folder = Path("{}").resolve()  # where this folder lies; "." from within it'
-    opened = [folder.format("."), 'picture = Image.open(folder / "certificate" / "00.jpg").convert("RGB")']
-    best = "(logits_BK[0].sigmoid() > 0.5).nonzero().flatten().tolist()" if multi_label else "logits_BK.argmax().item()"
-    if library == "timm":
-        lines = ["import timm", "from timm.data import create_transform, resolve_data_config", *begin, "", *opened]
-        lines += ['model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()  # timm 1.0.20 or later']
-        lines += ["transform = create_transform(**resolve_data_config({}, model=model))"]
-        given = "transform(picture)[None]"
-    elif library == "npz":
-        timm = certificate["timm"]
-        lines = ["import timm", "from timm.data import create_transform", *begin, "", *opened]
-        classes = 0 if model.representation_size else model.num_classes  # timm leaves that layer out, and the head was trained behind it
-        lines += [f"model = timm.create_model({timm['architecture']!r}, num_classes={classes}, **{timm['model_args']!r})"]
-        lines += ['model.load_pretrained(str(folder / "weights.npz"))', "model.eval()"]
-        lines += [f"transform = create_transform(**{timm['transform']!r})"]
-        given = "transform(picture)[None]"
-        if model.representation_size:
-            prefix = f"[:, {model.num_prefix_tokens} :]" if model.num_prefix_tokens else ""
-            return [*lines, f"tokens_BND = model.forward_features({given}){prefix}  # timm has no representation layer"]
-    elif library == "hf":
-        auto = "AutoModelForImageClassification" if model.num_classes else "AutoModel"
-        pooler = ", add_pooling_layer=False" if _has_no_pooler(target) else ""
-        lines = [f"from transformers import AutoImageProcessor, {auto}", *begin, "", *opened]
-        lines += [f"model = {auto}.from_pretrained(folder{pooler}).eval()"]
-        lines += ['processor = AutoImageProcessor.from_pretrained(folder, backend="pil")  # Pillow resizes, as in training']
-        lines += ['outputs = model(**processor(picture, return_tensors="pt"))']
-        if not model.num_classes:
-            return [*lines, f"features_BD = {_hf_features(target)}"]
-        return [*lines, "logits_BK = outputs.logits", f"print({best if multi_label else f'model.config.id2label[{best}]'})"]
-    else:
-        lines = ["import runpy", *begin, "", *opened, 'vit = runpy.run_path(str(folder / "vit.py"))  # or copy it and import it', ""]
-        lines += ['model = vit["load"](folder)', 'found = vit["forward"](model, vit["view"](model, picture)[None])']
-        return (
-            [*lines, 'logits_BK = found["logits_BK"]', f"print({best})"]
-            if model.num_classes
-            else [*lines, 'features_BD = found["features_BD"]']
-        )
-    return [*lines, f"logits_BK = model({given})", f"print({best})"] if model.num_classes else [*lines, f"features_BD = model({given})"]
-
-
-def _has_no_pooler(target: Target) -> bool:
-    """Whether transformers' model would have a pooler of its own making, which no weights are for."""
-    return target.form == "hf_vit" and not target.model.num_classes and not target.model.representation_size
-
-
-def _hf_features(target: Target) -> str:
-    if target.model.representation_size or target.model.pool == "map":
-        return "outputs.pooler_output"
-    return "outputs.last_hidden_state[:, 0]" if target.form == "hf_vit" else "outputs.last_hidden_state.mean(dim=1)"
-
-
-_OTHER_VIEWS = "images are then to be prepared at that size, too"
-
-
-def _tuning(library: str, target: Target) -> list[str]:
-    """What the library takes for a new head and another resolution."""
-    p = target.model.patch_size
-    rows, columns = target.model.grid
-    said = ["`vitscale finetune RECIPE --init FOLDER --data TRAIN --model.image-size H W` takes this folder as it is."]
-    if library == "timm":
-        square = rows == columns  # timm takes the table of positions that it resamples for one of a square
-        larger = f", img_size={2 * rows * p}" if square else ""
-        at_size = f" `img_size` resamples the position embeddings; {_OTHER_VIEWS}." if square else ""
-        new_head = f'timm.create_model(f"local-dir:{{folder}}", pretrained=True, num_classes=10{larger})'
-        said += [f"With a new head{', at another resolution' if square else ''}: `{new_head}`.{at_size}"]
-    if library == "hf" and (target.model.num_classes or target.form == "hf_vit"):  # there is no head for SigLIP's tower alone
-        layer = " The representation layer (`pooler`) is left out there." if target.model.representation_size else ""
-        new_head = "AutoModelForImageClassification.from_pretrained(folder, num_labels=10, ignore_mismatched_sizes=True)"
-        said += [
-            f"With a new head: `{new_head}`; with as many classes as before the old head stays.{layer} At another resolution: "
-            f"`model(pixel_values, interpolate_pos_encoding=True)`; {_OTHER_VIEWS}."
-        ]
-    return said
-
-
 # -- Words --------------------------------------------------------------------------------------------------------------------------------
 
 
+def _code(lines: Sequence[str]) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
 def _outputs(library: str, target: Target) -> list[str]:
-    """What features are, where they come out."""
+    """What features are, where they come out, and patch tokens."""
     model = target.model
     mean = "the mean of the patch tokens"
     pooled = {"cls": "the class token", "mean": mean, "mean_with_cls": mean, "map": "what attention pooling makes of the patch tokens"}
@@ -202,25 +126,47 @@ def _outputs(library: str, target: Target) -> list[str]:
     layer = ", through the representation layer and its tanh" if model.representation_size else ""
     said = (
         f"Features are {model.representation_size or model.width} numbers: {pooled[model.pool]}{norm}{layer}. Patch tokens are a grid of "
-        f"{model.grid[0]} x {model.grid[1]}, row by row."
+        f"{model.grid[0]} x {model.grid[1]}, row by row. After the code above:"
     )
-    if library == "hf" and _has_no_pooler(target):
-        said += (
-            " Without `add_pooling_layer=False` transformers makes up a pooler of random weights: its `pooler_output`, and what "
-            'a pipeline gives by `pool=True`, mean nothing (`pipeline(..., model_kwargs={"add_pooling_layer": False})`).'
-        )
-    return [said]
+    if library == "hf" and has_no_pooler(target):
+        bare = "`AutoModel` makes up a pooler of random weights, unless it is given `add_pooling_layer=False`"
+        pipe = 'a pipeline for features takes `model_kwargs={"add_pooling_layer": False}`, and gives all tokens, the class token first'
+        return [said, _code(inner(target, library)), f"{bare}: its `pooler_output` means nothing; {pipe}."]
+    return [said, _code(inner(target, library))]
 
 
-def _preprocessing(image_size: tuple[int, int], preprocess: PreprocessConfig) -> str:
+def _preprocessing(library: str, image_size: tuple[int, int], preprocess: PreprocessConfig) -> str:
     crop = "the whole image, squashed to that size"
     if preprocess.eval_crop != 1:
         crop = f"the central {preprocess.eval_crop:g} of the resized short side"
-    return (
-        f"An RGB image (grey ones and those with transparency are converted) to {image_size[0]} x {image_size[1]} pixels (height x width): "
-        f"{crop}, {preprocess.interpolation} with antialias, as {preprocess.eval_protocol} evaluates; then "
+    said = (
+        f'An RGB image (`.convert("RGB")` first, for grey ones and those with transparency) to {image_size[0]} x {image_size[1]} pixels '
+        f"(height x width): {crop}, {preprocess.interpolation} with antialias, as {preprocess.eval_protocol} evaluates; then "
         f"(pixel / 255 - {list(preprocess.mean)}) / {list(preprocess.std)}."
     )
+    if library == "hf":
+        return said + (
+            ' The processor does so by `backend="pil"` (version 4 of transformers: `use_fast=False`); its default, which pipelines take, '
+            "is off by a grey level in some pixels."
+        )
+    return said
+
+
+def _tuning(target: Target, certificate: Mapping[str, Any]) -> list[str]:
+    """A new head in the library, and in vitscale."""
+    library, model, said = certificate["library"], target.model, list[str]()
+    if lines := tuning(target, certificate):
+        larger = library != "safetensors" and is_square(target)
+        where = ", at another resolution" if larger else f", at this resolution ({model.image_size[0]} x {model.image_size[1]}) alone"
+        said += [f"With a new head{where}, after the code above:", _code(lines)]
+    if library == "hf" and lines:
+        old = " With as many classes as before the old head stays." if model.num_classes else ""
+        layer = " The representation layer (`pooler`) is left out there." if model.representation_size else ""
+        rule = " transformers resamples position embeddings without antialias, timm with it: outputs differ a little." if larger else ""
+        if words := f"{rule}{old}{layer}".strip():
+            said.append(words)
+    words = "`vitscale finetune RECIPE --init FOLDER --data TRAIN --model.image-size H W` takes this folder as it is"
+    return [*said, f"With vitscale: {words}, at any resolution."]
 
 
 def _classes(description: Description) -> list[str]:
@@ -236,7 +182,7 @@ def _changes(target: Target, certificate: Mapping[str, Any]) -> list[str]:
     """What the library computes otherwise, and rounding."""
     said = [f"- {loss.words}" for loss in target.losses]
     if certificate["dtype"] != "fp32":
-        said.append(f"- weights are rounded to {certificate['dtype']}")
+        said.append(f"- weights are rounded to {certificate['dtype']}, whatever precision they are loaded in")
     if not said:
         return []
     if certificate["changed"]:
@@ -245,9 +191,9 @@ def _changes(target: Target, certificate: Mapping[str, Any]) -> list[str]:
     return ["## What is not as it was trained", "\n".join(said)]
 
 
-def _rows(origin: Mapping[str, Any], model: ViTConfig, dtype: str, licence: str) -> dict[str, str | None]:
+def _rows(origin: Mapping[str, Any], target: Target, certificate: Mapping[str, Any], licence: str) -> dict[str, str | None]:
     """What is known of its making, empty where nothing is."""
-    results, evaluated = _results(origin), origin.get("evaluated_on", {})
+    model, results, evaluated = target.model, _results(origin), origin.get("evaluated_on", {})
     measured = ", ".join(f"{name} {value:.2%}" for name, value in results.items() if name == "top-1" or model.num_classes > 5)
     if results and "eval_samples" in origin["results"]:
         measured += f" of {origin['results']['eval_samples']:,} samples"
@@ -255,6 +201,8 @@ def _rows(origin: Mapping[str, Any], model: ViTConfig, dtype: str, licence: str)
         measured += f" of {evaluated.get('name')}, hash {evaluated.get('hash')}"
     if results and not model.num_classes:
         measured += " (with its head, which is left out here)"
+    if results and (certificate["changed"] or target.losses):
+        measured += " (before it was changed as said above)"
     seen = f"{origin['samples_seen']:,} in {origin['step']:,} steps" if "samples_seen" in origin else None
     return {
         "recipe": origin.get("recipe"),
@@ -270,7 +218,7 @@ def _rows(origin: Mapping[str, Any], model: ViTConfig, dtype: str, licence: str)
         "in it, and left out": "; ".join(f"{name} ({why})" for name, why in list(origin.get("left_out", {}).items())[:10]),
         "samples seen": f"{seen}, from there on" if seen and "initialised_from" in origin else seen,
         "weights": {"average": "the average over training", "weight": "as trained, no average"}.get(origin.get("weights", "")),
-        "stored in": dtype,
+        "stored in": certificate["dtype"],
         "held out": measured,
         "commit": origin.get("commit"),
         "versions": ", ".join(f"{key} {value}" for key, value in origin.get("versions", {}).items()),

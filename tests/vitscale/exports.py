@@ -1,12 +1,13 @@
 """Exports of small models with every option, for tests: which libraries have a place for it, and what is exported."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.vitscale.models import write_checkpoint
+from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale.adopt import adopt
-from vitscale.config import ImportConfig, PreprocessConfig, ViTConfig
+from vitscale.config import ImportConfig, OptimizerConfig, PreprocessConfig, TrainConfig, ViTConfig, to_dict
 from vitscale.export import export
 from vitscale.model import ViT
 
@@ -25,6 +26,7 @@ OPTIONS = {
     "21k-classes": replace(SMALL, depth=1, num_classes=21_843),
     "headless": replace(SMALL, num_classes=0),
     "tanh": replace(SMALL, activation="gelu_tanh"),
+    "square": replace(SQUARE, activation="gelu_tanh"),
     "quick": replace(SMALL, activation="quick_gelu"),
     "epsilon-1e-5": replace(SMALL, layer_norm_eps=1e-5),
     "epsilon": replace(SMALL, layer_norm_eps=1e-3),
@@ -94,3 +96,20 @@ def holds(found: dict[str, Any]) -> None:
     assert found["holds"], found["lines"]
     assert found["differences"].pop("pixels") == 0
     assert max(found["differences"].values()) < 1e-5, found["differences"]
+
+
+def evaluated(run: Path) -> Path:
+    """The checkpoint of a run, with an average of its weights, which was evaluated."""
+    step = write_checkpoint(
+        run / "checkpoints/step-00000002", random_vit(SMALL), average=random_vit(SMALL, seed=1), preprocess=SQUASHED
+    ).path
+    config = TrainConfig(out=str(run), recipe="r", model=SMALL, preprocess=SQUASHED, optimizer=OptimizerConfig(average_decay=0.9))
+    (run / "config.json").write_text(json.dumps(to_dict(config)))
+    dataset = {"path": "d", "name": "d", "hash": "h", "samples": 9}
+    (run / "run.json").write_text(
+        json.dumps({"format_version": 1, "dataset": dataset, "held_out": dataset, "total_steps": 2, "starts": []})
+    )
+    (run / "metrics.jsonl").write_text(
+        json.dumps({"step": 2, "eval_top1": 0.81, "eval_top5": 0.9, "eval_loss": 1.0, "eval_samples": 9}) + "\n"
+    )
+    return step

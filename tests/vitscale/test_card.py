@@ -7,38 +7,37 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.vitscale.exports import LIBRARIES, OPTIONS, REFUSED, SMALL, SQUASHED, exported
+from tests.vitscale.exports import LIBRARIES, OPTIONS, REFUSED, SMALL, SQUARE, SQUASHED, evaluated, exported
 from tests.vitscale.models import random_vit, relative_error, write_checkpoint
 from vitscale.adopt import adopt
 from vitscale.checkpoint import describe
-from vitscale.config import ImportConfig, ObjectiveConfig
+from vitscale.config import ImportConfig, ObjectiveConfig, PreprocessConfig
 from vitscale.export import export
-from vitscale.model import ViT
 
 
-def code_of(out: Path) -> str:
-    return re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[0]
+def snippets_of(out: Path) -> list[str]:
+    """The card's code: how it is loaded, where features and patch tokens come out, and with a new head."""
+    return re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
 
 
-def runs_as_it_stands(out: Path, model: ViT) -> None:
-    """What the card says to load the model by, in the folder, without this program: it ends in what the model says of the image."""
-    check = "import torch; torch.save({name: value for name, value in globals().items() if isinstance(value, torch.Tensor)}, 'said.pt')"
-    code = f"{code_of(out)}\n{check}\n"
+def what_they_say(out: Path) -> list[dict[str, torch.Tensor]]:
+    """Runs them one after the other, in the folder and without this program: the tensors that there are after each."""
+    snippets = snippets_of(out)
+    keep = "import torch; torch.save({{name: value for name, value in globals().items() if isinstance(value, torch.Tensor)}}, 'said-{}.pt')"
+    code = "\n".join(f"{snippet}\n{keep.format(number)}" for number, snippet in enumerate(snippets))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-I", "-c", code], cwd=out, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
-    said, expected = torch.load(out / "said.pt", weights_only=True), load_file(out / "certificate" / "expected.safetensors")
-    name = next(name for name in ("logits_BK", "features_BD", "tokens_BND") if name in said)
-    assert name == ("tokens_BND" if "tokens_BND" in said else "logits_BK" if model.config.num_classes else "features_BD")
-    assert relative_error(said[name], expected[f"image_{name}"][:1]) < 1e-5
+    return [torch.load(out / f"said-{number}.pt", weights_only=True) for number in range(len(snippets))]
 
 
-CARDS = ("tanh", "headless", "mean", "map-headless", "representation", "representation-headless", "mae", "dinov2")
+CARDS = ("tanh", "square", "headless", "mean", "map-headless", "representation", "representation-headless", "mae", "dinov2")
 
 
 @pytest.mark.parametrize(
@@ -51,15 +50,46 @@ CARDS = ("tanh", "headless", "mean", "map-headless", "representation", "represen
     ],
 )
 def test_the_code_of_a_card_runs_as_it_stands(tmp_path: Path, option: str, to: str) -> None:
+    """And gives what the model says of the image."""
     model = random_vit(OPTIONS[option])
     out = exported(tmp_path, model, to)
-    runs_as_it_stands(out, model)
-    told = re.findall(r"`((?:AutoModel|timm\.create_model).*?\))[`;,]", (out / "README.md").read_text())
-    assert bool(told) == (to == "timm" or (to == "hf" and option not in ("mean-headless", "map-headless"))), told
-    for code in told:  # to fine-tune
-        begin = "import timm\n" if to == "timm" else "from transformers import AutoModelForImageClassification\n"
-        ran = subprocess.run([sys.executable, "-I", "-c", f"{begin}folder = '.'\n{code}"], cwd=out, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
+    loaded, inside, *tuned = what_they_say(out)
+    expected = load_file(out / "certificate" / "expected.safetensors")
+    layer_is_lost = to == "npz" and model.config.representation_size > 0  # by timm
+    comes_out = "tokens_BND" if layer_is_lost else "logits_BK" if model.config.num_classes else "features_BD"
+    assert relative_error(loaded[comes_out], expected[f"image_{comes_out}"][:1]) < 1e-5
+    for name in ["tokens_BND"] if layer_is_lost else ["features_BD", "tokens_BND"]:
+        assert relative_error(inside[name], expected[f"image_{name}"][:1]) < 1e-5, name
+    assert len(tuned) == (0 if to == "hf" and option == "map-headless" else 1)
+    for new in tuned:
+        assert new["logits_BK"].shape == (1, 10)
+        assert new["logits_BK"].requires_grad
+
+
+def test_the_code_of_a_card_keeps_a_central_crop(tmp_path: Path) -> None:
+    """Of images of twice the size, too: transformers resizes and crops by two sizes."""
+    _, _, tuned = what_they_say(exported(tmp_path, random_vit(SQUARE), "hf", preprocess=PreprocessConfig(), lossy=True))
+    assert tuned["logits_BK"].shape == (1, 10)
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors", pytest.param("timm", marks=pytest.mark.peers)])
+def test_a_card_names_the_classes_that_are_found(tmp_path: Path, to: Any) -> None:
+    names = tuple("abcdefg")
+    description = replace(write_checkpoint(tmp_path / "step", random_vit(SMALL), preprocess=SQUASHED), class_names=names)
+    out = export(description, "weight", tmp_path / "out", to=to)
+    ran = subprocess.run([sys.executable, "-c", snippets_of(out)[0]], cwd=out, capture_output=True, text=True)
+    expected = load_file(out / "certificate" / "expected.safetensors")["image_logits_BK"][0]
+    assert ran.stdout.split() == [names[int(expected.argmax())]], ran.stderr
+
+
+def test_results_are_not_those_of_weights_that_were_changed(tmp_path: Path) -> None:
+    """A hub's table has only what was measured; the card says what it was measured on."""
+    description = describe(evaluated(tmp_path / "run"))
+    exact, rounded = (export(description, "average", tmp_path / dtype, to="hf", dtype=dtype) for dtype in ("fp32", "bf16"))
+    cards = [(out / "README.md").read_text() for out in (exact, rounded)]
+    assert ["model-index" in card for card in cards] == [True, False]
+    assert ["top-1 81.00%" in card for card in cards] == [True, True]
+    assert ["(before it was changed as said above)" in card for card in cards] == [False, True]
 
 
 def test_hubs_take_a_card(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_a_lossy_preprocessing_is_no_leave_for_another(tmp_path: Path) -> None:
     "name",
     [
         "pytorch_model.bin", "model.safetensors.index.json", "modeling.py", "vit/__init__.py", "__pycache__/vit.cpython-311.pyc",
-        "torch/__init__.py", "lib.so", "weights", "certificate/20.jpg", "notes/LICENSE",
+        "torch/__init__.py", "lib.so", "weights", "certificate/20.jpg", "notes/LICENSE", "LICENSE.py", ".pth", ".cache/x.so",
     ],
 )  # fmt: skip
 def test_a_file_that_might_be_loaded_needs_a_sum(tmp_path: Path, name: str) -> None:
@@ -128,7 +128,56 @@ def test_a_file_that_might_be_loaded_needs_a_sum(tmp_path: Path, name: str) -> N
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).write_text("raise SystemExit(0)")
     ran = subprocess.run([sys.executable, "verify.py"], cwd=out, capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout) == (1, f"FAILED {name} has no line in SHA256SUMS\n"), ran.stderr
+    compiled = ": Python runs it in place of a script; remove it" if name.startswith("__pycache__") else ""
+    assert (ran.returncode, ran.stdout) == (1, f"FAILED {name} has no line in SHA256SUMS{compiled}\n"), ran.stderr
+
+
+def test_a_link_to_a_folder_needs_a_sum(tmp_path: Path) -> None:
+    """It may lead to a package that Python takes for another where it runs in the folder."""
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    (out / "torch").symlink_to(tmp_path / "elsewhere")
+    assert replay(out)["lines"] == ["FAILED torch has no line in SHA256SUMS"]
+
+
+def test_line_ends_that_git_changed_are_told_as_such(tmp_path: Path) -> None:
+    out = named(tmp_path, "safetensors")
+    (out / "classes.txt").write_bytes((out / "classes.txt").read_bytes().replace(b"\n", b"\r\n"))
+    (line,) = replay(out)["lines"]
+    assert line.startswith("FAILED classes.txt has other line ends")
+
+
+@pytest.mark.parametrize(("words", "status"), [((), 0), (("--exact",), 1)])
+def test_what_is_lossy_is_a_failure_where_it_is_asked_for(tmp_path: Path, words: tuple[str, ...], status: int) -> None:
+    out = exported(tmp_path, random_vit(SQUARE), "hf", preprocess=PreprocessConfig(), lossy=True)
+    ran = subprocess.run([sys.executable, out / "verify.py", *words], capture_output=True, text=True)
+    assert ran.returncode == status, ran.stdout
+
+
+def test_a_device_that_is_not_here_is_told_in_a_line(tmp_path: Path) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    ran = subprocess.run([sys.executable, out / "verify.py", "--device", "xpu"], capture_output=True, text=True)
+    assert (ran.returncode, len(ran.stdout.splitlines())) == (2, 1), ran.stderr
+    assert ran.stdout.startswith("NOT CHECKED: device xpu is not here: ")
+
+
+@pytest.mark.parametrize("content", ["{", '{"model_type": "vit", "image_size": 32}'])
+def test_what_a_library_cannot_take_is_told_in_a_line(tmp_path: Path, content: str) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "hf")
+    (out / "config.json").write_text(content)
+    summed_again(out, "config.json")
+    ran = subprocess.run([sys.executable, out / "verify.py"], capture_output=True, text=True)
+    assert (ran.returncode, len(ran.stdout.splitlines())) == (1, 1), (ran.stdout, ran.stderr)
+    assert ran.stdout.startswith("FAILED ")
+
+
+def test_numbers_of_classes_that_contradict_each_other_are_seen(tmp_path: Path) -> None:
+    out = named(tmp_path, "hf")
+    config = json.loads((out / "config.json").read_text())
+    config["label2id"] |= {"a": 1}
+    (out / "config.json").write_text(json.dumps(config))
+    summed_again(out, "config.json")
+    assert any("label2id" in line for line in replay(out)["lines"])
 
 
 def test_a_central_crop_in_transformers_is_off_for_some_images_and_nothing_else(tmp_path: Path) -> None:

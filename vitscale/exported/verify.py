@@ -5,8 +5,8 @@
 
 It needs torch and the library that the export is for, timm or transformers; what lies in `certificate/` it holds that library to: of twenty
 images the pixels that the model sees, and of these and of seeded tensors logits, pooled features and patch tokens. Exit status 0 where all
-is as it was trained, 1 where not, 2 where it cannot be checked because a package is missing. Documents may be added and README.md be
-changed, for hubs want that, and nothing is computed by them.
+is as it was trained, but for what the export says is lossy (`--exact`: for nothing), 1 where not, 2 where it cannot be checked because a
+package or the device is missing. Documents may be added and README.md be changed, for hubs want that, and nothing is computed by them.
 """
 
 import os
@@ -44,14 +44,28 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", default=Path(__file__).resolve().parent, type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"))
+    parser.add_argument("--exact", action="store_true", help="what is lossy counts as a failure")
     flags = parser.parse_args()
+    try:
+        torch.zeros(1, device=flags.device)
+    except (RuntimeError, AssertionError) as error:
+        print(f"NOT CHECKED: device {flags.device} is not here: {in_a_line(error)}")
+        sys.exit(2)
     try:
         found = replay(flags.folder, flags.device, flags.precision)
     except ModuleNotFoundError as error:
         print(f"NOT CHECKED: {error.name} is not installed, which loading needs (`pip install {error.name}`); the SHA-256 sums hold")
         sys.exit(2)
+    except Exception as error:  # of libraries, on files that are not what they should be
+        print(f"FAILED it cannot be loaded or computed: {type(error).__name__}: {in_a_line(error)}")
+        sys.exit(1)
     print("\n".join(found["lines"]))
-    sys.exit(0 if found["holds"] else 1)
+    sys.exit(0 if found["holds"] and not (flags.exact and found["lossy"]) else 1)
+
+
+def in_a_line(error):
+    """What an error says."""
+    return " ".join(str(error).split())[:300]
 
 
 def replay(folder, device="cpu", precision="fp32"):
@@ -123,7 +137,7 @@ def replay(folder, device="cpu", precision="fp32"):
     rounded = f", rounded to {about['dtype']}" if about["dtype"] != "fp32" else ""
     verdict = f"does NOT give {wanted}{rounded}" if not holds else "differs as said above" if lossy else f"gives {wanted}{rounded}"
     lines.append(f"{library} {verdict} ({precision})")
-    return {"lines": lines, "holds": holds, "differences": differences, "library": library, "precision": precision}
+    return {"lines": lines, "holds": holds, "differences": differences, "library": library, "precision": precision, "lossy": sorted(lossy)}
 
 
 class NotLoadedError(ValueError):
@@ -132,7 +146,7 @@ class NotLoadedError(ValueError):
 
 def failed(faults):
     """What is found where nothing can be compared."""
-    return {"lines": [f"FAILED {fault}" for fault in faults], "holds": False, "differences": {}}
+    return {"lines": [f"FAILED {fault}" for fault in faults], "holds": False, "differences": {}, "lossy": []}
 
 
 def differences_of(outputs, images, expected, prefix="", device="cpu"):
@@ -177,13 +191,20 @@ def wrong_sums(folder):
             while block := file.read(1 << 22):
                 found.update(block)
         if found.hexdigest() != digest and name != "README.md":
-            yield f"{name} does not have its SHA-256 sum: the file is damaged or was changed"
+            is_text = name.endswith((".json", ".py", ".txt"))
+            if is_text and hashlib.sha256((folder / name).read_bytes().replace(b"\r\n", b"\n")).hexdigest() == digest:
+                yield f"{name} has other line ends than it was written with, as git's core.autocrlf makes them; turn that off"
+            else:
+                yield f"{name} does not have its SHA-256 sum: the file is damaged or was changed"
     summed = {name for _, name in sums(folder)} | {"SHA256SUMS", "COMMIT.json"}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        is_document = path.parent == folder and (path.suffix in (".md", ".txt") or path.stem in ("LICENSE", "NOTICE"))
-        if not path.is_dir() and not name.startswith(".") and name not in summed and not is_document:
-            yield f"{name} has no line in SHA256SUMS"
+        is_document = path.parent == folder and (path.suffix in (".md", ".txt") or path.name in ("LICENSE", "NOTICE"))
+        is_folder = path.is_dir() and not path.is_symlink()  # a link may lead to a package that Python would take for another
+        is_hidden = name.startswith(".") and not {".py", ".pyc", ".pth", ".so"} & {*path.suffixes, path.name}  # of git and of hubs
+        if not is_folder and not is_hidden and name not in summed and not is_document:
+            compiled = ": Python runs it in place of a script; remove it" if "__pycache__" in path.parts else ""
+            yield f"{name} has no line in SHA256SUMS{compiled}"
 
 
 # Each loads the export
@@ -276,7 +297,10 @@ def in_transformers(folder, about, device, dtype):
     says = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
     says["interpolation"] = {2: "bilinear", 3: "bicubic"}.get(int(processor.resample), str(processor.resample))
     if about["has_head"]:
-        says["class_names"] = [model.config.id2label[number] for number in sorted(model.config.id2label)]
+        names = model.config.id2label
+        says["class_names"] = [names[number] for number in sorted(names)]
+        if any(names.get(number) != name for name, number in model.config.label2id.items()):
+            raise NotLoadedError("config.json has numbers in label2id that are other classes in id2label")
         says["problem_type"] = model.config.problem_type
 
     def view(picture):

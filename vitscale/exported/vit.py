@@ -1,7 +1,9 @@
-"""A Vision Transformer of vitscale in plain torch, from an export's model.safetensors and vitscale.json. Copy it, change it.
+"""A Vision Transformer of vitscale in plain torch, from an export's model.safetensors and vitscale.json. Copy it elsewhere, change it.
 
     model = load("FOLDER")
     logits = forward(model, view(model, Image.open("picture.jpg").convert("RGB"))[None])["logits_BK"]
+
+`model["weights"]` are plain tensors by their names: to train them, set their `requires_grad`. Images are of the model's own size.
 
 Axes: B batch, N tokens, D width, H heads, d width of a head, h x w patches, p pixels of a patch's side, K classes.
 """
@@ -24,10 +26,12 @@ def load(folder, device="cpu", dtype=torch.float32):
     return {**said, "weights": {name: weight.to(dtype) for name, weight in weights.items()}}
 
 
-@torch.no_grad()
 def forward(model, images_BCHW):
     """Normalised images to `logits_BK` (where there is a head), `features_BD`, which the head sees, and patch `tokens_BND`."""
     said, w = model["model"], model["weights"]
+    if list(images_BCHW.shape[2:]) != list(said["image_size"]):
+        raise ValueError(f"images of {tuple(images_BCHW.shape[2:])} pixels; this model takes {tuple(said['image_size'])} (height, width)")
+    images_BCHW = images_BCHW.to(w["patch_embed.proj.weight"])
     eps, (rows, columns) = said["layer_norm_eps"], (side // said["patch_size"] for side in said["image_size"])
     class_token, D = said["pool"] in ("cls", "mean_with_cls"), said["width"]
 
