@@ -8,20 +8,16 @@ import json
 from pathlib import Path
 
 from launch.evaluation_tables import asked_of, report_lines
-from launch.flags import UsageError
 from launch.question import check_inputs, evaluate_flags
 from launch.terminal import need, print_json
 
 
 def evaluate(words: list[str]) -> None:
     """Accuracy of a checkpoint on a dataset, or of each checkpoint of a live run."""
-    from launch.ranks import visible_gpus
+    from launch.ranks import ranks_of
 
     flags = evaluate_flags(words)
-    gpus = visible_gpus()
-    if gpus and flags.nproc > gpus:
-        raise UsageError(f"nproc={flags.nproc} must be at most {gpus}, the visible GPUs; 0 starts one a GPU")
-    flags = dataclasses.replace(flags, nproc=flags.nproc or max(1, gpus))
+    flags = dataclasses.replace(flags, nproc=ranks_of(flags.nproc))
     if flags.watch:
         from launch.watcher import watch
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from launch.flags import UsageError
 from launch.terminal import LaunchError
 from vitscale.ending import EXIT_FINISHED, EXIT_STOPPED, Cause, End, killed_by, read_ends, write_end
 from vitscale.machine import this_host
@@ -37,6 +38,15 @@ def visible_gpus() -> int:
         return 0
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
     return listed.stdout.count("GPU ")
+
+
+def ranks_of(nproc: int) -> int:
+    """How many ranks this machine has where `nproc` are asked for: 0 is one a visible GPU, or one. Raises UsageError."""
+    gpus = visible_gpus()
+    if nproc < 0 or (gpus and nproc > gpus):
+        most = f" and at most {gpus}, the visible GPUs" if gpus else ""
+        raise UsageError(f"nproc={nproc} must be at least 1{most}; 0 starts one a GPU")
+    return nproc or max(1, gpus)
 
 
 def run_ranks(command: Sequence[str], nproc: int, folder: Path) -> None:

@@ -120,17 +120,16 @@ def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> Non
 
 def ranks_here(nproc: int, engine: EngineConfig) -> int:
     """How many ranks a run has on this machine, where so many are asked for. Raises UsageError, VerbError, ConfigError where none can."""
-    from launch.ranks import visible_gpus
+    from launch.ranks import ranks_of, visible_gpus
     from vitscale.check import check_on_cpu
 
-    gpus = visible_gpus()
-    if nproc < 0 or (gpus and nproc > gpus):
-        most = f" and at most {gpus}, the visible GPUs" if gpus else ""
-        raise UsageError(f"nproc={nproc} must be at least 1{most}; 0 starts one a GPU")
+    ranks = ranks_of(nproc)
     need("torch", "deepspeed", "safetensors")
-    if not gpus and not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd")):  # else torch is asked, by each rank
+    if not visible_gpus() and not any(
+        Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd")
+    ):  # else torch is asked, by each rank
         check_on_cpu(engine)
-    return nproc or max(1, gpus)
+    return ranks
 
 
 def recipe_doc(name: str, recipes: tuple[Recipe[Any], ...]) -> str:
