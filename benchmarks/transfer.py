@@ -3,11 +3,11 @@
     python -m benchmarks.transfer --out /scratch/transfer            Fashion-MNIST, five seeds, about two hours of one core
     python -m benchmarks.transfer --out /scratch/transfer --save     and write benchmarks/results/DATE-transfer.json
 
-A small ViT is pre-trained on six of the ten classes, at the images' own 28 pixels and at 20. On the four others, of which some images a
-class are labelled:
+A small ViT is pre-trained on six of the ten classes, at the images' own 28 pixels, at 20 and at 12. On the four others, of which some
+images a class are labelled:
 
     budget       fine-tuned against the same model from random weights: equal images, steps, batch and augmentation, at 28 pixels
-    resolution   pre-trained and fine-tuned at 28 pixels, both at 20, and pre-trained at 20 and fine-tuned at 28
+    resolution   pre-trained and fine-tuned at 28 pixels, both at 20, both at 12, and pre-trained at 20 and fine-tuned at 28
     shots        the few-shot probe of the features (big_vision's), by shots, of random weights and of pre-training of several lengths
 
 The learning rate of a cell is the best of a grid on a seed that is in no table, judged by training images that nothing is trained on:
@@ -34,13 +34,20 @@ LABELLED = (5, 10, 25, 100)  # images a class
 EPOCHS = (0, 1, 5)  # of pre-training; 0 is random weights
 SHOTS = (1, 5, 10, 25)
 STEPS = 100
-NATIVE, LOW = 28, 20  # pixels a side
-PIXELS = {"native": (NATIVE, NATIVE), "low": (LOW, LOW), "raised": (LOW, NATIVE), "scratch": (None, NATIVE)}  # in pre-training, afterwards
+NATIVE = 28  # pixels a side
+PIXELS = {"native": (28, 28), "low": (20, 20), "lower": (12, 12), "raised": (20, 28), "scratch": (None, 28)}  # in pre-training, afterwards
+DIFFERENCES = {  # of top-1, on the same seeds
+    "28, 28 over none": ("native", "scratch"),
+    "over 20, 20": ("native", "low"),
+    "over 12, 12": ("native", "lower"),
+    "20, 28 over 20, 20": ("raised", "low"),
+}
 LOOK_SEED = 1000  # learning rates are chosen on it
 TRAINED_ON = 50_000  # the first images of the training set; the others choose the learning rates
 RATES = {  # around those of the recipes: SGD, as the paper fine-tunes, and AdamW, as tiny-fashion is trained
     "native": (0.01, 0.03, 0.1),
     "low": (0.01, 0.03, 0.1),
+    "lower": (0.01, 0.03, 0.1),
     "raised": (0.01, 0.03, 0.1),
     "scratch": (0.0006, 0.002, 0.006),
 }
@@ -153,18 +160,20 @@ def cell(values: list[float]) -> str:
     return f"{100 * mean:.1f} ± {50 * (high - low):.1f}"
 
 
-NAMES = {"native": "28 px, 28 px", "low": "20 px, 20 px", "raised": "20 px, 28 px", "scratch": "none, 28 px"}
+def pixels_of(kind: str) -> str:
+    """Those of pre-training, and those of fine-tuning."""
+    before, afterwards = PIXELS[kind]
+    return f"{f'{before} px' if before else 'none'}, {afterwards} px"
 
 
 def tuned_table(found: dict[str, Any]) -> str:
     """Top-1 after fine-tuning by the pixels of pre-training and of fine-tuning, and how far apart they are on the same seeds."""
     seeds, of = found["seeds"], {(row["seed"], row["labelled"]): row for row in found["tuned"]}
-    heads = ["labelled, a class", *NAMES.values(), "28, 28 over none", "28, 28 over 20, 20", "20, 28 over 20, 20"]
+    heads = ["labelled, a class", *map(pixels_of, PIXELS), *DIFFERENCES]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for labelled in LABELLED:
-        by_kind = {kind: [of[seed, labelled][kind] for seed in seeds] for kind in NAMES}
-        pairs = [("native", "scratch"), ("native", "low"), ("raised", "low")]
-        over = [[a - b for a, b in zip(by_kind[one], by_kind[other], strict=True)] for one, other in pairs]
+        by_kind = {kind: [of[seed, labelled][kind] for seed in seeds] for kind in PIXELS}
+        over = [[a - b for a, b in zip(by_kind[one], by_kind[other], strict=True)] for one, other in DIFFERENCES.values()]
         lines.append(f"| {labelled} | {' | '.join(cell(values) for values in (*by_kind.values(), *over))} |")
     return "\n".join(lines)
 
@@ -183,9 +192,9 @@ def rates_table(found: dict[str, Any]) -> str:
     """The learning rate that was chosen of each grid."""
     chosen = {(row["kind"], row["labelled"]): row["best"] for row in found["rates"]}
     lines = [f"| | grid | {' | '.join(f'{labelled} labelled' for labelled in LABELLED)} |", f"|---|---|{'---|' * len(LABELLED)}"]
-    for kind, name in NAMES.items():
+    for kind in PIXELS:
         grid = ", ".join(f"{rate:g}" for rate in RATES[kind])
-        lines.append(f"| {name} | {grid} | {' | '.join(f'{chosen[kind, labelled]:g}' for labelled in LABELLED)} |")
+        lines.append(f"| {pixels_of(kind)} | {grid} | {' | '.join(f'{chosen[kind, labelled]:g}' for labelled in LABELLED)} |")
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ from data_tools import overlay as form
 from data_tools.dataset import Dataset
 from data_tools.durable import fsync
 from data_tools.errors import UserError
-from data_tools.progress import Update, unseen
+from data_tools.progress import Update, no_update
 from data_tools.tables import LABEL_COLUMNS, SCORE_COLUMNS, dates_as_text
 
 ROWS = 2**20  # rows written, and keys looked through, at a time
@@ -109,7 +109,7 @@ def amend(
     return Amended(str(path), *form.counts(path)), unknown
 
 
-def find_samples(dataset: Dataset, keys: pa.Array, progress: Update = unseen) -> np.ndarray:
+def find_samples(dataset: Dataset, keys: pa.Array, progress: Update = no_update) -> np.ndarray:
     """The numbers of the samples with these keys (int64), -1 where there is none. Reads all keys of the dataset once.
 
     `progress` is called with how many were looked at, and of how many.

@@ -35,7 +35,7 @@ from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.errors import UserError
 from data_tools.images import decode
 from data_tools.processes import in_processes
-from data_tools.progress import Update, unseen
+from data_tools.progress import Update, no_update
 from data_tools.storage import Location
 
 SIDE = 128  # pixels to which a picture is squashed before it is hashed, so that its own size does not matter
@@ -95,7 +95,7 @@ class Deduplicated:
 def dedup(
     path: Path, against: tuple[Location, ...] = (), *, inside: bool = True, distance: int = 31, min_quality: int = 50, mirror: bool = True,
     name: str = "dedup", listing: Path | None = None, dry_run: bool = False, work: Path | None = None, jobs: int = 0,
-    progress: Update = unseen, block: int = BLOCK,
+    progress: Update = no_update, block: int = BLOCK,
 ) -> Deduplicated:  # fmt: skip
     """Removes from a dataset what is in it twice, and what is in evaluation sets too. Raises DedupError, DatasetError.
 

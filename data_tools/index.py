@@ -48,7 +48,7 @@ from data_tools.labels import read_class_names
 from data_tools.members import OpenTar, read_samples
 from data_tools.origins import Origin, Part, source_name
 from data_tools.processes import in_processes
-from data_tools.progress import Update, unseen
+from data_tools.progress import Update, no_update
 from data_tools.shards import PIECE_SCHEMA, Piece
 from data_tools.sources import Listing, make_listing
 from data_tools.tars import IMAGE_MEMBERS, labels_of
@@ -57,7 +57,6 @@ COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".t
 FILES = ("manifest.parquet", "index.arrow", "samples", "classes.txt", "rejects.parquet", "dataset.json")
 # What the scan of a tar depends on. Settings of classes may change between a start and the next: they come after it.
 SCANNED_WITH = ("label_column", "score_column", "check_images", "max_pixels")
-
 
 SCAN_SCHEMA = pa.schema(
     [
@@ -84,7 +83,7 @@ class Tar:
     mtime_ns: int
 
 
-def index(config: IndexConfig, progress: Update = unseen) -> PackResult:
+def index(config: IndexConfig, progress: Update = no_update) -> PackResult:
     """Makes the files of a dataset for tars that are there. Raises PackError, or TarError where one cannot be read to its end.
 
     An index that was ended, by whatever, goes on when it is asked for again; a finished one is left alone if it is of these tars.
@@ -251,7 +250,7 @@ def _check_times(tars: list[Tar]) -> None:
 # ------------------------------------------------------------------------------------------------- what lies in a tar
 
 
-def scan_tars(tars: list[Tar], scans: Path, config: IndexConfig, progress: Update = unseen) -> None:
+def scan_tars(tars: list[Tar], scans: Path, config: IndexConfig, progress: Update = no_update) -> None:
     """Scans the tars that have no scan yet, in processes."""
     todo = [tar for tar in tars if not scan_file(scans, tar).is_file()]
     total = sum(tar.size for tar in tars)

@@ -52,12 +52,12 @@ from data_tools.sizes import digest_of, planned_ends
 from data_tools.sources import Listing, in_table, list_sources
 from data_tools.storage import Location, StorageError, Url, in_turn, location, stamp
 
-Progress = Callable[[int, int, int], None]  # images done, images in all, rejected so far
+Tell = Callable[[int, int, int], None]  # images done, images in all, rejected so far
 
 IMAGES_A_PROCESS = 1_000  # fewer are not worth the start of a process
 
 
-def pack(config: PackConfig, progress: Progress | None = None) -> tuple[PackResult, ...]:
+def pack(config: PackConfig, progress: Tell | None = None) -> tuple[PackResult, ...]:
     """Writes the split or splits that the config asks for; with a task, its share of the shards only, and nothing is returned.
 
     A pack that was ended, by whatever, goes on when it is asked for again; a finished one is left alone. Raises PackError. Every image is
@@ -71,7 +71,7 @@ def pack(config: PackConfig, progress: Progress | None = None) -> tuple[PackResu
         return _pack(config, out, home, work, progress)
 
 
-def _pack(config: PackConfig, out: Location, home: Path, work: Path, progress: Progress | None) -> tuple[PackResult, ...]:
+def _pack(config: PackConfig, out: Location, home: Path, work: Path, progress: Tell | None) -> tuple[PackResult, ...]:
     if (done := _finished(config, out, home)) is not None:
         shutil.rmtree(work, ignore_errors=True)  # of a pack that was killed in its last moment
         return done
@@ -424,7 +424,7 @@ def _publish_remote(work: Path, out: Url, config: PackConfig) -> tuple[PackResul
 # ------------------------------------------------------------------------------------------------- writing
 
 
-def write_shards(job: Job, config: PackConfig, progress: Progress | None) -> None:
+def write_shards(job: Job, config: PackConfig, progress: Tell | None) -> None:
     """Writes what this task's share of the job's shards lacks, in as many processes as are worth it."""
     mine = share_of(job.shards, *config.share)
     todo = [shard for shard in mine if not job.piece(shard).is_file()]

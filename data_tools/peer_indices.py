@@ -19,7 +19,7 @@ from pathlib import Path
 from data_tools.dataset import DatasetError
 from data_tools.durable import replace_file
 from data_tools.members import OpenTar, TarError, grouped
-from data_tools.progress import Update, unseen
+from data_tools.progress import Update, no_update
 
 DALI, ENERGON = ".idx", ".tar.idx"
 KINDS = {DALI: "DALI", ENERGON: "Energon"}
@@ -71,7 +71,7 @@ class Written:
     there: int
 
 
-def write_indices(tars: list[Path], kinds: Iterable[str], jobs: int = 0, progress: Update = unseen, replace: bool = False) -> Written:
+def write_indices(tars: list[Path], kinds: Iterable[str], jobs: int = 0, progress: Update = no_update, replace: bool = False) -> Written:
     """Writes the indices that are missing; one that is there and is another is replaced if that is asked for, or an error."""
     kinds = tuple(kinds)
 

@@ -26,7 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.errors import UserError
 from data_tools.images import decode
-from data_tools.progress import Update, unseen
+from data_tools.progress import Update, no_update
 from data_tools.storage import Location
 
 MOST_TILES = 5_000  # whose pictures are held
@@ -103,7 +103,7 @@ def sheet(
     classes: tuple[str, ...] = (),
     seed: int = 0,
     side: int = 192,
-    progress: Update = unseen,
+    progress: Update = no_update,
 ) -> Sheet:
     """Picks samples of the split in directory or at URL `path` and decodes them.
 
@@ -155,7 +155,7 @@ def sheet(
 
 
 def pick_classes(
-    dataset: Dataset, groups: int, images: int, seed: int, labels: tuple[int, ...] = (), progress: Update = unseen
+    dataset: Dataset, groups: int, images: int, seed: int, labels: tuple[int, ...] = (), progress: Update = no_update
 ) -> list[Pick]:
     """`images` samples of each of the given classes, or of `groups` classes that have any, drawn by the seed.
 

@@ -7,10 +7,10 @@ Update = Callable[[int, int], None]  # is told how much is done, of how much
 Progress = Callable[[str, str], AbstractContextManager[Update]]  # shows a part of the work, by its title and unit, as a progress bar does
 
 
-def unseen(done: int, total: int) -> None:
+def no_update(done: int, total: int) -> None:
     """Shows nothing of it."""
 
 
-def silent(title: str, unit: str) -> AbstractContextManager[Update]:
+def no_progress(title: str, unit: str) -> AbstractContextManager[Update]:
     """Shows nothing of any part."""
-    return nullcontext(unseen)
+    return nullcontext(no_update)

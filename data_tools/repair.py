@@ -52,7 +52,7 @@ TABLE = re.compile(r"manifest\.parquet|index\.arrow|classes\.txt|rejects\.parque
 PACKED_TAR = re.compile(r"shards/\d{3,}/[A-Za-z0-9_-]{1,40}-\d{6,}\.tar")
 FOREIGN_TAR = re.compile(r".*\.tar", re.IGNORECASE | re.DOTALL)
 
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+Tell = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
 class RepairError(UserError):
@@ -90,7 +90,7 @@ def repair(
     retire: bool = False,
     dry_run: bool = False,
     jobs: int = 0,
-    progress: Progress | None = None,
+    progress: Tell | None = None,
 ) -> RepairReport:
     """Makes good what is damaged in a split's directory. Raises RepairError where nothing can be done, and then nothing has changed.
 
@@ -250,7 +250,7 @@ class _Repair:
         image_root: str | None,
         class_map: str | None,
         jobs: int,
-        tell: Progress,
+        tell: Tell,
     ) -> None:
         self.path, self.work, self.header, self.jobs, self.tell = path, work, header, jobs, tell
         self.packed = header["made"].get("by") == fmt.BY_PACK

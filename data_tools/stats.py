@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from data_tools.dataset import Dataset, DatasetError, IndexBatch
-from data_tools.progress import Update, unseen
+from data_tools.progress import Update, no_update
 from data_tools.storage import Location
 
 PAIR_CLASSES = 1_024  # whose pairs are counted: 8 MiB of counts
@@ -223,7 +223,7 @@ class Stats:
     rejects: tuple[Reason, ...]
 
 
-def count(path: Location, progress: Update = unseen) -> Stats:
+def count(path: Location, progress: Update = no_update) -> Stats:
     """Counts the split in directory or at URL `path`. Raises DatasetError where it is none, or damaged."""
     dataset = Dataset.open_checked(path, check_shards=False)
     if not dataset.num_kept:

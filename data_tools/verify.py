@@ -25,7 +25,7 @@ from data_tools import overlay
 from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.images import decode as decode_image
 from data_tools.peer_indices import DALI, ENERGON, index_file, kinds_beside, wrong_indices
-from data_tools.progress import Update, unseen
+from data_tools.progress import Update, no_update
 from data_tools.stage import StageError
 from data_tools.storage import Location, Missing, RemoteFile, Url, sequential, walk
 
@@ -55,7 +55,7 @@ class Report:
     problems: tuple[Problem, ...]
 
 
-def verify(path: Location, *, jobs: int = 0, decode: bool = False, share: float = 1.0, progress: Update = unseen) -> Report:
+def verify(path: Location, *, jobs: int = 0, decode: bool = False, share: float = 1.0, progress: Update = no_update) -> Report:
     """Reads a split in full, where it lies. Raises DatasetError where dataset.json itself is damaged or missing, StorageError.
 
     Args:

@@ -14,10 +14,10 @@ from launch.terminal import need, print_json
 
 def evaluate(words: list[str]) -> None:
     """Accuracy of a checkpoint on a dataset, or of each checkpoint of a live run."""
-    from launch.ranks import ranks_of
+    from launch.ranks import rank_count, visible_gpus
 
     flags = evaluate_flags(words)
-    flags = dataclasses.replace(flags, nproc=ranks_of(flags.nproc))
+    flags = dataclasses.replace(flags, nproc=rank_count(flags.nproc, visible_gpus()))
     if flags.watch:
         from launch.watcher import watch
 

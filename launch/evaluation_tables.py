@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.question import EvaluateFlags
-from vitscale.config import SETTINGS
+from vitscale.config import SOLVER_SETTING
 from vitscale.metrics import counted
 
 _INTERVALS = {  # what they cover, which two accuracies that are compared must share
@@ -98,7 +98,7 @@ def _probe_lines(protocol: str, result: Mapping[str, Any]) -> list[str]:
         return [f"{counted(result['shots'], 'shot'):>9}: {top1}{by_seed}{all_there_are}"]
     best = max(top1 for _, top1 in result["grid"])
     edge = "; it ends the grid: one beyond may be better" if result["at_edge"] else ""
-    chosen = f"{SETTINGS[result['solver']]} {result['chosen']:g}, the best of {len(result['grid'])}"
+    chosen = f"{SOLVER_SETTING[result['solver']]} {result['chosen']:g}, the best of {len(result['grid'])}"
     return [
         f"linear head by {result['solver']}: {top1}, top-5 {result['top5']:.2%}",
         f"{chosen} on {counted(result['held_out'], 'training sample')} held out ({best:.2%}){edge}",

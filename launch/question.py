@@ -86,7 +86,7 @@ def evaluate_flags(words: list[str]) -> EvaluateFlags:
     flags = parse(EvaluateFlags, words, "evaluate")
     if flags.batch_size < 1 or flags.workers < 0:
         raise UsageError(f"batch-size={flags.batch_size} must be at least 1 and workers={flags.workers} at least 0")
-    for name in ("nproc", "bootstrap", "confusions", "seed"):
+    for name in ("bootstrap", "confusions", "seed"):
         if getattr(flags, name) < 0:
             raise UsageError(f"{name}={getattr(flags, name)} must be at least 0")
     if not 0 < flags.interval <= _LONGEST:

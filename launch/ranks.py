@@ -40,12 +40,11 @@ def visible_gpus() -> int:
     return listed.stdout.count("GPU ")
 
 
-def ranks_of(nproc: int) -> int:
-    """How many ranks this machine has where `nproc` are asked for: 0 is one a visible GPU, or one. Raises UsageError."""
-    gpus = visible_gpus()
+def rank_count(nproc: int, gpus: int) -> int:
+    """How many ranks a machine of so many GPUs has where `nproc` are asked for: 0 is one a GPU, or one. Raises UsageError."""
     if nproc < 0 or (gpus and nproc > gpus):
-        most = f" and at most {gpus}, the visible GPUs" if gpus else ""
-        raise UsageError(f"nproc={nproc} must be at least 1{most}; 0 starts one a GPU")
+        most = f"1 to {gpus}, the GPUs that there are" if gpus else "1 or more"
+        raise UsageError(f"nproc={nproc} must be 0, which starts one a GPU, or {most}")
     return nproc or max(1, gpus)
 
 

@@ -33,6 +33,7 @@ from launch.batch import Job, train_script, words_script
 from launch.data_verbs import PackFlags
 from launch.flags import UsageError, given, parse
 from launch.question import EvaluateFlags, check_inputs, evaluate_flags
+from launch.ranks import rank_count
 from launch.site import Site, check_extra, check_time, minutes, read_site
 from launch.sweep import check_alike, final_run, grid_of, note_trials, trial_at, trials_of
 from launch.terminal import Json, VerbError, print_json
@@ -283,7 +284,7 @@ def send(flags: SubmitFlags, prepared: Prepared, after: Sequence[str] = (), tria
             try:
                 jobs.append(Submitter(folder, prepared.script, waits, jobs[-1:]).send())
             except VerbError as error:
-                if not jobs:
+                if not jobs or isinstance(error, UnansweredError):
                     raise
                 print(f"warning: {error}; the chain has {counted(len(jobs), 'job')}", file=sys.stderr)
                 break
@@ -480,10 +481,8 @@ def submit_words(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
 
 def gpus_of_evaluation(words: list[str], there: int) -> int:
     """One for each of its processes, of those that a node has. Raises UsageError."""
-    nproc = evaluate_flags(words).nproc
-    if there and nproc > there:
-        raise UsageError(f"nproc={nproc} must be at most {there}, the GPUs of a node; --gpus-per-node before the -- tells of more")
-    return min(there, max(1, nproc))
+    nproc = rank_count(evaluate_flags(words).nproc, there)
+    return min(there, nproc)
 
 
 def evaluate_words(words: list[str], datasets: dict[str, str]) -> list[str]:
@@ -580,6 +579,14 @@ def next_folder(submissions: Path) -> Path:
     return submissions / f"{max(numbers, default=-1) + 1:03d}"
 
 
+class UnansweredError(VerbError):
+    """A job may be in SLURM's queue, and its number is not known: what it needs has to stay."""
+
+
+class UnansweredInterrupt(KeyboardInterrupt):
+    """Ctrl-C while sbatch was asked, of which the same is true."""
+
+
 @contextlib.contextmanager
 def telling_of(jobs: Sequence[str]) -> Iterator[None]:
     """Where something fails, the error names the jobs that are submitted by then."""
@@ -609,7 +616,7 @@ def submission(folder: Path, jobs: Sequence[str]) -> Iterator[None]:
         with telling_of(jobs):
             yield
     except BaseException as error:
-        if jobs or isinstance(error, UnansweredError):
+        if jobs or isinstance(error, UnansweredError | UnansweredInterrupt):
             raise
         shutil.rmtree(folder)
         for path in made[1:]:
@@ -626,10 +633,6 @@ def write_snapshot(folder: Path, config: TrainConfig | None) -> None:
     (folder / "code" / "COMMIT").write_text(f"{git_commit() or ''}\n")
     if config is not None:
         (folder / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
-
-
-class UnansweredError(VerbError):
-    """A job may be in SLURM's queue, and its number is not known: what it needs has to stay."""
 
 
 class Submitter(SlurmExecutor):  # type: ignore[misc]
@@ -653,9 +656,16 @@ class Submitter(SlurmExecutor):  # type: ignore[misc]
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what it raises as well
                 job: SlurmJob[Any] = self._submit_command("")
         except FailedJobError as error:
+            if "timed out" in str(error).lower():  # it may have been taken, and only the answer be lost
+                raise UnansweredError(self._may_be_queued(in_a_line(str(error)))) from None
             raise VerbError(f"sbatch refused the job: {in_a_line(str(error)) or 'it did not say why'}") from None
-        except (FailedSubmissionError, KeyboardInterrupt) as error:
-            why = "interrupted while sbatch was asked" if isinstance(error, KeyboardInterrupt) else "sbatch named no job"
-            queue = f"`squeue --me --format='%i %o' | grep {shlex.quote(str(self.folder))}` tells"
-            raise UnansweredError(f"{why}, and one may be in the queue: {queue}; {self.folder}, which it would need, is kept") from None
+        except FailedSubmissionError:
+            raise UnansweredError(self._may_be_queued("sbatch named no job")) from None
+        except KeyboardInterrupt:
+            print(f"\n{self._may_be_queued('interrupted while sbatch was asked')}", file=sys.stderr)
+            raise UnansweredInterrupt from None
         return str(job.job_id)
+
+    def _may_be_queued(self, why: str) -> str:
+        queue = f"`squeue --me --noheader --format='%i %o' | grep -F -- {shlex.quote(str(self.folder))}` tells"
+        return f"{why}, and a job may be in the queue: {queue}; {self.folder}, which it would need, is kept"

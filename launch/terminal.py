@@ -42,7 +42,7 @@ LINE_EVERY = 30.0  # seconds between lines where there is no terminal, as in the
 DRAW_EVERY = 0.1
 
 
-class Show(Protocol):
+class NotedUpdate(Protocol):
     """What a long work calls as often as it likes: `data_tools.progress.Update`, and a note."""
 
     def __call__(self, done: int, total: int, note: str = "", /) -> None:
@@ -50,7 +50,7 @@ class Show(Protocol):
 
 
 @contextmanager
-def progress_bar(title: str, quiet: bool, unit: str = "") -> Iterator[Show]:
+def progress_bar(title: str, quiet: bool, unit: str = "") -> Iterator[NotedUpdate]:
     """How far a work is, how fast it goes and when it will be done, on the error stream, so that standard output holds results alone.
 
     A bar on a terminal; elsewhere a line now and then, none in the first half minute; nothing where `quiet`.

@@ -120,14 +120,13 @@ def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> Non
 
 def ranks_here(nproc: int, engine: EngineConfig) -> int:
     """How many ranks a run has on this machine, where so many are asked for. Raises UsageError, VerbError, ConfigError where none can."""
-    from launch.ranks import ranks_of, visible_gpus
+    from launch.ranks import rank_count, visible_gpus
     from vitscale.check import check_on_cpu
 
-    ranks = ranks_of(nproc)
+    gpus = visible_gpus()
+    ranks = rank_count(nproc, gpus)
     need("torch", "deepspeed", "safetensors")
-    if not visible_gpus() and not any(
-        Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd")
-    ):  # else torch is asked, by each rank
+    if not gpus and not any(Path(driver).exists() for driver in ("/dev/nvidiactl", "/dev/kfd")):  # else torch is asked, by each rank
         check_on_cpu(engine)
     return ranks
 

@@ -48,7 +48,7 @@ def watch(flags: EvaluateFlags) -> None:
             for folder, commit in follow(run, done, flags.interval):
                 done.add(commit)
                 try:
-                    report, question = measure_of_run(flags, folder)
+                    report, question = measure_settled(flags, folder)
                 except UnusableError as error:
                     print(f"warning: {error}; going on", file=sys.stderr, flush=True)
                     continue
@@ -71,19 +71,29 @@ class UnusableError(UserError):
     """A checkpoint of a live run is damaged, or the run removed it before it was evaluated."""
 
 
-def measure_of_run(flags: EvaluateFlags, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The report on a checkpoint of a live run, and the identity of what was asked. Raises UnusableError."""
+def measure_settled(flags: EvaluateFlags, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report on a checkpoint of a live run, and the identity of what was asked, which was the same before and after.
+
+    Raises UnusableError.
+    """
     from vitscale.checkpoint import verify
 
+    problem = verify(folder)
+    if not _is_there(folder):
+        raise UnusableError(f"{folder} was removed before it was evaluated")
+    if problem:
+        raise UnusableError(problem)
     try:
-        if problem := verify(folder):
-            raise UnusableError(problem)
         while True:  # overlays, and files of labels, may change while the run goes on; a line says what it was measured on
             question = identity(flags)
             report = measure(flags, folder)
             if identity(flags) == question:
                 return report, question
     except (UserError, OSError):
-        if (folder / "COMMIT.json").is_file():
+        if _is_there(folder):
             raise
-        raise UnusableError(f"{folder} was removed before it was evaluated") from None
+        raise UnusableError(f"{folder} was removed while it was evaluated") from None
+
+
+def _is_there(folder: Path) -> bool:
+    return (folder / "COMMIT.json").is_file()

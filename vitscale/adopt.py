@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.progress import Update, unseen
+from data_tools.progress import Update, no_update
 from vitscale.checkpoint import EXPORT_DESCRIPTION, Description, Exported
 from vitscale.config import ImportConfig, ObjectiveConfig
 from vitscale.errors import CheckpointError
@@ -69,7 +69,7 @@ def adopt(
     *,
     class_names: tuple[str, ...] | None = None,
     licence: str = "",
-    progress: Update = unseen,
+    progress: Update = no_update,
 ) -> Foreign:
     """Writes the folder `out`, which must not exist, from a file of weights, and returns what that is. Raises CheckpointError.
 

@@ -12,7 +12,7 @@ from typing import Any
 from vitscale.checkpoint import Description
 from vitscale.config import PreprocessConfig, ViTConfig
 from vitscale.model import parameter_shapes
-from vitscale.snippets import has_no_pooler, inner, is_square, loading, tuning
+from vitscale.snippets import Snippets, has_no_pooler, snippets
 from vitscale.targets import Target
 
 _NAMED = 20  # classes, which are listed in the card itself
@@ -42,6 +42,7 @@ def model_card(
     """
     model, preprocess, origin, library = target.model, description.preprocess, description.origin, certificate["library"]
     parameters = sum(map(math.prod, parameter_shapes(model).values()))
+    code = snippets(target, preprocess, certificate, multi_label=multi_label, named=bool(description.class_names))
     made = "imported into" if "imported_from" in origin else "trained with"
     paragraphs = [
         _header(_plain(name), library, model, origin, licence, exact=not (certificate["changed"] or target.losses)),
@@ -49,8 +50,8 @@ def model_card(
         f"A Vision Transformer of {_size(parameters)} parameters, {made} vitscale: {model.depth} blocks, {model.width} features, "
         f"{model.num_heads} heads, MLPs of {model.mlp_dim}, patches of {model.patch_size} pixels. {_head(model.num_classes, multi_label)}",
         "## Load",
-        _code(loading(target, certificate, multi_label=multi_label, named=bool(description.class_names))),
-        *_outputs(library, target),
+        _code(code.loading),
+        *_outputs(library, target, code),
         "`python verify.py` holds that library to what the trained model said of twenty images and of seeded tensors (`certificate/`), "
         f"and the files to their SHA-256 sums; it needs {_needs(library)}. "
         "Sums tell damage; they are no signature of whoever gives the folder.",
@@ -59,7 +60,7 @@ def model_card(
         *_classes(description),
         *_changes(target, certificate),
         "## Fine-tune",
-        *_tuning(target, certificate),
+        *_tuning(library, target, code),
         "## Where it comes from",
         _table(_rows(origin, target, certificate, licence)),
     ]
@@ -110,14 +111,11 @@ def _needs(library: str) -> str:
     return f"torch, numpy, pillow, safetensors and {of_library}"
 
 
-# -- Words --------------------------------------------------------------------------------------------------------------------------------
-
-
 def _code(lines: Sequence[str]) -> str:
     return "\n".join(["```python", *lines, "```"])
 
 
-def _outputs(library: str, target: Target) -> list[str]:
+def _outputs(library: str, target: Target, code: Snippets) -> list[str]:
     """What features are, where they come out, and patch tokens."""
     model = target.model
     mean = "the mean of the patch tokens"
@@ -131,8 +129,8 @@ def _outputs(library: str, target: Target) -> list[str]:
     if library == "hf" and has_no_pooler(target):
         bare = "`AutoModel` makes up a pooler of random weights, unless it is given `add_pooling_layer=False`"
         pipe = 'a pipeline for features takes `model_kwargs={"add_pooling_layer": False}`, and gives all tokens, the class token first'
-        return [said, _code(inner(target, library)), f"{bare}: its `pooler_output` means nothing; {pipe}."]
-    return [said, _code(inner(target, library))]
+        return [said, _code(code.inner), f"{bare}: its `pooler_output` means nothing; {pipe}."]
+    return [said, _code(code.inner)]
 
 
 def _preprocessing(library: str, image_size: tuple[int, int], preprocess: PreprocessConfig) -> str:
@@ -144,6 +142,8 @@ def _preprocessing(library: str, image_size: tuple[int, int], preprocess: Prepro
         f"(height x width): {crop}, {preprocess.interpolation} with antialias, as {preprocess.eval_protocol} evaluates; then "
         f"(pixel / 255 - {list(preprocess.mean)}) / {list(preprocess.std)}."
     )
+    if preprocess.eval_protocol != "timm" and library in ("npz", "safetensors"):
+        return f"{said} The library has no code for that protocol; `vitscale evaluate` has, as google-research's."
     if library == "hf":
         return said + (
             ' The processor does so by `backend="pil"` (version 4 of transformers: `use_fast=False`); its default, which pipelines take, '
@@ -152,21 +152,22 @@ def _preprocessing(library: str, image_size: tuple[int, int], preprocess: Prepro
     return said
 
 
-def _tuning(target: Target, certificate: Mapping[str, Any]) -> list[str]:
+def _tuning(library: str, target: Target, code: Snippets) -> list[str]:
     """A new head in the library, and in vitscale."""
-    library, model, said = certificate["library"], target.model, list[str]()
-    if lines := tuning(target, certificate):
-        larger = library != "safetensors" and is_square(target)
-        where = ", at another resolution" if larger else f", at this resolution ({model.image_size[0]} x {model.image_size[1]}) alone"
-        said += [f"With a new head{where}, after the code above:", _code(lines)]
-    if library == "hf" and lines:
-        old = " With as many classes as before the old head stays." if model.num_classes else ""
-        layer = " The representation layer (`pooler`) is left out there." if model.representation_size else ""
-        rule = " transformers resamples position embeddings without antialias, timm with it: outputs differ a little." if larger else ""
-        if words := f"{rule}{old}{layer}".strip():
-            said.append(words)
-    words = "`vitscale finetune RECIPE --init FOLDER --data TRAIN --model.image-size H W` takes this folder as it is"
-    return [*said, f"With vitscale: {words}, at any resolution."]
+    height, width = target.model.image_size
+    said = []
+    if code.tuning:
+        where = ", at another resolution" if code.enlarged else f", at this resolution ({height} x {width}) alone"
+        words = []
+        if library == "hf" and code.enlarged:
+            words.append("transformers resamples position embeddings without antialias, timm with it: outputs differ a little.")
+        if library != "safetensors" and target.model.num_classes:
+            words.append("With as many classes as before the old head stays.")
+        if library in ("hf", "npz") and target.model.representation_size:
+            words.append("The representation layer is left out there.")
+        said = [f"With a new head{where}, after the code above:", _code(code.tuning), *([" ".join(words)] if words else [])]
+    ours = "`vitscale finetune RECIPE --init FOLDER --data TRAIN --model.image-size H W` takes this folder as it is"
+    return [*said, f"With vitscale: {ours}, at any resolution."]
 
 
 def _classes(description: Description) -> list[str]:

@@ -38,7 +38,7 @@ EvalProtocol = Literal["timm", "big_vision", "paper"]
 # What a checkpoint's features are judged by (`probes.py`), and what finds the linear head
 ProbeProtocol = Literal["fewshot", "linear", "knn"]
 Solver = Literal["ridge", "lbfgs", "sgd"]
-SETTINGS: dict[Solver, str] = {"ridge": "lambda", "lbfgs": "L2 penalty", "sgd": "learning rate"}  # what each has a grid of
+SOLVER_SETTING: dict[Solver, str] = {"ridge": "lambda", "lbfgs": "L2 penalty", "sgd": "learning rate"}  # what each has a grid of
 SHOTS = (1, 5, 10, 25)  # big_vision's, as is how often they are drawn
 SEEDS = 3
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_tools.dataset import Dataset, DatasetError
-from data_tools.progress import Progress, Update, silent
+from data_tools.progress import Progress, Update, no_progress, no_update
 from vitscale.checkpoint import Description
 from vitscale.config import ObjectiveConfig, PreprocessConfig, StreamConfig
 from vitscale.group import add, gather, own_batches, own_device, place, unreadable
@@ -86,7 +86,7 @@ class Measures(Evaluation):
 def evaluate(
     forward: Callable[[Tensor], Tensor], dataset: Dataset, image_size: tuple[int, int], preprocess: PreprocessConfig,
     objective: ObjectiveConfig, *, device: torch.device, batch_size: int, stream: StreamConfig,
-    progress: Update | None = None, see: Callable[[DeviceBatch, Tensor], None] | None = None,
+    progress: Update = no_update, see: Callable[[DeviceBatch, Tensor], None] | None = None,
 ) -> Evaluation:  # fmt: skip
     """Evaluates over all ranks of the process group, or alone where there is none. Raises DatasetError where no sample can be read.
 
@@ -116,7 +116,7 @@ def evaluate(
 
 
 def evaluate_checkpoint(
-    description: Description, kind: str, dataset: Dataset, *, batch_size: int, workers: int, progress: Progress = silent,
+    description: Description, kind: str, dataset: Dataset, *, batch_size: int, workers: int, progress: Progress = no_progress,
     real_NL: npt.NDArray[np.int32] | None = None, precision: bool = False, resamples: int = 0, seed: int = 0,
 ) -> Measures:  # fmt: skip
     """A checkpoint's own head on a dataset, in fp32, over all ranks of the process group or alone on one device.

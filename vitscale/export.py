@@ -29,7 +29,7 @@ import xxhash
 from torch import Tensor
 
 from data_tools.durable import fsync
-from data_tools.progress import Update, unseen
+from data_tools.progress import Update, no_update
 from vitscale import checkpoint
 from vitscale.card import model_card
 from vitscale.certificate import outputs, seeded_inputs, write_certificate
@@ -45,12 +45,13 @@ from vitscale.targets import Target, position_tensors, target, timm_config
 from vitscale.tensorfiles import write_npz, write_safetensors
 from vitscale.weights import TensorReader, check_tensors
 
+_PROCESSED_BY = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "rescale_factor", "size", "crop_size")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export(
     description: Description, kind: str, out: Path, *, to: Library, headless: bool = False, dtype: str = "fp32", lossy: bool = False,
-    licence: str = "", progress: Update = unseen,
+    licence: str = "", progress: Update = no_update,
 ) -> Path:  # fmt: skip
     """Writes the folder `out`, which must not exist. Raises CheckpointError where the export would not be exact.
 
@@ -183,7 +184,12 @@ def _certify(
         "changed": changed, "imported": "imported_from" in description.origin, "class_names": class_names,
         "interpolation": preprocess.interpolation,
     }  # fmt: skip
+    if to == "timm":
+        cfg = wanted.sidecars["config.json"]["pretrained_cfg"]
+        about["settings"] = {name: cfg[name] for name in ("crop_pct", "crop_mode", "input_size")}
     if to == "hf":
+        processor = wanted.sidecars["preprocessor_config.json"]
+        about["settings"] = {name: processor[name] for name in _PROCESSED_BY if name in processor}
         about |= {name: wanted.sidecars["config.json"].get(name) for name in ("model_type", "problem_type")}
     if to == "npz":  # timm reads these files, too
         config = timm_config(dataclasses.replace(wanted.model, representation_size=0), 1e-6, preprocess, None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data_tools.dataset import Dataset
-from data_tools.progress import Update
+from data_tools.progress import Update, no_update
 from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.group import gather, own_batches, unreadable
 from vitscale.model import ViT, normalize
@@ -48,7 +48,7 @@ class Features:
 @torch.no_grad()
 def extract_features(
     model: ViT, dataset: Dataset, preprocess: PreprocessConfig, *, device: torch.device, batch_size: int, stream: StreamConfig,
-    progress: Update | None = None,
+    progress: Update = no_update,
 ) -> Features:  # fmt: skip
     """Features of all samples that can be used, on every rank of the process group, or alone where there is none.
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_tools.dataset import Dataset, DatasetError
-from data_tools.progress import Update
+from data_tools.progress import Update, no_update
 from vitscale.config import PreprocessConfig, StreamConfig
 from vitscale.mixture import Mixture
 from vitscale.stream import evaluation_batches
@@ -40,7 +40,7 @@ def own_device() -> torch.device:
 
 def own_batches(
     dataset: Dataset, image_size: tuple[int, int], preprocess: PreprocessConfig, stream: StreamConfig, *, device: torch.device,
-    batch_size: int, progress: Update | None = None,
+    batch_size: int, progress: Update = no_update,
 ) -> Iterator[DeviceBatch]:  # fmt: skip
     """This rank's share of a dataset's samples, each of which one rank has once, by its view in evaluation.
 
@@ -55,8 +55,7 @@ def own_batches(
     for batch in on_device(batches, device):
         yield batch
         done += len(batch.valid_B)
-        if progress:
-            progress(min(done, of_rank), of_rank)
+        progress(min(done, of_rank), of_rank)
 
 
 def add(counts: Tensor) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_tools.progress import Update, unseen
+from data_tools.progress import Update, no_update
 from vitscale import keyed
 
 Floats = npt.NDArray[np.float64]
@@ -167,7 +167,7 @@ def pairs_of(labels_NL: Integers, scores_NL: npt.NDArray[Any]) -> Pairs:
 
 def average_precisions(
     scores: Sequence[Tensor], own_n: Integers, pairs: Pairs, weights_NR: npt.NDArray[np.int32], num_classes: int,
-    add: Callable[[Tensor], object] = lambda counts: None, progress: Update = unseen,
+    add: Callable[[Tensor], object] = lambda counts: None, progress: Update = no_update,
 ) -> Floats:  # fmt: skip
     """Average precision of each class under each column of weights (K, R), NaN where a class has no sample of any weight.
 

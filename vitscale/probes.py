@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_tools.progress import Progress, Update, unseen
+from data_tools.progress import Progress, Update, no_update
 from vitscale import keyed
-from vitscale.config import SEEDS, SETTINGS, SHOTS, Solver
+from vitscale.config import SEEDS, SHOTS, SOLVER_SETTING, Solver
 from vitscale.features import Features
 from vitscale.intervals import mean_interval, wilson
 from vitscale.objective import correct_at, dense_targets
@@ -159,7 +159,7 @@ def linear_probe(
     out_N = held_out(train.samples_N, seed)
     kept, judge = train.take(~out_N), train.take(out_N)
     unit = "steps" if solver == "sgd" else "fits"
-    with progress(f"choosing the {SETTINGS[solver]}", unit) as update:
+    with progress(f"choosing the {SOLVER_SETTING[solver]}", unit) as update:
         found = [correct(head, judge, num_classes)[0] / len(judge) for head in fit(kept, num_classes, settings, update)]
     chosen = settings[found.index(max(found))]
     with progress("training the head", unit) as update:
@@ -179,7 +179,7 @@ def held_out(samples_N: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(mask_N)
 
 
-def ridge_heads(train: Features, num_classes: int, lambdas: Sequence[float], update: Update = unseen) -> Iterator[Head]:
+def ridge_heads(train: Features, num_classes: int, lambdas: Sequence[float], update: Update = no_update) -> Iterator[Head]:
     """For each lambda the head that minimises |X W - Y|^2 + lambda |W|^2, Y being 1 at a sample's labels and -1 elsewhere.
 
     One eigendecomposition serves all lambdas: with X^T X = Q E Q^T the weights are Q (E + lambda)^-1 Q^T X^T Y, and with fewer samples than
@@ -205,7 +205,7 @@ def ridge_heads(train: Features, num_classes: int, lambdas: Sequence[float], upd
     update(len(lambdas), len(lambdas))
 
 
-def logistic_heads(train: Features, num_classes: int, penalties: Sequence[float], update: Update = unseen) -> Iterator[Head]:
+def logistic_heads(train: Features, num_classes: int, penalties: Sequence[float], update: Update = no_update) -> Iterator[Head]:
     """For each penalty the head that minimises the mean loss + penalty / 2 |W|^2 without its biases; each starts from the one before.
 
     scikit-learn's and cuML's C, which multiplies the summed loss, is 1 / (penalty N).
@@ -233,7 +233,7 @@ def logistic_heads(train: Features, num_classes: int, penalties: Sequence[float]
 
 
 def sgd_heads(
-    train: Features, num_classes: int, rates: Sequence[float], update: Update = unseen, *, seed: int = 0,
+    train: Features, num_classes: int, rates: Sequence[float], update: Update = no_update, *, seed: int = 0,
     steps: int = SGD_STEPS, batch_size: int = SGD_BATCH,
 ) -> Iterator[Head]:  # fmt: skip
     """For each learning rate the head that SGD with momentum 0.9 and cosine decay to zero finds, all of them in one pass.

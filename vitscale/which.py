@@ -21,7 +21,7 @@ import pyarrow as pa
 from data_tools.amend import find_samples
 from data_tools.errors import UserError
 from data_tools.holdout import part_of
-from data_tools.progress import Update, unseen
+from data_tools.progress import Update, no_update
 from vitscale import checkpoint
 from vitscale.config import TrainConfig
 from vitscale.guards import is_skipped
@@ -126,7 +126,7 @@ def which_step(run: Path, step: int, rank: int | None = None, data: Sequence[str
     return StepSeen(str(run), step, step <= reached(run), skipped, world_size, tuple(seen))
 
 
-def which_sample(run: Path, key: str, data: Sequence[str] = (), progress: Update = unseen) -> SampleSeen:
+def which_sample(run: Path, key: str, data: Sequence[str] = (), progress: Update = no_update) -> SampleSeen:
     """The steps made so far that saw the sample with a key. Raises RunError where no dataset of the run has it.
 
     `progress` is called with how many keys were looked at, and of how many.

@@ -68,7 +68,7 @@ BAD_INPUT = {
     "pretrain tiny-digits --data DATA/train --out TMP/r --nproc 3": "= 96; global_batch_size=96 works",
     "pretrain tiny-digits --data DATA/train --out TMP/r --global-batch-size 65": "is not a multiple of micro_batch_size x world_size",
     "pretrain tiny-digits --data DATA/train --out DATA/train/run": "lies inside the dataset",
-    "pretrain tiny-digits --data DATA/train --out TMP/r --nproc -1": "nproc=-1 must be at least 1",
+    "pretrain tiny-digits --data DATA/train --out TMP/r --nproc -1": "nproc=-1 must be 0, which starts one a GPU, or 1 or more",
     "pretrain tiny-digits --data DATA/train --out TMP/r --model.image-size 16 25": "25 is not a multiple of patch_size=2; 24 is",
     "pretrain tiny-digits --data DATA/train --out TMP/r --model.num-heads 5": "is not a multiple of num_heads=5; num_heads=4 works",
     "pretrain tiny-digits --data DATA/train --out TMP/r --model.num-classes 4": "has 5 classes; --model.num-classes 5 fits it",

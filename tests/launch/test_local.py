@@ -9,19 +9,17 @@ import select
 import shutil
 import signal
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 
-from launch.ranks import _wait, visible_gpus
+from launch.ranks import visible_gpus
 from tests.command import SMALL, VITSCALE, vitscale
 from tests.disks import small_disk
 from vitscale.run import read_metrics
 from vitscale.verdict import read_history
 
 LONG = [*SMALL, "--steps", "40", "--checkpoint-every", "10", "--keep-checkpoints", "0", "--nproc", "2", "--eval-data", "none"]
-POLL = ("7", "73", "271")  # poll(2) and ppoll(2), as x86-64 and arm64 number them
 
 
 def start(dataset: Path, out: Path, *more: str) -> subprocess.Popen[str]:
@@ -169,27 +167,6 @@ def test_a_second_ctrl_c_waits_for_nothing(dataset: Path, tmp_path: Path) -> Non
     wait_until_gone(ranks)
 
 
-def test_a_signal_that_does_not_interrupt_the_wait_ends_it(tmp_path: Path) -> None:
-    """As one does that comes right before the wait begins: here another thread than the one that waits receives it."""
-    rank: subprocess.Popen[bytes] = subprocess.Popen(["sleep", "infinity"])
-    main = Path(f"/proc/self/task/{threading.get_native_id()}/syscall")
-
-    def interrupt() -> None:
-        while main.read_text().split()[0] not in POLL and rank.poll() is None:
-            pass
-        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            _wait(tmp_path, 1, [rank], [])
-    finally:
-        rank.kill()
-        rank.wait()
-        thread.join()
-
-
 def test_a_second_start_is_refused(dataset: Path, tmp_path: Path) -> None:
     run = start(dataset, tmp_path / "run", "--steps", "4000")
     wait_for_line(run, "step    1/4000")
@@ -286,14 +263,6 @@ def test_a_disk_without_room_costs_checkpoints_and_not_the_steps(dataset: Path, 
         _, errors = again.communicate()
         assert again.returncode == 0, errors
         assert steps_and_losses(disk / "run") == whole
-
-
-@pytest.mark.parametrize(
-    ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("0,-1,1", 1), (" 0, 1", 2), ("GPU-8a,GPU-9b", 2)]
-)
-def test_visible_gpus_are_those_that_cuda_would_show(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert visible_gpus() == count
 
 
 def test_another_dataset_is_refused_on_resume(dataset: Path, tmp_path: Path) -> None:

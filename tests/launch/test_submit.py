@@ -150,21 +150,40 @@ def test_a_sweep_is_a_job_of_each_trial_and_the_run_behind_them(cluster: Cluster
     assert f"{best['peak_lr']:>9g}" in logs(folder), "the table"
 
 
-def test_a_job_whose_number_sbatch_does_not_tell_keeps_what_it_needs(cluster: Cluster, dataset: Path, tmp_path: Path) -> None:
-    """A site's own sbatch may print other words; the error says how the job is found, and that is how the test finds it."""
+@pytest.mark.parametrize(
+    ("after", "why", "status"),
+    [
+        ("echo thanks", "sbatch named no job", 1),
+        ("echo 'sbatch: error: Socket timed out on send/recv operation' >&2; exit 1", "Socket timed out on send/recv operation", 1),
+        ("kill -INT $PPID; sleep 60", "interrupted while sbatch was asked", 130),
+    ],
+)
+@pytest.mark.parametrize("chain", [0, 3])
+def test_a_job_whose_number_sbatch_does_not_tell_keeps_what_it_needs(
+    cluster: Cluster, dataset: Path, tmp_path: Path, after: str, why: str, status: int, chain: int
+) -> None:
+    """A site's own sbatch may print other words, or the answer be lost: what is said finds the job, and that is how the test finds it."""
     (tmp_path / "bin").mkdir()
-    sbatch, run = tmp_path / "bin" / "sbatch", tmp_path / "run"
-    sbatch.write_text(f'#!/bin/sh\ncase "$*" in *--test-only*) ;; *) {shutil.which("sbatch")} --hold "$@" >/dev/null; echo thanks; esac\n')
+    sbatch, run, real = tmp_path / "bin" / "sbatch", tmp_path / "run", shutil.which("sbatch")
+    answered = "*--dependency*" if chain else "*"  # of a chain the second job
+    sbatch.write_text(
+        f'#!/bin/sh\ncase "$*" in *--test-only*) exec {real} "$@";; {answered}) {real} --hold "$@" >/dev/null; {after};; '
+        f'*) exec {real} --hold "$@";; esac\n'
+    )
     sbatch.chmod(0o755)
-    done = submit(*pretraining(dataset, run), env=cluster.environment | {"PATH": f"{sbatch.parent}:{os.environ['PATH']}"})
-    assert done.returncode == 1
-    said, folder = done.stderr.splitlines()[-1], run / "submissions" / "000"
-    assert said.startswith("error: sbatch named no job, and one may be in the queue: ")
-    assert said.endswith(f"{folder}, which it would need, is kept")
+    (tmp_path / "site.toml").write_text("requeue = false\n" if chain else "")
+    words = ["--site", tmp_path / "site.toml", *(["--chain", chain] if chain else []), *pretraining(dataset, run)]
+    done = submit(*words, env=cluster.environment | {"PATH": f"{sbatch.parent}:{os.environ['PATH']}"})
+    folder = run / "submissions" / "000"
+    said = next(
+        line for line in done.stderr.splitlines() if line.removeprefix("error: ").startswith(f"{why}, and a job may be in the queue")
+    )
     found = subprocess.run(said.split("`")[1], shell=True, env=cluster.environment, capture_output=True, text=True, check=True).stdout
-    job, script = found.split()
-    cluster.run("scancel", job)
-    assert Path(script).parent == folder
+    jobs = [line.split()[0] for line in found.splitlines()]
+    cluster.run("scancel", *jobs)
+    assert done.returncode == status
+    assert len(jobs) == (2 if chain else 1), "none after the one without an answer"
+    assert (f"submitted before that: job {min(jobs, key=int)}" in done.stderr) == bool(chain)
     assert (folder / "config.json").is_file()
 
 
@@ -401,7 +420,7 @@ def test_an_evaluation_of_a_live_run_or_by_several_processes_is_submitted(datase
     assert f"evaluate {trained} --data={dataset}/val --shots 1 2 --out={tmp_path}/o.json --nproc=3 <" in script
     assert "#SBATCH --gpus-per-node=3\n" in script
     several[1] = 2
-    assert "nproc=3 must be at most 2, the GPUs of a node" in dry_run(*several, folder=tmp_path, refused=True).stderr
+    assert "nproc=3 must be 0, which starts one a GPU, or 1 to 2, the GPUs" in dry_run(*several, folder=tmp_path, refused=True).stderr
     of_others = dry_run("--", "evaluate", trained, *where, "--real", "real.json", folder=tmp_path, refused=True).stderr
     assert f"{tmp_path}/real.json does not name the sample" in of_others
 

@@ -12,14 +12,8 @@ from vitscale.export import export
 from vitscale.model import ViT
 
 SMALL = ViTConfig(depth=2, width=64, mlp_dim=160, num_heads=4, patch_size=8, image_size=(24, 40), num_classes=7)
-
-
 SQUARE = replace(SMALL, image_size=(40, 40))
-
-
 SQUASHED = PreprocessConfig(eval_crop=1.0, interpolation="bicubic", mean=(0.4, 0.5, 0.6))
-
-
 OPTIONS = {
     "plain": SMALL,
     "one-class": replace(SMALL, num_classes=1),
@@ -49,8 +43,6 @@ OPTIONS = {
         SMALL, registers=2, layer_scale=0.1, pre_norm=True, pool="map", pool_norm=True, qk_norm=True, representation_size=24
     ),
 }  # fmt: skip
-
-
 # Where a library has no place for an option, or computes it otherwise, and a word of the reason
 REFUSED = {
     "timm": {
@@ -70,8 +62,6 @@ REFUSED = {
     },
     "safetensors": {},
 }  # fmt: skip
-
-
 LIBRARIES = ("timm", "hf", "npz", "safetensors")
 
 

@@ -17,8 +17,9 @@ from tests.vitscale.exports import LIBRARIES, OPTIONS, REFUSED, SMALL, SQUARE, S
 from tests.vitscale.models import random_vit, relative_error, write_checkpoint
 from vitscale.adopt import adopt
 from vitscale.checkpoint import describe
-from vitscale.config import ImportConfig, ObjectiveConfig, PreprocessConfig
+from vitscale.config import ImportConfig, ObjectiveConfig, PreprocessConfig, ViTConfig
 from vitscale.export import export
+from vitscale.model import ViT
 
 
 def snippets_of(out: Path) -> list[str]:
@@ -27,10 +28,21 @@ def snippets_of(out: Path) -> list[str]:
 
 
 def what_they_say(out: Path) -> list[dict[str, torch.Tensor]]:
-    """Runs them one after the other, in the folder and without this program: the tensors that there are after each."""
+    """Runs them one after the other, in the folder and without this program: the tensors that there are after each.
+
+    Beside them `kept`: of the weights that are there in the same shape after the last, whether each is the same.
+    """
     snippets = snippets_of(out)
-    keep = "import torch; torch.save({{name: value for name, value in globals().items() if isinstance(value, torch.Tensor)}}, 'said-{}.pt')"
-    code = "\n".join(f"{snippet}\n{keep.format(number)}" for number, snippet in enumerate(snippets))
+    weights = "{n.removeprefix('vit.'): w for n, w in (model['weights'].items() if isinstance(model, dict) else model.named_parameters())}"
+    code = "import torch\n"
+    for number, snippet in enumerate(snippets):
+        code += f"logits_BK = features_BD = tokens_BND = kept = None\n{snippet}\n"
+        if number == 0:
+            code += f"before = {{n: w.detach().clone() for n, w in {weights}.items()}}\n"
+        code += f"after = {weights}\n"
+        code += "kept = torch.tensor([torch.equal(w, before[n]) for n, w in after.items() if n in before and w.shape == before[n].shape])\n"
+        code += "said = {name: value for name, value in globals().items() if isinstance(value, torch.Tensor)}\n"
+        code += f"torch.save(said, 'said-{number}.pt')\n"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
     ran = subprocess.run([sys.executable, "-I", "-c", code], cwd=out, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
@@ -50,20 +62,54 @@ CARDS = ("tanh", "square", "headless", "mean", "map-headless", "representation",
     ],
 )
 def test_the_code_of_a_card_runs_as_it_stands(tmp_path: Path, option: str, to: str) -> None:
-    """And gives what the model says of the image."""
     model = random_vit(OPTIONS[option])
-    out = exported(tmp_path, model, to)
+    gives_what_the_model_says(exported(tmp_path, model, to), model, layer_is_lost=to == "npz" and model.config.representation_size > 0)
+
+
+def gives_what_the_model_says(out: Path, model: ViT, *, layer_is_lost: bool = False) -> None:
+    """Of the image, and inside; with a new head all weights but those of another shape are the same, and can be trained."""
     loaded, inside, *tuned = what_they_say(out)
     expected = load_file(out / "certificate" / "expected.safetensors")
-    layer_is_lost = to == "npz" and model.config.representation_size > 0  # by timm
     comes_out = "tokens_BND" if layer_is_lost else "logits_BK" if model.config.num_classes else "features_BD"
     assert relative_error(loaded[comes_out], expected[f"image_{comes_out}"][:1]) < 1e-5
     for name in ["tokens_BND"] if layer_is_lost else ["features_BD", "tokens_BND"]:
         assert relative_error(inside[name], expected[f"image_{name}"][:1]) < 1e-5, name
-    assert len(tuned) == (0 if to == "hf" and option == "map-headless" else 1)
+    assert len(tuned) == (0 if "## Fine-tune\n\nWith vitscale" in (out / "README.md").read_text() else 1)
     for new in tuned:
-        assert new["logits_BK"].shape == (1, 10)
+        assert new["logits_BK"].shape == (1, 12 if model.config.num_classes == 10 else 10)
         assert new["logits_BK"].requires_grad
+        assert len(new["kept"]) > 20
+        assert bool(new["kept"].all())
+
+
+OTHERS = [  # than the common case: to, model, rest of the export
+    ("hf", SQUARE, {"dtype": "bf16"}),
+    ("hf", replace(SMALL, num_classes=10), {}),
+    ("safetensors", SMALL, {"preprocess": replace(SQUASHED, eval_protocol="big_vision")}),
+    pytest.param("timm", SQUARE, {"dtype": "bf16"}, marks=pytest.mark.peers),
+    pytest.param("timm", replace(SMALL, num_classes=10), {}, marks=pytest.mark.peers),
+    pytest.param(
+        "npz", OPTIONS["tanh"], {"preprocess": PreprocessConfig(eval_crop=0.875, eval_protocol="big_vision")}, marks=pytest.mark.peers
+    ),
+    pytest.param("npz", replace(OPTIONS["representation"], num_classes=10), {}, marks=pytest.mark.peers),
+]
+
+
+@pytest.mark.parametrize(("to", "config", "rest"), OTHERS)
+def test_the_code_of_other_cards_runs_as_it_stands(tmp_path: Path, to: str, config: ViTConfig, rest: dict[str, Any]) -> None:
+    """Rounded weights, as many classes as a new head would have, Google's protocols."""
+    model = random_vit(config)
+    gives_what_the_model_says(exported(tmp_path, model, to, **rest), model, layer_is_lost=to == "npz" and config.representation_size > 0)
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors", pytest.param("timm", marks=pytest.mark.peers)])
+def test_the_code_of_a_card_lists_all_classes_that_may_be_right(tmp_path: Path, to: Any) -> None:
+    names = tuple("abcdefg")
+    description = write_checkpoint(tmp_path / "step", random_vit(SMALL), preprocess=SQUASHED)
+    out = export(replace(description, objective=ObjectiveConfig("sigmoid"), class_names=names), "weight", tmp_path / "out", to=to)
+    ran = subprocess.run([sys.executable, "-c", snippets_of(out)[0]], cwd=out, capture_output=True, text=True)
+    logits_K = load_file(out / "certificate" / "expected.safetensors")["image_logits_BK"][0]
+    assert ran.stdout.strip() == str([name for name, logit in zip(names, logits_K, strict=True) if logit > 0]), ran.stderr
 
 
 def test_the_code_of_a_card_keeps_a_central_crop(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 from data_tools.config import PackConfig
 from data_tools.dataset import Dataset, DatasetError
 from data_tools.pack import pack
-from data_tools.progress import Update, silent
+from data_tools.progress import Update, no_progress
 from tests.conftest import write_images
 from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale import probes
@@ -117,7 +117,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def all_of_it() -> list[Any]:
         heads = [*ridge_heads(train, CLASSES, (1.0,)), *logistic_heads(train, CLASSES, (0.01,))]
-        return [*(head(test.features_ND) for head in heads), neighbours(train, test, CLASSES, silent)]
+        return [*(head(test.features_ND) for head in heads), neighbours(train, test, CLASSES, no_progress)]
 
     *whole, near = all_of_it()
     monkeypatch.setattr(probes, "AT_A_TIME", 300)  # 7 samples at a time
@@ -221,7 +221,7 @@ def test_a_sample_of_several_labels_is_there_once() -> None:
 def test_few_shot_is_big_visions_written_in_numpy() -> None:
     """The same draws, then fewshot_lsr.py's equations; seeds draw other samples and so give other accuracies."""
     train, test = blobs(120, 40), blobs(300, 40, seed=1)
-    for found in few_shot(train, test, CLASSES, silent, shots=(1, 5, 25)):
+    for found in few_shot(train, test, CLASSES, no_progress, shots=(1, 5, 25)):
         expected = []
         for seed in range(3):
             drawn = train.take(draw_shots(train, found.shots, seed))
@@ -233,7 +233,7 @@ def test_few_shot_is_big_visions_written_in_numpy() -> None:
         assert found.top1 == pytest.approx(np.mean(expected))
         assert 0 <= found.low < found.top1 < found.high <= 1
         assert found.short_classes == sum(np.bincount(one_label(train)) < found.shots)
-    assert few_shot(train, test, CLASSES, silent, shots=(25,))[0].short_classes > 0
+    assert few_shot(train, test, CLASSES, no_progress, shots=(25,))[0].short_classes > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_setting_is_chosen_without_the_samples_it_is_judged_on(monkeypatch: py
     monkeypatch.setattr(probes, name, watched)
     monkeypatch.setattr(probes, "correct", watched_correct)
     train, test = blobs(400, 12), blobs(200, 12, seed=1)
-    found = linear_probe(train, test, CLASSES, solver, silent)
+    found = linear_probe(train, test, CLASSES, solver, no_progress)
     settings = tuple(setting for setting, _ in found.grid)
     out = train.take(held_out(train.samples_N, 0))
     every = set(train.samples_N.tolist())
@@ -285,7 +285,7 @@ def test_a_setting_is_chosen_without_the_samples_it_is_judged_on(monkeypatch: py
 
 def test_top1_and_top5_are_scikit_learns() -> None:
     train, test = blobs(300, 12), blobs(200, 12, seed=1)
-    found = linear_probe(train, test, CLASSES, "ridge", silent, grid=(1.0,))
+    found = linear_probe(train, test, CLASSES, "ridge", no_progress, grid=(1.0,))
     (head,) = ridge_heads(train, CLASSES, (1.0,))
     scores = head(test.features_ND).numpy()
     assert found.top1 == pytest.approx(top_k_accuracy_score(one_label(test), scores, k=1))
@@ -320,7 +320,7 @@ def test_each_label_of_a_neighbour_gets_its_vote() -> None:
 
 def test_more_neighbours_than_samples_are_all_of_them() -> None:
     train, test = blobs(50, 12), blobs(80, 12, seed=1)
-    assert [found.k for found in neighbours(train, test, CLASSES, silent)] == [10, 20, 50]
+    assert [found.k for found in neighbours(train, test, CLASSES, no_progress)] == [10, 20, 50]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------

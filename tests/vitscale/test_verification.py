@@ -132,6 +132,15 @@ def test_a_file_that_might_be_loaded_needs_a_sum(tmp_path: Path, name: str) -> N
     assert (ran.returncode, ran.stdout) == (1, f"FAILED {name} has no line in SHA256SUMS{compiled}\n"), ran.stderr
 
 
+def test_nothing_in_the_folder_runs_where_it_is_reached_by_a_link(tmp_path: Path) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    (out / "torch").mkdir()
+    (out / "torch" / "__init__.py").write_text("raise SystemExit(0)")
+    (tmp_path / "link").symlink_to(out)
+    ran = subprocess.run([sys.executable, tmp_path / "link" / "verify.py"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "FAILED torch/__init__.py has no line in SHA256SUMS\n"), ran.stderr
+
+
 def test_a_link_to_a_folder_needs_a_sum(tmp_path: Path) -> None:
     """It may lead to a package that Python takes for another where it runs in the folder."""
     out = exported(tmp_path, random_vit(SMALL), "safetensors")
@@ -147,11 +156,34 @@ def test_line_ends_that_git_changed_are_told_as_such(tmp_path: Path) -> None:
     assert line.startswith("FAILED classes.txt has other line ends")
 
 
-@pytest.mark.parametrize(("words", "status"), [((), 0), (("--exact",), 1)])
-def test_what_is_lossy_is_a_failure_where_it_is_asked_for(tmp_path: Path, words: tuple[str, ...], status: int) -> None:
-    out = exported(tmp_path, random_vit(SQUARE), "hf", preprocess=PreprocessConfig(), lossy=True)
-    ran = subprocess.run([sys.executable, out / "verify.py", *words], capture_output=True, text=True)
-    assert ran.returncode == status, ran.stdout
+@pytest.mark.parametrize("rest", [{"preprocess": PreprocessConfig(), "lossy": True}, {"dtype": "bf16"}, {}], ids=["lossy", "bf16", "exact"])
+def test_what_is_not_exact_is_a_failure_where_exactness_is_asked_for(tmp_path: Path, rest: dict[str, Any]) -> None:
+    out = exported(tmp_path, random_vit(SQUARE), "hf", **rest)
+    ran, exact = (subprocess.run([sys.executable, out / "verify.py", *more], capture_output=True, text=True) for more in ([], ["--exact"]))
+    assert ran.returncode == 0, ran.stdout
+    assert exact.returncode == (1 if rest else 0), exact.stdout
+    assert exact.stdout.splitlines()[-1].startswith("FAILED not exact: ") == bool(rest)
+
+
+@pytest.mark.parametrize(
+    "change", [{"rescale_factor": 0.01}, {"do_normalize": False}, {"size": {"shortest_edge": 400}}, {"do_resize": False}]
+)
+def test_a_lossy_crop_is_no_leave_for_other_settings_of_the_processor(tmp_path: Path, change: dict[str, Any]) -> None:
+    out, file = exported(tmp_path, random_vit(SQUARE), "hf", preprocess=PreprocessConfig(), lossy=True), "preprocessor_config.json"
+    (out / file).write_text(json.dumps(json.loads((out / file).read_text()) | change))
+    summed_again(out, file)
+    ran = subprocess.run([sys.executable, out / "verify.py"], capture_output=True, text=True)
+    assert ran.returncode == 1, ran.stdout
+    assert "FAILED " in ran.stdout
+
+
+def test_names_of_classes_where_there_were_none_are_seen(tmp_path: Path) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "hf")
+    config = json.loads((out / "config.json").read_text())
+    config |= {"id2label": dict(zip("0123456", "abcdefg", strict=True)), "label2id": dict(zip("abcdefg", range(7), strict=True))}
+    (out / "config.json").write_text(json.dumps(config))
+    summed_again(out, "config.json")
+    assert any(line.startswith("FAILED class_names is") for line in replay(out)["lines"])
 
 
 def test_a_device_that_is_not_here_is_told_in_a_line(tmp_path: Path) -> None:

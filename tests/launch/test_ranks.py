@@ -1,0 +1,85 @@
+"""Processes of this machine as ranks: killed for real, and how many there are (`ranks.py`)."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from launch.flags import UsageError
+from launch.ranks import _wait, rank_count, visible_gpus
+
+POLL = ("7", "73", "271")  # poll(2) and ppoll(2), as x86-64 and arm64 number them
+RANKS = """
+import os, signal, sys
+from pathlib import Path
+from launch.ranks import run_ranks
+code = "import os, signal; print(os.getpid(), file=open('pids', 'w'), flush=True); DO; signal.pause()".replace("DO", sys.argv[1])
+run_ranks([sys.executable, "-c", code], 2, Path("."))
+"""
+
+
+def ranks(folder: Path, do: str) -> tuple["subprocess.Popen[str]", list[int]]:
+    """A launcher of two ranks that do something and then wait for ever, and the ranks' pids, once both are there."""
+    os.mkfifo(folder / "pids")
+    launcher = subprocess.Popen([sys.executable, "-c", RANKS, do], cwd=folder, stderr=subprocess.PIPE, text=True)
+    with open(os.open(folder / "pids", os.O_RDWR)) as told:  # which never ends, whoever closes it
+        pids = [int(told.readline()) for _ in range(2)]
+    return launcher, pids
+
+
+def test_when_a_rank_is_killed_all_end_and_it_is_told_which(tmp_path: Path) -> None:
+    launcher, pids = ranks(tmp_path, "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)")
+    _, said = launcher.communicate()
+    assert said.rstrip().endswith("LaunchError: error: rank 1 was killed by SIGKILL")
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
+    launcher, pids = ranks(tmp_path, "0")
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait() == -signal.SIGINT
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_signal_that_does_not_interrupt_the_wait_ends_it(tmp_path: Path) -> None:
+    """As one does that comes right before the wait begins: here another thread than the one that waits receives it."""
+    rank: subprocess.Popen[bytes] = subprocess.Popen(["sleep", "infinity"])
+    main = Path(f"/proc/self/task/{threading.get_native_id()}/syscall")
+
+    def interrupt() -> None:
+        while main.read_text().split()[0] not in POLL and rank.poll() is None:
+            pass
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _wait(tmp_path, 1, [rank], [])
+    finally:
+        rank.kill()
+        rank.wait()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("0,-1,1", 1), (" 0, 1", 2), ("GPU-8a,GPU-9b", 2)]
+)
+def test_visible_gpus_are_those_that_cuda_would_show(monkeypatch: pytest.MonkeyPatch, visible: str, count: int) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == count
+
+
+@pytest.mark.parametrize(("nproc", "gpus", "ranks"), [(0, 0, 1), (0, 8, 8), (3, 8, 3), (3, 0, 3), (8, 8, 8)])
+def test_ranks_are_those_asked_for_or_one_a_gpu(nproc: int, gpus: int, ranks: int) -> None:
+    assert rank_count(nproc, gpus) == ranks
+
+
+@pytest.mark.parametrize(("nproc", "gpus", "most"), [(-1, 0, "1 or more"), (-1, 8, "1 to 8, the GPUs"), (9, 8, "1 to 8, the GPUs")])
+def test_ranks_that_cannot_be_are_refused(nproc: int, gpus: int, most: str) -> None:
+    with pytest.raises(UsageError, match=f"^nproc={nproc} must be 0, which starts one a GPU, or {most}"):
+        rank_count(nproc, gpus)
