@@ -24,6 +24,7 @@ from data_tools import dedup as module
 from data_tools.amend import amend, keys_of, removals, write_overlay
 from data_tools.dataset import Dataset, DatasetError
 from data_tools.dedup import ROW, DedupError, Search, bands, dedup, hash_datasets, perceptual_hash
+from data_tools.progress import no_update
 from data_tools.repair import repair
 from data_tools.verify import verify
 from tests.command import vitscale
@@ -365,10 +366,10 @@ def test_hashes_survive_a_kill_and_are_used_again(packed: Dataset, tmp_path: Pat
 
 
 def test_processes_hash_the_same(packed: Dataset, tmp_path: Path) -> None:
-    (one,) = hash_datasets([packed], _made(tmp_path / "one"), 1, None)
+    (one,) = hash_datasets([packed], _made(tmp_path / "one"), 1, no_update)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "IMAGES_A_PROCESS", 5)
-        (three,) = hash_datasets([packed], _made(tmp_path / "three"), 3, None)
+        (three,) = hash_datasets([packed], _made(tmp_path / "three"), 3, no_update)
     assert one.tobytes() == three.tobytes()
 
 
