@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -19,6 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tests.kills import killed_everywhere
+from tests.vitscale.exports import SMALL, exported
+from tests.vitscale.models import random_vit
 from vitscale import checkpoint
 from vitscale.checkpoint import Description, Piece, RunState, TensorEntry, describe, piece_key
 from vitscale.config import ObjectiveConfig, PreprocessConfig, ViTConfig
@@ -405,3 +408,16 @@ def test_what_a_checkpoint_knows_of_its_run_is_read_again(tmp_path: Path) -> Non
     del values["updates"], values["recent_losses"], values["cursor"]  # as those of before
     (folder / "checkpoint.json").write_text(json.dumps(values | {"skipped": []}))
     assert describe(folder) == dataclasses.replace(told, state=RunState(updates=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("results", 5), ("results", {"eval_top1": "high"}), ("datasets", [1]), ("left_out", 5), ("versions", [1]), ("samples_seen", -1)],
+)
+def test_an_origin_that_is_none_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    values = json.loads((out / "vitscale.json").read_text())
+    values["origin"][name] = value
+    (out / "vitscale.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=f"origin.{name} is "):
+        describe(out)

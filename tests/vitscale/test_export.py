@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.vitscale.exports import LIBRARIES, OPTIONS, REFUSED, SMALL, SQUASHED, exported, holds, taken_back
-from tests.vitscale.models import random_images, random_vit, relative_error, write_checkpoint
+from tests.vitscale.models import cotangent, gradient_errors, gradients, random_images, random_vit, relative_error, write_checkpoint
 from vitscale.adopt import adopt
 from vitscale.checkpoint import describe, verify
 from vitscale.config import ImportConfig, PreprocessConfig
@@ -135,6 +135,51 @@ def test_large_published_sizes(tmp_path: Path, variant: str, to: str) -> None:
 @pytest.mark.parametrize("variant", ["ti16", "s16", "b16", "b32", "l16", "l32", "h14"])
 def test_published_sizes_in_timm(tmp_path: Path, variant: str, to: str) -> None:
     holds(replay(exported(tmp_path, random_vit(vit(variant, num_classes=1000, activation="gelu_tanh" if to == "npz" else "gelu")), to)))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("case", ["plain", "mean", "map", "tanh", "qk-norm", "headless", "dinov2", "clip", "mae"])
+def test_timm_gives_the_same_gradients(tmp_path: Path, case: str) -> None:
+    import timm
+
+    ours = random_vit(replace(OPTIONS[case], patch_dropout=0.0))
+    out = exported(tmp_path, ours, "timm")
+    exact, images = load_model(describe(out), "weight"), random_images(ours.config, 2)
+    theirs = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    logits, their_logits = exact(images), theirs(images)
+    assert relative_error(logits, their_logits) < 1e-5
+    (logits * cotangent(logits)).sum().backward()
+    (their_logits * cotangent(logits)).sum().backward()
+    errors = gradient_errors(gradients(exact), gradients(theirs))
+    worst = max(errors, key=errors.__getitem__)
+    assert errors[worst] < 1e-5, worst
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("variant", ["b16"])
+def test_timm_gives_the_same_logits_at_a_published_size(tmp_path: Path, variant: str) -> None:
+    """And under timm's own name for it, strictly: the tensors are those that timm's model of that name has."""
+    import timm
+
+    ours = random_vit(vit(variant, num_classes=1000))
+    out = exported(tmp_path, ours, "timm")
+    theirs = timm.create_model("vit_base_patch16_224").eval()
+    theirs.load_state_dict(load_file(out / "model.safetensors"), strict=True)
+    with torch.no_grad():
+        images = random_images(ours.config, 2)
+        assert relative_error(ours(images), theirs(images)) < 1e-5
+
+
+@pytest.mark.peers
+@torch.no_grad()
+def test_timm_drops_head_and_representation_of_a_headless_export(tmp_path: Path) -> None:
+    import timm
+
+    ours, images = random_vit(OPTIONS["representation"]), random_images(SMALL, 2)
+    theirs = timm.create_model(f"local-dir:{exported(tmp_path, ours, 'timm', headless=True)}", pretrained=True).eval()
+    assert relative_error(ours.tokens(images)[:, 0], theirs(images)) < 1e-5
+    assert theirs.reset_classifier(3) is None
+    assert theirs(images).shape == (2, 3), "ready to be fine-tuned"
 
 
 @pytest.mark.parametrize("to", ["safetensors", "timm", "npz"])

@@ -399,3 +399,16 @@ def test_one_label_and_several_are_fine_tuned_by_the_command(tmp_path: Path, obj
     assert losses[0] == pytest.approx(np.log(2) if objective == "softmax" else 4 * np.log(2), rel=1e-5), "of a head of zeros"
     assert losses[-1] < 0.8 * losses[0]
     assert read_metrics(tmp_path / "run")[-1]["eval_top1"] > 0.8
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("new", [(12, 12), (3, 10), (5, 6), (2, 4)], ids=str)
+def test_our_resampling_named_timm_is_timms(pool: str, new: tuple[int, int]) -> None:
+    from timm.layers import resample_abs_pos_embed
+
+    old = replace(SMALL, image_size=(20, 24), pool=pool)  # 5 x 6 patches; 3 x 10 are as many
+    embeddings = random_vit(old).pos_embed.detach()
+    wanted = replace(old, image_size=(new[0] * 4, new[1] * 4))
+    theirs = resample_abs_pos_embed(embeddings, list(new), [5, 6], num_prefix_tokens=int(pool == "cls"))
+    assert torch.equal(resample("pos_embed", embeddings, old, wanted, "timm"), theirs)
