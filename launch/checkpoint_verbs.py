@@ -162,7 +162,8 @@ def checkpoint_export(words: list[str]) -> None:
         )
     else:
         print(f"{out}: the {used} tensors of {description.path} for {flags.to}{', without head' if flags.headless else ''}")
-        print(f"`python {out}/verify.py` holds {flags.to} to what the trained model says; README.md there says how to load it")
+        told = "how to load it and what is lossy" if flags.lossy else "how to load it"
+        print(f"`python {out}/verify.py` holds {flags.to} to what the trained model says; README.md there says {told}")
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,8 @@ def checkpoint_import(words: list[str]) -> None:
             names = tuple(Path(flags.classes).read_text(encoding="utf-8").splitlines())
         except UnicodeDecodeError:
             raise UsageError(f"classes={flags.classes} is no text file with a name a line") from None
+        except OSError as error:
+            raise UsageError(f"classes={flags.classes} cannot be read ({error.strerror}); a text file with a name a line can") from None
     with progress_bar("importing", quiet=flags.json, unit="bytes") as update:
         foreign = adopt(Path(flags.file), Path(flags.out), flags.overrides, class_names=names, licence=flags.licence, progress=update)
     if flags.json:

@@ -10,11 +10,9 @@ from launch.question import EvaluateFlags
 from vitscale.config import SOLVER_SETTING
 from vitscale.metrics import counted
 
-_INTERVALS = {  # what they cover, which two accuracies that are compared must share
-    "fewshot": "Student's t of other draws of shots, on these test samples",
-    "linear": "Wilson's of other test samples",
-    "knn": "Wilson's of other test samples",
-}
+# What intervals cover, which two accuracies that are compared must share
+_DRAWS = "Student's t of other draws of shots, on these test samples"
+_SAMPLES = "Wilson's of other test samples"
 
 
 def asked_of(report: Mapping[str, Any], flags: EvaluateFlags) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def report_lines(report: Mapping[str, Any], flags: EvaluateFlags) -> list[str]:
         )
     if flags.per_class:
         precision = report["mean_average_precision"] is not None
-        rows = [("class", "samples", "right", "accuracy", *["precision"] * precision, "most confused with")]
+        rows = [("class", "samples", "right", "accuracy", *["average precision"] * precision, "most confused with")]
         for of_class in report["classes"]:
             worst = f"{of_class['confused_with']} ({of_class['confused']:,})" if of_class["confused"] else ""
             measured = (of_class["accuracy"], *[of_class["average_precision"]] * precision)
@@ -78,12 +76,13 @@ def report_lines(report: Mapping[str, Any], flags: EvaluateFlags) -> list[str]:
 
 
 def _probe_heading(report: Mapping[str, Any]) -> list[str]:
+    by_seed = any(len(result.get("top1_of_seeds", ())) > 1 for result in report["results"])
     left_out = f", {report['skipped']:,} more could not be read" if report["skipped"] else ""
     left_out += f", overlays remove {report['removed']:,}" if report["removed"] else ""
     return [
         f"{report['checkpoint']} by {report['protocol']} on {report['data']}, the {report['eval_protocol']} protocol:",
         f"{report['width']:,} features of {report['train_samples']:,} training and {report['test_samples']:,} test samples of "
-        f"{report['num_classes']:,} classes{left_out}; in brackets 95% intervals, {_INTERVALS[report['protocol']]}:",
+        f"{report['num_classes']:,} classes{left_out}; in brackets 95% intervals, {_DRAWS if by_seed else _SAMPLES}:",
     ]
 
 

@@ -24,6 +24,7 @@ def main() -> None:
     try:
         dispatch([word for word in sys.argv[1:] if word != "--debug"])
     except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `vitscale ... | head`
         sys.stderr.close()
@@ -31,11 +32,16 @@ def main() -> None:
     except (UserError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(error if isinstance(error, LaunchError) else f"error: {error}", file=sys.stderr)
+        print(error if isinstance(error, LaunchError) else f"error: {words_of(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except Exception:
         traceback.print_exc()
         sys.exit("error: this is a fault of vitscale, not of what you gave it; please report the lines above")
+
+
+def words_of(error: Exception) -> str:
+    """What an error says, without the system's number."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 def quickstart(words: list[str]) -> None:

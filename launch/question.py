@@ -93,6 +93,14 @@ def evaluate_flags(words: list[str]) -> EvaluateFlags:
         raise UsageError(f"interval={flags.interval:g} must be above 0 and at most {_LONGEST:g} seconds")
     if flags.bootstrap and not flags.average_precision:
         raise UsageError(f"bootstrap={flags.bootstrap} is for the interval of --average-precision; give both")
+    usual = vars(EvaluateFlags("", ""))
+    for name, protocol in _OF_PROTOCOL.items():
+        if flags.protocol != protocol and getattr(flags, name) != usual[name]:
+            raise UsageError(f"--{name} is of --protocol {protocol}, and this is --protocol {flags.protocol}")
+    if flags.protocol == "head" and flags.train_data:
+        raise UsageError("--train-data is of --protocol fewshot, linear and knn; the checkpoint's own head learns from nothing")
+    if not flags.watch and flags.interval != usual["interval"]:
+        raise UsageError(f"--interval {flags.interval:g} is of --watch; give both")
     of_head = [name for name in ("real", "average_precision", "per_class", "confusions") if getattr(flags, name)]
     if flags.protocol != "head" and of_head:
         raise UsageError(f"--{of_head[0].replace('_', '-')} is of --protocol head; --protocol {flags.protocol} tells accuracies alone")

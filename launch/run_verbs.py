@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional
 
+from launch.evaluation_tables import headline
 from launch.flags import UsageError, given, parse
 from launch.terminal import Json, Verb, print_json, progress_bar
 from vitscale.config import BODY, FinetuneConfig, NewModelConfig, RunConfig, TrainConfig, ViewConfig, flatten, settle_length, to_dict
@@ -118,9 +119,9 @@ def status_lines(found: dict[str, Any], *, short: bool = False) -> list[str]:
         lines.append(f"held out at step {evaluation['step']}: top-1 {evaluation['eval_top1']:.2%}, loss {evaluation['eval_loss']:.4f}")
     if apart := found["evaluated_apart"]:
         told = [f"{name} {apart[field]:{form}}" for name, field, form in _APART if isinstance(apart.get(field), int | float)]
-        lines.append(
-            f"evaluated apart at step {apart['step']} on {apart.get('data', '?')}: {', '.join(told) or apart.get('protocol', '?')}"
-        )
+        if not told:  # a probe
+            told = [line.strip() for line in headline(apart)] if apart.get("results") else [str(apart.get("protocol", "?"))]
+        lines.append(f"evaluated apart at step {apart['step']} on {apart.get('data', '?')}: {', '.join(told)}")
     lines += _checkpoint_lines(found)
     lines += _end_lines(found)
     spent = found["goodput"]

@@ -35,7 +35,7 @@ from launch.flags import UsageError, given, parse
 from launch.question import EvaluateFlags, check_inputs, evaluate_flags
 from launch.ranks import rank_count
 from launch.site import Site, check_extra, check_time, minutes, read_site
-from launch.sweep import check_alike, final_run, grid_of, note_trials, trial_at, trials_of
+from launch.sweep import check_alike, check_before_run, final_run, grid_of, note_trials, rate_begun, trial_at, trials_of
 from launch.terminal import Json, VerbError, print_json
 from launch.verbs import FinetuneFlags, finetune_flags, pretrain_flags
 from vitscale.config import FinetuneConfig, TrainConfig, grad_accum_steps, to_dict
@@ -216,9 +216,10 @@ def submit_run(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
 def submit_sweep(flags: SubmitFlags, site: Site, asked: FinetuneConfig, rates: Sequence[float]) -> None:
     """Jobs of the trials that are not finished, beside each other, and of the run behind them all, which takes its rate when it starts."""
     grid = grid_of(asked, rates)
-    wanted = [trial for trial, lr in zip(trials_of(asked, grid), grid, strict=True) if trial_at(Path(trial.out), lr).state == "unfinished"]
-    begun = Path(asked.out) / "run.json"
-    rate = read_config(begun.parent).optimizer.peak_lr if begun.is_file() and has_begun(begun.parent) else grid[0]
+    known = [trial_at(Path(trial.out), lr) for trial, lr in zip(trials_of(asked, grid), grid, strict=True)]
+    check_before_run(Path(asked.out), known)
+    wanted = [trial for trial, of in zip(trials_of(asked, grid), known, strict=True) if of.state == "unfinished"]
+    rate = rate_begun(Path(asked.out)) or grid[0]
     trials, final = [prepare(flags, site, trial) for trial in wanted], prepare(flags, site, final_run(asked, rate))
     check_alike([resolve(trial, final.plan.world_size) for trial in trials_of(asked, grid)] + [final.config])
     plans = [dataclasses.asdict(prepared.plan) for prepared in (*trials, final)]

@@ -104,6 +104,21 @@ def trial_at(run: Path, peak_lr: float) -> Trial:
     return Trial(peak_lr, str(run), "finished", last["eval_top1"], last["eval_loss"], int(last["eval_samples"]))
 
 
+def rate_begun(run: Path) -> float | None:
+    """The peak learning rate of a run that has begun, which no trial can choose any more; None of one that has not."""
+    return read_config(run).optimizer.peak_lr if (run / "run.json").is_file() and has_begun(run) else None
+
+
+def check_before_run(run: Path, trials: Sequence[Trial]) -> None:
+    """Raises SweepError where trials would be made, or another rate be chosen, for a run that has begun."""
+    rate = rate_begun(run)
+    if rate is not None and (any(trial.state == "unfinished" for trial in trials) or best_trial(trials).peak_lr != rate):
+        grid = " ".join(f"{trial.peak_lr:g}" for trial in trials)
+        raise SweepError(
+            f"{run} has begun, at the peak learning rate {rate:g}; --sweep {grid} would choose one anew, for which give another --out"
+        )
+
+
 def best_trial(trials: Sequence[Trial]) -> Trial:
     """The finished trial of the highest top-1; of equal ones that of the lowest loss, then of the lowest rate. Raises SweepError."""
     if unfinished := [trial.run for trial in trials if trial.state == "unfinished"]:
@@ -158,6 +173,7 @@ def sweep(asked: FinetuneConfig, given: Sequence[float], nproc: int, *, as_json:
         check_start(config)  # those that are finished, too: a result of other settings is none of this sweep's
     share = configs[0].holdout
     trials = [trial_at(Path(config.out), lr) for config, lr in zip(configs, grid, strict=True)]
+    check_before_run(run, trials)
     for number, (config, lr) in enumerate(zip(configs, grid, strict=True)):
         if trials[number].state != "unfinished":
             continue
@@ -219,9 +235,8 @@ def at_best(config: TrainConfig, submission: Path) -> TrainConfig:
     if not (submission / "sweep.json").is_file():
         return config
     run = Path(config.out)
-    if (run / "run.json").is_file() and has_begun(run):
-        peak_lr = read_config(run).optimizer.peak_lr
-    else:
+    peak_lr = rate_begun(run)
+    if peak_lr is None:
         noted = json.loads((submission / "sweep.json").read_bytes())
         trials = [trial_at(Path(of["run"]), of["peak_lr"]) for of in noted["trials"]]
         best = best_trial(trials)

@@ -58,7 +58,7 @@ def recognise(shapes: Mapping[str, Shape], sidecars: Sidecars, overrides: Import
     _check_overrides(overrides)
     form, prefix = find_form(shapes, sidecars, overrides.prefix, where)
     try:
-        model, assumed = _model(form, facts_of(form, prefix, shapes), sidecars, overrides)
+        model, assumed = _model(form, facts_of(form, prefix, shapes), sidecars, overrides, where)
         check_bounds(model)
         check_model(model)
     except UNREADABLE as error:
@@ -175,24 +175,38 @@ def _why_left_out(form: Format, prefix: str, name: str, overrides: ImportConfig,
 # ---------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _model(form: Format, facts: Facts, sidecars: Sidecars, overrides: ImportConfig) -> tuple[ViTConfig, list[str]]:
-    """The model, and what was taken for granted of it. Raises ValueError where what is needed is not known."""
+def _model(form: Format, facts: Facts, sidecars: Sidecars, overrides: ImportConfig, where: str) -> tuple[ViTConfig, list[str]]:
+    """The model, and what was taken for granted of it.
+
+    Raises ValueError where what is said is not what the file has, and CheckpointError where something is said nowhere.
+    """
     assumed: list[str] = []
+    asked: list[str] = []
     stated, family = read_model(form, facts, sidecars, headless=overrides.headless), FAMILIES[form]
 
-    def settle(name: str, default: Any, of: str, remedy: str) -> Any:
+    def settle(name: str, default: Any, of: str) -> Any:
         for value in (getattr(overrides, name), stated.get(name)):
             if value is not None:
                 return value
         if default is None or stated.get("unknown"):
-            raise ValueError(f"{name} is not in the file{stated.get('unknown', '')}; {remedy}")
+            asked.append(name)
+            return None
         assumed.append(f"{name} {'x'.join(map(str, default)) if isinstance(default, tuple) else default} ({of})")
         return default
 
-    heads = facts.num_heads or settle("num_heads", _HEADS.get(facts.width), f"as a width of {facts.width} has", "--num-heads says it")
-    eps = settle("layer_norm_eps", family.layer_norm_eps, f"{form}'s", "--layer-norm-eps says it")
+    for name, shown in (("num_heads", facts.num_heads), ("activation", "gelu" if facts.swiglu else None)):
+        if shown and (given := getattr(overrides, name)) not in (None, shown):
+            raise ValueError(f"{name}={given}, and its tensors are those of {name}={shown}")
+    heads = facts.num_heads or settle("num_heads", _HEADS.get(facts.width), f"as a width of {facts.width} has")
+    eps = settle("layer_norm_eps", family.layer_norm_eps, f"{form}'s")
     swiglu = facts.swiglu
-    activation: Any = "gelu" if swiglu else settle("activation", family.activation, f"{form}'s", "--activation says it")
+    activation: Any = "gelu" if swiglu else settle("activation", family.activation, f"{form}'s")
+    if asked:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise CheckpointError(
+            f"{where} is {form}'s; {' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} not in the file{stated.get('unknown', '')}; "
+            f"{flags} {'says it' if len(asked) == 1 else 'say them'}"
+        )
     pool = overrides.pool or stated.get("pool") or facts.pool
     registers_placed = form == "timm" and facts.registers > 0
     position = overrides.position or stated.get("position") or "learned_1d"
@@ -200,6 +214,8 @@ def _model(form: Format, facts: Facts, sidecars: Sidecars, overrides: ImportConf
         raise ValueError("it has no position embeddings; --position says whether they are computed (sincos, as big_vision's) or none")
     if facts.positions is not None and position in ("sincos", "none"):
         raise ValueError(f"position={position}, and the file has {facts.positions} position embeddings")
+    if overrides.image_size and any(side % facts.patch_size for side in overrides.image_size):
+        raise ValueError(f"image_size={'x'.join(map(str, overrides.image_size))} is not a number of patches of {facts.patch_size}")
     grid, class_position = _grid(facts, overrides.image_size or stated.get("image_size"), registers_placed)
     if facts.class_token and class_position is stated.get("no_class_position"):
         raise ValueError(
@@ -207,11 +223,14 @@ def _model(form: Format, facts: Facts, sidecars: Sidecars, overrides: ImportConf
         )
     if facts.representation_size and family.head:
         assumed.append("the layer before the head (a pooler) belongs to the features; --headless leaves it out")
-    if facts.positions is not None and not (overrides.image_size or stated.get("image_size")):
-        assumed.append(f"image_size {grid[0] * facts.patch_size}x{grid[1] * facts.patch_size} (a square)")
+    said_size, size = overrides.image_size or stated.get("image_size"), (grid[0] * facts.patch_size, grid[1] * facts.patch_size)
+    if facts.positions is not None and not said_size:
+        assumed.append(f"image_size {size[0]}x{size[1]} (a square)")
+    elif said_size not in (None, size):
+        assumed.append(f"image_size {size[0]}x{size[1]} ({said_size[0]}x{said_size[1]} is said, of which patches leave out the rest)")
     model = ViTConfig(
         depth=facts.depth, width=facts.width, mlp_dim=facts.mlp_dim, num_heads=heads, patch_size=facts.patch_size,
-        image_size=(grid[0] * facts.patch_size, grid[1] * facts.patch_size), num_classes=facts.num_classes, pool=pool,
+        image_size=size, num_classes=facts.num_classes, pool=pool,
         position=position if facts.positions is None else "learned_1d", class_position=class_position, registers=facts.registers,
         representation_size=facts.representation_size, qk_norm=facts.qk_norm, layer_scale=1e-5 if facts.layer_scale else 0.0,
         mlp="swiglu" if swiglu else "plain", activation=activation, pre_norm=facts.pre_norm, pool_norm=facts.pool_norm, layer_norm_eps=eps,

@@ -5,6 +5,7 @@ rounding is this program's to say.
 """
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 
 from vitscale.certificate import FOLDER, TOLERANCES, outputs
 from vitscale.checkpoint import Description
+from vitscale.config import ConfigError
 from vitscale.errors import CheckpointError
 from vitscale.exported import verify
-from vitscale.exported.verify import differences_of, replay
+from vitscale.exported.verify import differences_of, failed, in_a_line, replay, wrong_sums
 from vitscale.images import evaluation_view
 from vitscale.model import normalize
 from vitscale.tensorfiles import read_json
@@ -33,8 +35,12 @@ def verify_export(description: Description, device: str, precision: str) -> list
         device: that the library computes on; this program computes on the CPU, in fp32.
         precision: fp32, tf32 or bf16.
 
-    Raises CheckpointError where the export has no certificate, or none that can be read.
+    Raises CheckpointError where the export has no certificate, or none that can be read, and ConfigError where the device is not here.
     """
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device} is not here, as `cpu` is ({in_a_line(error)})") from None
     folder = description.path
     file = folder / FOLDER / "certificate.json"
     if not file.is_file():
@@ -45,13 +51,19 @@ def verify_export(description: Description, device: str, precision: str) -> list
             if not about["tolerances"][name] <= most:
                 raise CheckpointError(f"{file} says that {about['tolerances'][name]!r:.50} is rounding in {name}; {most:g} is the most")
         library = LIBRARIES[about["library"]]
+        if faults := list(wrong_sums(folder)):  # of files that this program does not look at, too
+            return [failed(faults) | {"library": library}]
         found = [_ours(description, about)]
         if importlib.util.find_spec(library) is None:
             skipped = f"{library} is not installed here: `python {folder}/verify.py` where it is"
         elif about["library"] == "safetensors" and not _is_our_code(folder / "vit.py"):
             skipped = f"vit.py is not this version's and is not run; where you trust it: `python {folder}/verify.py`"
         else:
-            return [*found, replay(folder, device, precision)]
+            logging.disable(logging.WARNING)  # packages that transformers looks for tell of what they lack themselves
+            try:
+                return [*found, replay(folder, device, precision)]
+            finally:
+                logging.disable(logging.NOTSET)
     except CheckpointError:
         raise
     except Exception as error:  # of safetensors, Pillow, timm and transformers on what a stranger wrote

@@ -35,6 +35,9 @@ def test_a_result_is_a_line(protocol: str, result: Any, line: str) -> None:
     by, of, *results = report_lines(report, FLAGS)
     assert by == f"run by {protocol} on data/val, the timm protocol:"
     assert of.startswith("16 features of 1,310 training and 37 test samples of 5 classes; in brackets 95% intervals, ")
+    assert of.endswith(
+        "Student's t of other draws of shots, on these test samples:" if result == FEW else "Wilson's of other test samples:"
+    )
     assert results == headline(report)
 
 

@@ -125,6 +125,11 @@ def test_a_sweep_goes_on_where_it_was_and_trains_the_run_with_the_best(dataset: 
     assert again.stdout.count("diverged") == 1
     assert "is finished" in again.stderr
     assert [len(read_record(of)["starts"]) for of in (run, run / "sweep" / "lr-0.2")] == [1, 1]
+    for grid in (("0.001", "0.2", "1e30", "0.1"), ("0.001" if told["best"] == 0.2 else "0.2", "1e30")):
+        late = vitscale(*words, "--out", run, "--holdout", "0.2", "--sweep", *grid)
+        assert (late.returncode, late.stderr.count("\n")) == (1, 1)
+        assert f"has begun, at the peak learning rate {told['best']:g}" in late.stderr
+    assert len(list((run / "sweep").glob("lr-*"))) == 3, "nothing is trained that cannot be used"
     for setting in (("--holdout", "0.3"), ("--optimizer.freeze", "backbone"), ("--steps", "12")):
         other = vitscale(*words, "--out", run, "--holdout", "0.2", "--sweep", "0.001", "0.2", "1e30", *setting)
         assert other.returncode == 1, "results of other settings are not this sweep's"

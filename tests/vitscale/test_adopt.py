@@ -409,7 +409,7 @@ def test_open_clips_own_files_give_the_same(tmp_path: Path, told: bool) -> None:
         vision = {"image_size": 32, "width": 32, "head_width": 8, "layers": 2, "patch_size": 8}
         (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": vision, "quick_gelu": True}}))
     else:
-        with pytest.raises(CheckpointError, match="num_heads is not in the file"):
+        with pytest.raises(CheckpointError, match="num_heads and activation are not in the file; --num-heads and --activation say them"):
             open_foreign(tmp_path, NOTHING)
         with pytest.raises(CheckpointError, match="activation is not in the file"):
             open_foreign(tmp_path, ImportConfig(num_heads=4))
@@ -455,6 +455,24 @@ def test_what_shapes_do_not_say_is_told_or_asked_for(tmp_path: Path) -> None:
     unknown = timm_file(tmp_path / "unknown", PLAIN, architecture="vit_base_patch16_rope_224", pretrained_cfg={"input_size": [3, 32, 32]})
     with pytest.raises(CheckpointError, match="vit_base_patch16_rope_224 is none whose settings are known"):
         open_foreign(unknown, ImportConfig(num_heads=4))
+
+
+def test_what_the_user_says_and_the_file_does_not_is_refused(tmp_path: Path) -> None:
+    pooled = timm_file(tmp_path / "pooled", replace(PLAIN, qk_norm=True))
+    for said, refusal in {
+        ImportConfig(num_heads=8): "num_heads=8, and its tensors are those of num_heads=4",
+        ImportConfig(image_size=(36, 36)): "image_size=36x36 is not a number of patches of 8",
+    }.items():
+        with pytest.raises(CheckpointError, match=refusal):
+            open_foreign(pooled, said)
+
+
+def test_pixels_that_no_patch_covers_are_told(tmp_path: Path) -> None:
+    """As of SigLIP's models of 384 pixels in patches of 14."""
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"num_heads": 4, "img_size": 36}}
+    found = open_foreign(timm_file(tmp_path / "timm", PLAIN, **config), NOTHING).weights
+    assert found.model.image_size == (32, 32)
+    assert "image_size 32x32 (36x36 is said, of which patches leave out the rest)" in found.assumed
 
 
 def test_equal_numbers_of_tokens_are_not_taken_for_equal_grids(tmp_path: Path) -> None:

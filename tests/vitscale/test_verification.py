@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.vitscale.exports import SMALL, SQUARE, SQUASHED, exported, holds
 from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale.checkpoint import describe
-from vitscale.config import PreprocessConfig
+from vitscale.config import ConfigError, PreprocessConfig
 from vitscale.errors import CheckpointError
 from vitscale.export import export
 from vitscale.exported.verify import replay
@@ -191,6 +191,20 @@ def test_a_device_that_is_not_here_is_told_in_a_line(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, out / "verify.py", "--device", "xpu"], capture_output=True, text=True)
     assert (ran.returncode, len(ran.stdout.splitlines())) == (2, 1), ran.stderr
     assert ran.stdout.startswith("NOT CHECKED: device xpu is not here: ")
+
+
+def test_a_device_that_is_not_here_is_no_fault_of_the_export(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device=xpu is not here, as `cpu` is"):
+        verify_export(describe(exported(tmp_path, random_vit(SMALL), "safetensors")), "xpu", "fp32")
+
+
+@pytest.mark.parametrize("to", ["safetensors", "timm"])
+def test_a_file_without_a_sum_is_told_by_the_command_too(tmp_path: Path, to: str) -> None:
+    """Also where the library that would load the export is not installed, as timm's is not here."""
+    out = exported(tmp_path, random_vit(SMALL), to)
+    (out / "extra.bin").write_bytes(b"")
+    (found,) = verify_export(describe(out), "cpu", "fp32")
+    assert (found["holds"], found["lines"]) == (False, ["FAILED extra.bin has no line in SHA256SUMS"])
 
 
 @pytest.mark.parametrize("content", ["{", '{"model_type": "vit", "image_size": 32}'])

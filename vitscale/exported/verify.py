@@ -276,6 +276,7 @@ def in_transformers(folder, about, device, dtype):
     import transformers
     from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
+    transformers.utils.logging.disable_progress_bar()
     settings = {"output_loading_info": True, "trust_remote_code": False}
     if not about["has_head"] and about["model_type"] == "vit":
         settings["add_pooling_layer"] = about["has_representation"]
