@@ -1,22 +1,26 @@
 """Does pre-training transfer? The road on real images, over seeds, as tables with intervals: docs/results.md.
 
-    python -m benchmarks.transfer --out /scratch/transfer            Fashion-MNIST, five seeds, about two hours of one core
+    python -m benchmarks.transfer --out /scratch/transfer            Fashion-MNIST, five seeds, about four hours of one core
     python -m benchmarks.transfer --out /scratch/transfer --save     and write benchmarks/results/DATE-transfer.json
 
-A small ViT is pre-trained on six of the ten classes, at the images' own 28 pixels, at 20 and at 12. On the four others, of which some
+A small ViT is pre-trained on six of the ten classes, at the images' own 28 pixels and at fewer. On the four others, of which some
 images a class are labelled:
 
     budget       fine-tuned against the same model from random weights: equal images, steps, batch and augmentation, at 28 pixels
-    resolution   pre-trained and fine-tuned at 28 pixels, both at 20, both at 12, and pre-trained at 20 and fine-tuned at 28
+    resolution   pre-trained and fine-tuned at 28 pixels, at 14 and at 7, by patches as much smaller: the model sees as many tokens, and
+                 spends as much computing, on less of the image
+    tokens       both at 28, both at 20, both at 12 pixels with patches of 4: fewer tokens; and pre-trained at 20 and fine-tuned at 28
     shots        the few-shot probe of the features (big_vision's), by shots, of random weights and of pre-training of several lengths
 
 The learning rate of a cell is the best of a grid on a seed that is in no table, judged by training images that nothing is trained on:
-the held-out split gives figures alone. Everything is a command of vitscale, and what is there is not made again. A seed is that of the
-labelled images, the weights and the order. Figures are the mean over seeds with a t interval of 95%; differences are paired by seed.
+the held-out split gives figures alone. Everything is a command of vitscale, on one thread, and what is there is not made again. A seed is
+that of the labelled images, the weights and the order. Figures are the mean over seeds with a t interval of 95%; differences are paired
+by seed. Needs Debian's dataset-fashion-mnist.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -30,38 +34,42 @@ from vitscale.run import is_finished, read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 DOWNSTREAM = ("dress", "coat", "shirt", "ankle-boot")
-LABELLED = (5, 10, 25, 100)  # images a class
 EPOCHS = (0, 1, 5)  # of pre-training; 0 is random weights
 SHOTS = (1, 5, 10, 25)
-STEPS = 100
 NATIVE = 28  # pixels a side
-PIXELS = {"native": (28, 28), "low": (20, 20), "lower": (12, 12), "raised": (20, 28), "scratch": (None, 28)}  # in pre-training, afterwards
-SIDES = sorted({before for before, _ in PIXELS.values() if before}, reverse=True)
-DIFFERENCES = {  # of top-1, on the same seeds
-    "28, 28 over none": ("native", "scratch"),
-    "over 20, 20": ("native", "low"),
-    "over 12, 12": ("native", "lower"),
-    "20, 28 over 20, 20": ("raised", "low"),
+PATCHES = {28: 4, 20: 4, 12: 4, 14: 2, 7: 1}  # by pixels a side of an image, those of a patch: 49, 25 and 9 tokens; 49 of 14 and 7
+STEPS = {5: 100, 10: 100, 25: 100, 100: 100, 5_000: 1_000}  # by labelled images a class; of 5,000 there are no more
+FEW, ALL = (5, 10, 25, 100), (5_000,)
+KINDS = {  # pixels in pre-training, and afterwards; None: from random weights
+    "native": (28, 28),
+    "half": (14, 14),
+    "quarter": (7, 7),
+    "low": (20, 20),
+    "lower": (12, 12),
+    "raised": (20, 28),
+    "scratch": (None, 28),
 }
+TABLES = {  # of so many labelled images a class, pairs of which the first is measured against the second on the same seeds
+    "budget": (FEW, [("native", "scratch")]),
+    "resolution": (ALL, [("native", "half"), ("native", "quarter")]),
+    "tokens": (FEW, [("native", "low"), ("native", "lower"), ("raised", "low")]),
+}
+CELLS = sorted({(kind, labelled) for counts, pairs in TABLES.values() for pair in pairs for kind in pair for labelled in counts})
 LOOK_SEED = 1000  # learning rates are chosen on it
 TRAINED_ON = 50_000  # the first images of the training set; the others choose the learning rates
-RATES = {  # around those of the recipes: SGD, as the paper fine-tunes, and AdamW, as tiny-fashion is trained
-    "native": (0.003, 0.01, 0.03, 0.1, 0.3),
-    "low": (0.003, 0.01, 0.03, 0.1, 0.3),
-    "lower": (0.003, 0.01, 0.03, 0.1, 0.3),
-    "raised": (0.003, 0.01, 0.03, 0.1, 0.3),
-    "scratch": (0.0006, 0.002, 0.006, 0.02),
-}
+SGD = (0.003, 0.01, 0.03, 0.1, 0.3)  # learning rates around the recipe's: the paper fine-tunes so
+ADAMW = (0.0006, 0.002, 0.006, 0.02)  # and tiny-fashion is trained so
 BUDGET = (
-    f"--steps {STEPS} --schedule.warmup-steps 10 --preprocess.crop-scale 0.6 1.0 --micro-batch-size 64 "
-    f"--eval-every 0 --checkpoint-every {STEPS} --keep-checkpoints 1 --log-every 25"
+    "--schedule.warmup-steps 10 --preprocess.crop-scale 0.6 1.0 --micro-batch-size 64 --eval-every 0 --keep-checkpoints 1 --log-every 25"
 )
 
 
 def verb(*words: object) -> str:
-    """Runs a command of vitscale and returns what it prints. Raises CalledProcessError where it fails."""
+    """Runs a command of vitscale on one thread, on which figures depend, and returns what it prints.
+
+    Raises CalledProcessError where it fails."""
     command = [sys.executable, "-m", "launch.main", *map(str, words)]
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
 
 
 def prepare(out: Path, seed: int) -> None:
@@ -70,7 +78,7 @@ def prepare(out: Path, seed: int) -> None:
     held_out = (images[TRAINED_ON:], labels[TRAINED_ON:]) if seed == LOOK_SEED else read_fashion_mnist("t10k")
     downstream = [FASHION_CLASSES.index(name) for name in DOWNSTREAM]
     upstream = [label for label in range(len(FASHION_CLASSES)) if label not in downstream]
-    for task, classes, count in [("pretrain", upstream, TRAINED_ON), *((f"downstream-{count}", downstream, count) for count in LABELLED)]:
+    for task, classes, count in [("pretrain", upstream, TRAINED_ON), *((f"downstream-{count}", downstream, count) for count in STEPS)]:
         train = sample_classes((images[:TRAINED_ON], labels[:TRAINED_ON]), classes, count, seed)
         for split, chosen in (("train", train), ("val", sample_classes(held_out, classes, len(held_out[0]), seed))):
             data = out / "data" / f"{task}-{seed}"
@@ -89,8 +97,8 @@ def finished(run: Path, *words: object) -> Path:
 
 def pretrained(out: Path, seed: int, epochs: int, pixels: int) -> Path:
     """A run of so many epochs; of none, of one step whose learning rate is zero: the weights that a run begins with."""
-    words = ("pretrain", "tiny-fashion", "--data", out / "data" / f"pretrain-{seed}" / "train", "--seed", seed, "--micro-batch-size", 64)
-    words += ("--model.image-size", pixels, pixels)
+    words = ["pretrain", "tiny-fashion", "--data", out / "data" / f"pretrain-{seed}" / "train", "--seed", seed, "--micro-batch-size", 64]
+    words += ["--model.image-size", pixels, pixels, "--model.patch-size", PATCHES[pixels]]
     none = ("--epochs", 0, "--steps", 1, "--schedule.warmup-steps", 0, "--optimizer.peak-lr", 0)
     return finished(out / "runs" / f"pretrain-{pixels}-{seed}-{epochs}", *words, *(("--epochs", epochs) if epochs else none))
 
@@ -105,11 +113,17 @@ def evaluation(out: Path, run: Path, *words: object) -> dict[str, Any]:
     return found
 
 
+def rates_of(kind: str, labelled: int) -> tuple[float, ...]:
+    """The grid of learning rates: of long runs the middle three."""
+    rates = SGD if KINDS[kind][0] else ADAMW
+    return rates[1:-1] if labelled in ALL else rates
+
+
 def top1(out: Path, seed: int, labelled: int, kind: str, rate: float) -> float:
     """Of the four classes: fine-tuned, or trained from random weights."""
-    data, (before, pixels) = out / "data" / f"downstream-{labelled}-{seed}", PIXELS[kind]
-    words = ["--data", data / "train", "--seed", seed, *BUDGET.split(), "--optimizer.peak-lr", rate]
-    words += ["--model.image-size", pixels, pixels]
+    data, (before, pixels) = out / "data" / f"downstream-{labelled}-{seed}", KINDS[kind]
+    words = ["--data", data / "train", "--seed", seed, *BUDGET.split(), "--optimizer.peak-lr", rate, "--steps", STEPS[labelled]]
+    words += ["--checkpoint-every", STEPS[labelled], "--model.image-size", pixels, pixels]
     if before:
         words = ["finetune", "tiny-finetune", "--init", pretrained(out, seed, EPOCHS[-1], before), *words]
     else:
@@ -121,7 +135,7 @@ def top1(out: Path, seed: int, labelled: int, kind: str, rate: float) -> float:
 
 def shots(out: Path, seed: int, epochs: int) -> dict[str, float]:
     """Top-1 of the few-shot probe of a run's features, by shots: the mean over the probe's own draws."""
-    run, data = pretrained(out, seed, epochs, NATIVE), out / "data" / f"downstream-{LABELLED[-1]}-{seed}"
+    run, data = pretrained(out, seed, epochs, NATIVE), out / "data" / f"downstream-{FEW[-1]}-{seed}"
     words = ("--protocol", "fewshot", "--shots", *SHOTS, "--seeds", 5, "--train-data", data / "train")
     return {str(of["shots"]): of["top1"] for of in evaluation(out, run, "--data", data / "val", *words)["results"]}
 
@@ -137,26 +151,23 @@ def measure(out: Path, seeds: list[int]) -> dict[str, Any]:
     """All of it, told as it goes."""
     found: dict[str, Any] = {"seeds": seeds, "rates": [], "tuned": [], "shots": [], "own": []}
 
-    def tell(table: str, row: dict[str, Any]) -> dict[str, Any]:
+    def tell(table: str, row: dict[str, Any]) -> None:
         found[table].append(row)
         print(row, flush=True)
-        return row
 
     prepare(out, LOOK_SEED)
     best: dict[tuple[str, int], float] = {}
-    for kind, rates in RATES.items():
-        for labelled in LABELLED:
-            by_rate = {rate: top1(out, LOOK_SEED, labelled, kind, rate) for rate in rates}
-            best[kind, labelled] = max(by_rate, key=lambda rate: by_rate[rate])
-            tell("rates", {"kind": kind, "labelled": labelled, "best": best[kind, labelled], "top1": by_rate})
+    for kind, labelled in CELLS:
+        by_rate = {rate: top1(out, LOOK_SEED, labelled, kind, rate) for rate in rates_of(kind, labelled)}
+        best[kind, labelled] = max(by_rate, key=lambda rate: by_rate[rate])
+        tell("rates", {"kind": kind, "labelled": labelled, "best": best[kind, labelled], "top1": by_rate})
     for seed in seeds:
         prepare(out, seed)
-        tell("own", {"seed": seed, **{str(pixels): own_top1(out, seed, pixels) for pixels in SIDES}})
+        tell("own", {"seed": seed, **{str(pixels): own_top1(out, seed, pixels) for pixels in PATCHES}})
         for epochs in EPOCHS:
             tell("shots", {"seed": seed, "epochs": epochs, "top1": shots(out, seed, epochs)})
-        for labelled in LABELLED:
-            by_kind = {kind: top1(out, seed, labelled, kind, best[kind, labelled]) for kind in RATES}
-            tell("tuned", {"seed": seed, "labelled": labelled, **by_kind})
+        for (kind, labelled), rate in best.items():
+            tell("tuned", {"seed": seed, "labelled": labelled, "kind": kind, "top1": top1(out, seed, labelled, kind, rate)})
     return found
 
 
@@ -166,51 +177,73 @@ def measure(out: Path, seeds: list[int]) -> dict[str, Any]:
 def cell(values: list[float]) -> str:
     """A mean in percent, and half its interval."""
     mean, low, high = mean_interval(values)
-    return f"{100 * mean:.1f} ± {50 * (high - low):.1f}"
+    return f"{round(100 * mean, 1) + 0.0:.1f} ± {50 * (high - low):.1f}"  # 0 added, for zero has no sign
 
 
 def pixels_of(kind: str) -> str:
     """Those of pre-training, and those of fine-tuning."""
-    before, afterwards = PIXELS[kind]
+    before, afterwards = KINDS[kind]
     return f"{f'{before} px' if before else 'none'}, {afterwards} px"
 
 
-def tuned_table(found: dict[str, Any]) -> str:
+def table_of(heads: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def tuned_table(found: dict[str, Any], name: str) -> str:
     """Top-1 after fine-tuning by the pixels of pre-training and of fine-tuning, and how far apart they are on the same seeds."""
-    seeds, of = found["seeds"], {(row["seed"], row["labelled"]): row for row in found["tuned"]}
-    heads = ["labelled, a class", *map(pixels_of, PIXELS), *DIFFERENCES]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for labelled in LABELLED:
-        by_kind = {kind: [of[seed, labelled][kind] for seed in seeds] for kind in PIXELS}
-        over = [[a - b for a, b in zip(by_kind[one], by_kind[other], strict=True)] for one, other in DIFFERENCES.values()]
-        lines.append(f"| {labelled} | {' | '.join(cell(values) for values in (*by_kind.values(), *over))} |")
-    return "\n".join(lines)
+    counts, pairs = TABLES[name]
+    of = {(row["kind"], row["labelled"], row["seed"]): row["top1"] for row in found["tuned"]}
+    kinds = list(dict.fromkeys(kind for pair in pairs for kind in pair))
+    rows = []
+    for labelled in counts:
+        by_kind = {kind: [of[kind, labelled, seed] for seed in found["seeds"]] for kind in kinds}
+        over = [[a - b for a, b in zip(by_kind[one], by_kind[other], strict=True)] for one, other in pairs]
+        rows.append([f"{labelled:,}", *map(cell, by_kind.values()), *map(cell, over)])
+    differences = [f"{pixels_of(one)} over {pixels_of(other)}" for one, other in pairs]
+    return table_of(["labelled, a class", *map(pixels_of, kinds), *differences], rows)
 
 
 def own_table(found: dict[str, Any]) -> str:
-    """Top-1 of pre-training itself by its pixels."""
-    cells = [cell([row[str(pixels)] for row in found["own"]]) for pixels in SIDES]
-    return "\n".join([f"| {' | '.join(f'{pixels} px' for pixels in SIDES)} |", f"|{'---|' * len(SIDES)}", f"| {' | '.join(cells)} |"])
+    """Top-1 of pre-training itself by its pixels, and what the images' own are worth over them on the same seeds."""
+    native, rows = [row[str(NATIVE)] for row in found["own"]], []
+    for pixels, patch in PATCHES.items():
+        top1 = [row[str(pixels)] for row in found["own"]]
+        over = "" if pixels == NATIVE else cell([a - b for a, b in zip(native, top1, strict=True)])
+        rows.append([f"{pixels} px", f"{patch} px", str((pixels // patch) ** 2), cell(top1), over])
+    return table_of(["image", "patch", "tokens", "top-1", f"{NATIVE} px over it"], rows)
 
 
 def shots_table(found: dict[str, Any]) -> str:
     """Top-1 of the few-shot probe by the length of pre-training."""
-    of = {(row["seed"], row["epochs"]): row["top1"] for row in found["shots"]}
-    lines = [f"| pre-training | {' | '.join(counted(n, 'shot') for n in SHOTS)} |", f"|---|{'---|' * len(SHOTS)}"]
+    of, rows = {(row["seed"], row["epochs"]): row["top1"] for row in found["shots"]}, []
     for epochs in EPOCHS:
         cells = [cell([of[seed, epochs][str(n)] for seed in found["seeds"]]) for n in SHOTS]
-        lines.append(f"| {counted(epochs, 'epoch') if epochs else 'none: random weights'} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([counted(epochs, "epoch") if epochs else "none: random weights", *cells])
+    return table_of(["pre-training", *(counted(n, "shot") for n in SHOTS)], rows)
 
 
 def rates_table(found: dict[str, Any]) -> str:
     """The learning rate that was chosen of each grid."""
-    chosen = {(row["kind"], row["labelled"]): row["best"] for row in found["rates"]}
-    lines = [f"| | grid | {' | '.join(f'{labelled} labelled' for labelled in LABELLED)} |", f"|---|---|{'---|' * len(LABELLED)}"]
-    for kind in PIXELS:
-        grid = ", ".join(f"{rate:g}" for rate in RATES[kind])
-        lines.append(f"| {pixels_of(kind)} | {grid} | {' | '.join(f'{chosen[kind, labelled]:g}' for labelled in LABELLED)} |")
-    return "\n".join(lines)
+    rows = []
+    for kind in KINDS:
+        of = {row["labelled"]: row for row in found["rates"] if row["kind"] == kind}
+        tried = max((list(row["top1"]) for row in of.values()), key=len)
+        rows.append(
+            [
+                pixels_of(kind),
+                ", ".join(f"{float(rate):g}" for rate in tried),
+                *(f"{of[labelled]['best']:g}" if labelled in of else "" for labelled in STEPS),
+            ]
+        )
+    return table_of(["", "grid", *(f"{labelled:,} labelled" for labelled in STEPS)], rows)
+
+
+def tables(found: dict[str, Any]) -> dict[str, str]:
+    """All of them, as docs/results.md has them."""
+    tuned = {name: tuned_table(found, name) for name in TABLES}
+    return tuned | {"own": own_table(found), "shots": shots_table(found), "rates": rates_table(found)}
 
 
 def main() -> None:
@@ -221,7 +254,8 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/DATE-transfer.json")
     flags = parser.parse_args()
     found = measure(flags.out, flags.seeds)
-    print(f"\n{tuned_table(found)}\n\n{own_table(found)}\n\n{shots_table(found)}\n\n{rates_table(found)}")
+    for name, table in tables(found).items():
+        print(f"\n{name}\n\n{table}")
     if flags.save:
         file = RESULTS / f"{time.strftime('%Y-%m-%d')}-transfer.json"
         file.write_text(json.dumps(found, indent=1) + "\n")

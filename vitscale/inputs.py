@@ -16,8 +16,9 @@ from vitscale.mixture import class_difference
 def check_head(description: Description, dataset: Dataset) -> None:
     """Raises CheckpointError where a checkpoint's head is not one for the dataset's classes."""
     if description.model.num_classes != dataset.num_classes:
+        head = f"a head of {description.model.num_classes} classes" if description.model.num_classes else "no head"
         raise CheckpointError(
-            f"{description.path} has a head of {description.model.num_classes} classes, {dataset.path} has {dataset.num_classes}; "
+            f"{description.path} has {head}, {dataset.path} has {dataset.num_classes} classes; "
             "fine-tune the checkpoint on these classes first, or see what its features are worth: --protocol fewshot, linear or knn"
         )
     if description.class_names != dataset.class_names:

@@ -51,9 +51,9 @@ def verify_export(description: Description, device: str, precision: str) -> list
             if not about["tolerances"][name] <= most:
                 raise CheckpointError(f"{file} says that {about['tolerances'][name]!r:.50} is rounding in {name}; {most:g} is the most")
         library = LIBRARIES[about["library"]]
-        if faults := list(wrong_sums(folder)):  # of files that this program does not look at, too
-            return [failed(faults) | {"library": library}]
         found = [_ours(description, about)]
+        if faults := list(wrong_sums(folder)):  # of files that this program does not look at, too
+            return [*found, failed(faults) | {"library": library}]
         if importlib.util.find_spec(library) is None:
             skipped = f"{library} is not installed here: `python {folder}/verify.py` where it is"
         elif about["library"] == "safetensors" and not _is_our_code(folder / "vit.py"):

@@ -685,7 +685,7 @@ def settings_that_contradict(site: Site) -> Case:
         ]
     )  # fmt: skip
     path = site.write(sidecars={"config.json": _with(site.base.sidecars["config.json"], name, site.rng.choice(values))})
-    return refused(path, "config.json|looks like hf_vit's and is not: .", asked=ImportConfig())
+    return refused(path, "config.json|looks like hf_vit's and is not: .|is not in the file; --", asked=ImportConfig())
 
 
 @kind
@@ -716,7 +716,7 @@ def settings_of_timm_that_contradict(site: Site) -> Case:
         ]
     )  # fmt: skip
     path = site.write(sidecars={"config.json": _with(site.base.sidecars["config.json"], name, site.rng.choice(values))})
-    return refused(path, "config.json|beside the weights|looks like timm's and is not: .", asked=ImportConfig())
+    return refused(path, "config.json|beside the weights|looks like timm's and is not: .|is not in the file; --", asked=ImportConfig())
 
 
 @kind
