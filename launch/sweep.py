@@ -115,7 +115,8 @@ def check_before_run(run: Path, trials: Sequence[Trial]) -> None:
     if rate is not None and (any(trial.state == "unfinished" for trial in trials) or best_trial(trials).peak_lr != rate):
         grid = " ".join(f"{trial.peak_lr:g}" for trial in trials)
         raise SweepError(
-            f"{run} has begun, at the peak learning rate {rate:g}; --sweep {grid} would choose one anew, for which give another --out"
+            f"{run} has begun, at the peak learning rate {rate:g}; --sweep {grid} would choose one anew, for which give another --out; "
+            f"--optimizer.peak-lr {rate:g} without --sweep goes on with it"
         )
 
 

@@ -415,23 +415,8 @@ def test_an_evaluation_of_a_live_run_or_by_several_processes_is_submitted(datase
     where = ["--data", dataset / "val"]
     watched = dry_run("--", "evaluate", "--watch", os.path.relpath(trained, tmp_path), *where, "--interval", 5, folder=tmp_path).stdout
     assert f"launch.main evaluate {trained} --data={dataset}/val --watch --interval=5.0 <" in watched
-    several = [
-        "--gpus-per-node",
-        4,
-        "--",
-        "evaluate",
-        trained,
-        *where,
-        "--nproc",
-        3,
-        "--out",
-        "o.json",
-        "--protocol",
-        "fewshot",
-        "--shots",
-        1,
-        2,
-    ]
+    probe = ["--protocol", "fewshot", "--shots", 1, 2]
+    several = ["--gpus-per-node", 4, "--", "evaluate", trained, *where, "--nproc", 3, "--out", "o.json", *probe]
     script = dry_run(*several, folder=tmp_path).stdout
     assert f"evaluate {trained} --data={dataset}/val --protocol=fewshot --shots 1 2 --out={tmp_path}/o.json --nproc=3 <" in script
     assert "#SBATCH --gpus-per-node=3\n" in script
