@@ -70,14 +70,14 @@ def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO) 
 
 @contextmanager
 def _stopping() -> Iterator[list[int]]:
-    """Ctrl-C and TERM are taken note of, for the ranks to be asked to save; a second one is a KeyboardInterrupt. Yields those that came."""
+    """Ctrl-C and TERM are taken note of: at one the ranks are asked to save, at a second one ended (`ranks.py`). Yields those that came."""
     asked: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        if len(asked) > 1:
-            raise KeyboardInterrupt
-        print("\nstopping: the ranks save at their next step; once more ends them at once", file=sys.stderr, flush=True)
+        if len(asked) == 1:
+            print("\nstopping: the ranks save at their next step; once more ends them at once", file=sys.stderr, flush=True)
+        # No exception at the second one: raised in the middle of Popen's methods it would leave their lock held for ever
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -75,7 +75,7 @@ def to_the_end(
     Args:
         folder, start: where a rank leaves its end record.
         outputs: of each rank the files for its standard output and its errors; None: this process's.
-        asked: signals, at which the ranks are asked to save.
+        asked: signals that came: at one the ranks are asked to save, at a second one this raises KeyboardInterrupt.
         of_first: what rank 0 alone has in its environment.
         pass_fds: descriptors that all inherit.
     """
@@ -103,7 +103,7 @@ def to_the_end(
 def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], asked: list[int]) -> list[int]:
     """Returns the ranks that failed first, once one of them is known to be the cause, or none when all have ended well.
 
-    One that left no record is given one. Once there is a signal in `asked`, the ranks are asked to save.
+    One that left no record is given one. Once there is a signal in `asked`, the ranks are asked to save; two are a KeyboardInterrupt.
     """
     running = {os.pidfd_open(process.pid): rank for rank, process in enumerate(ranks)}
     failed: list[int] = []
@@ -114,6 +114,8 @@ def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], asked: li
             for descriptor in (signals, *running):
                 poll.register(descriptor, select.POLLIN)
             while running:
+                if len(asked) > 1:
+                    raise KeyboardInterrupt
                 if asked and not told:
                     told = True
                     for process in ranks:

@@ -21,6 +21,25 @@ code = "import os, signal; print(os.getpid(), file=open('pids', 'w'), flush=True
 run_ranks([sys.executable, "-c", code], 2, Path("."))
 """
 
+STOPPED_TWICE = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from launch.local import _stopping
+from launch.ranks import to_the_end
+
+def second(frame, event, function):  # as one that comes while the ranks are asked to save, right after a lock of Popen's was taken
+    if event == "c_return" and getattr(function, "__name__", "") == "acquire" and frame.f_code.co_name == "_internal_poll" and asked:
+        sys.setprofile(None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+with _stopping() as asked, open(os.devnull, "wb") as nothing:
+    sys.setprofile(second)
+    try:
+        to_the_end(["sh", "-c", "echo up > up; exec sleep infinity"], Path("."), 0, [(nothing, None)], asked, of_first={})
+    except KeyboardInterrupt:
+        print(len(asked))
+"""
+
 
 def ranks(folder: Path, do: str) -> tuple["subprocess.Popen[str]", list[int]]:
     """A launcher of two ranks that do something and then wait for ever, and the ranks' pids, once both are there."""
@@ -43,6 +62,18 @@ def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait() == -signal.SIGINT
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_second_ctrl_c_may_come_at_any_moment(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "up")
+    launcher = subprocess.Popen([sys.executable, "-c", STOPPED_TWICE], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    (tmp_path / "up").read_text()
+    launcher.send_signal(signal.SIGINT)
+    try:
+        said, _ = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    assert (launcher.returncode, said) == (0, "2\n")
 
 
 def test_a_signal_that_does_not_interrupt_the_wait_ends_it(tmp_path: Path) -> None:
