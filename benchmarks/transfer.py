@@ -25,12 +25,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.quickstart import FASHION_CLASSES, read_fashion_mnist, sample_classes, write_class_folders
 from vitscale.intervals import mean_interval
 from vitscale.metrics import counted
-from vitscale.run import is_finished, read_metrics
+from vitscale.run import is_finished, read_metrics, read_record
 
 RESULTS = Path(__file__).parent / "results"
 DOWNSTREAM = ("dress", "coat", "shirt", "ankle-boot")
@@ -38,38 +38,43 @@ EPOCHS = (0, 1, 5)  # of pre-training; 0 is random weights
 SHOTS = (1, 5, 10, 25)
 NATIVE = 28  # pixels a side
 PATCHES = {28: 4, 20: 4, 12: 4, 14: 2, 7: 1}  # by pixels a side of an image, those of a patch: 49, 25 and 9 tokens; 49 of 14 and 7
-STEPS = {5: 100, 10: 100, 25: 100, 100: 100, 5_000: 1_000}  # by labelled images a class; of 5,000 there are no more
-FEW, ALL = (5, 10, 25, 100), (5_000,)
-KINDS = {  # pixels in pre-training, and afterwards; None: from random weights
-    "native": (28, 28),
-    "half": (14, 14),
-    "quarter": (7, 7),
-    "low": (20, 20),
-    "lower": (12, 12),
-    "raised": (20, 28),
-    "scratch": (None, 28),
-}
+FEW, ALL = (5, 10, 25, 100), (5_000,)  # labelled images a class; of more there are none
+STEPS = dict.fromkeys(FEW, 100) | dict.fromkeys(ALL, 1_000)
+
+
+class Way(NamedTuple):
+    """To the four classes: pixels a side in pre-training (None: random weights instead of it), and afterwards."""
+
+    before: int | None
+    pixels: int
+
+    def __str__(self) -> str:
+        return f"{self.before or 'random'}to{self.pixels}"
+
+
+NATIVE_WAY, SCRATCH = Way(NATIVE, NATIVE), Way(None, NATIVE)
 TABLES = {  # of so many labelled images a class, pairs of which the first is measured against the second on the same seeds
-    "budget": (FEW, [("native", "scratch")]),
-    "resolution": (ALL, [("native", "half"), ("native", "quarter")]),
-    "tokens": (FEW, [("native", "low"), ("native", "lower"), ("raised", "low")]),
+    "budget": (FEW, [(NATIVE_WAY, SCRATCH)]),
+    "resolution": (ALL, [(NATIVE_WAY, Way(14, 14)), (NATIVE_WAY, Way(7, 7))]),
+    "tokens": (FEW, [(NATIVE_WAY, Way(20, 20)), (NATIVE_WAY, Way(12, 12)), (Way(20, NATIVE), Way(20, 20))]),
 }
-CELLS = sorted({(kind, labelled) for counts, pairs in TABLES.values() for pair in pairs for kind in pair for labelled in counts})
+CELLS = list(dict.fromkeys((way, labelled) for counts, pairs in TABLES.values() for pair in pairs for way in pair for labelled in counts))
 LOOK_SEED = 1000  # learning rates are chosen on it
 TRAINED_ON = 50_000  # the first images of the training set; the others choose the learning rates
 SGD = (0.003, 0.01, 0.03, 0.1, 0.3)  # learning rates around the recipe's: the paper fine-tunes so
+SGD_LONG = (0.01, 0.03, 0.1)
 ADAMW = (0.0006, 0.002, 0.006, 0.02)  # and tiny-fashion is trained so
+THREADS = 1  # figures depend on how many there are
 BUDGET = (
     "--schedule.warmup-steps 10 --preprocess.crop-scale 0.6 1.0 --micro-batch-size 64 --eval-every 0 --keep-checkpoints 1 --log-every 25"
 )
 
 
 def verb(*words: object) -> str:
-    """Runs a command of vitscale on one thread, on which figures depend, and returns what it prints.
-
-    Raises CalledProcessError where it fails."""
+    """Runs a command of vitscale and returns what it prints. Raises CalledProcessError where it fails."""
     command = [sys.executable, "-m", "launch.main", *map(str, words)]
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, env=environment).stdout
 
 
 def prepare(out: Path, seed: int) -> None:
@@ -113,22 +118,23 @@ def evaluation(out: Path, run: Path, *words: object) -> dict[str, Any]:
     return found
 
 
-def rates_of(kind: str, labelled: int) -> tuple[float, ...]:
-    """The grid of learning rates: of long runs the middle three."""
-    rates = SGD if KINDS[kind][0] else ADAMW
-    return rates[1:-1] if labelled in ALL else rates
+def rates_of(way: Way, labelled: int) -> tuple[float, ...]:
+    """The grid of learning rates."""
+    if way.before is None:
+        return ADAMW
+    return SGD_LONG if labelled in ALL else SGD
 
 
-def top1(out: Path, seed: int, labelled: int, kind: str, rate: float) -> float:
+def top1(out: Path, seed: int, labelled: int, way: Way, rate: float) -> float:
     """Of the four classes: fine-tuned, or trained from random weights."""
-    data, (before, pixels) = out / "data" / f"downstream-{labelled}-{seed}", KINDS[kind]
+    data, (before, pixels) = out / "data" / f"downstream-{labelled}-{seed}", way
     words = ["--data", data / "train", "--seed", seed, *BUDGET.split(), "--optimizer.peak-lr", rate, "--steps", STEPS[labelled]]
     words += ["--checkpoint-every", STEPS[labelled], "--model.image-size", pixels, pixels]
     if before:
         words = ["finetune", "tiny-finetune", "--init", pretrained(out, seed, EPOCHS[-1], before), *words]
     else:
         words = ["pretrain", "tiny-fashion", "--epochs", 0, *words]
-    run = finished(out / "runs" / f"{kind}-{labelled}-{seed}-{rate:g}", *words)
+    run = finished(out / "runs" / f"{way}-{labelled}-{seed}-{rate:g}", *words)
     found: float = evaluation(out, run, "--data", data / "val")["top1"]
     return found
 
@@ -149,26 +155,30 @@ def own_top1(out: Path, seed: int, pixels: int) -> float:
 
 def measure(out: Path, seeds: list[int]) -> dict[str, Any]:
     """All of it, told as it goes."""
-    found: dict[str, Any] = {"seeds": seeds, "rates": [], "tuned": [], "shots": [], "own": []}
+    found: dict[str, Any] = {"seeds": seeds, "threads": THREADS, "rates": [], "tuned": [], "shots": [], "own": []}
 
     def tell(table: str, row: dict[str, Any]) -> None:
         found[table].append(row)
         print(row, flush=True)
 
     prepare(out, LOOK_SEED)
-    best: dict[tuple[str, int], float] = {}
-    for kind, labelled in CELLS:
-        by_rate = {rate: top1(out, LOOK_SEED, labelled, kind, rate) for rate in rates_of(kind, labelled)}
-        best[kind, labelled] = max(by_rate, key=lambda rate: by_rate[rate])
-        tell("rates", {"kind": kind, "labelled": labelled, "best": best[kind, labelled], "top1": by_rate})
+    best: dict[tuple[Way, int], float] = {}
+    for way, labelled in CELLS:
+        by_rate = {rate: top1(out, LOOK_SEED, labelled, way, rate) for rate in rates_of(way, labelled)}
+        best[way, labelled] = max(by_rate, key=lambda rate: by_rate[rate])
+        tell("rates", {"way": way, "labelled": labelled, "best": best[way, labelled], "top1": by_rate})
     for seed in seeds:
         prepare(out, seed)
         tell("own", {"seed": seed, **{str(pixels): own_top1(out, seed, pixels) for pixels in PATCHES}})
         for epochs in EPOCHS:
             tell("shots", {"seed": seed, "epochs": epochs, "top1": shots(out, seed, epochs)})
-        for (kind, labelled), rate in best.items():
-            tell("tuned", {"seed": seed, "labelled": labelled, "kind": kind, "top1": top1(out, seed, labelled, kind, rate)})
-    return found
+        for (way, labelled), rate in best.items():
+            tell("tuned", {"seed": seed, "labelled": labelled, "way": way, "top1": top1(out, seed, labelled, way, rate)})
+    starts = [start for run in sorted((out / "runs").iterdir()) for start in read_record(run)["starts"]]
+    return found | {
+        "torch": sorted({start["versions"]["torch"] for start in starts}),
+        "commits": sorted({start["commit"] for start in starts}),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
@@ -180,10 +190,9 @@ def cell(values: list[float]) -> str:
     return f"{round(100 * mean, 1) + 0.0:.1f} ± {50 * (high - low):.1f}"  # 0 added, for zero has no sign
 
 
-def pixels_of(kind: str) -> str:
-    """Those of pre-training, and those of fine-tuning."""
-    before, afterwards = KINDS[kind]
-    return f"{f'{before} px' if before else 'none'}, {afterwards} px"
+def head_of(way: Way) -> str:
+    """Of its column."""
+    return f"{way.before or 'random'} → {way.pixels}"
 
 
 def table_of(heads: list[str], rows: list[list[str]]) -> str:
@@ -194,15 +203,15 @@ def table_of(heads: list[str], rows: list[list[str]]) -> str:
 def tuned_table(found: dict[str, Any], name: str) -> str:
     """Top-1 after fine-tuning by the pixels of pre-training and of fine-tuning, and how far apart they are on the same seeds."""
     counts, pairs = TABLES[name]
-    of = {(row["kind"], row["labelled"], row["seed"]): row["top1"] for row in found["tuned"]}
-    kinds = list(dict.fromkeys(kind for pair in pairs for kind in pair))
+    of = {(Way(*row["way"]), row["labelled"], row["seed"]): row["top1"] for row in found["tuned"]}
+    ways = list(dict.fromkeys(way for pair in pairs for way in pair))
     rows = []
     for labelled in counts:
-        by_kind = {kind: [of[kind, labelled, seed] for seed in found["seeds"]] for kind in kinds}
-        over = [[a - b for a, b in zip(by_kind[one], by_kind[other], strict=True)] for one, other in pairs]
-        rows.append([f"{labelled:,}", *map(cell, by_kind.values()), *map(cell, over)])
-    differences = [f"{pixels_of(one)} over {pixels_of(other)}" for one, other in pairs]
-    return table_of(["labelled, a class", *map(pixels_of, kinds), *differences], rows)
+        by_way = {way: [of[way, labelled, seed] for seed in found["seeds"]] for way in ways}
+        over = [[a - b for a, b in zip(by_way[one], by_way[other], strict=True)] for one, other in pairs]
+        rows.append([f"{labelled:,}", *map(cell, by_way.values()), *map(cell, over)])
+    differences = [f"{head_of(one)} over {head_of(other)}" for one, other in pairs]
+    return table_of(["labelled, a class", *map(head_of, ways), *differences], rows)
 
 
 def own_table(found: dict[str, Any]) -> str:
@@ -226,18 +235,15 @@ def shots_table(found: dict[str, Any]) -> str:
 
 def rates_table(found: dict[str, Any]) -> str:
     """The learning rate that was chosen of each grid."""
-    rows = []
-    for kind in KINDS:
-        of = {row["labelled"]: row for row in found["rates"] if row["kind"] == kind}
-        tried = max((list(row["top1"]) for row in of.values()), key=len)
-        rows.append(
-            [
-                pixels_of(kind),
-                ", ".join(f"{float(rate):g}" for rate in tried),
-                *(f"{of[labelled]['best']:g}" if labelled in of else "" for labelled in STEPS),
-            ]
-        )
-    return table_of(["", "grid", *(f"{labelled:,} labelled" for labelled in STEPS)], rows)
+    chosen: dict[tuple[Way, tuple[float, ...]], dict[int, float]] = {}
+    for row in found["rates"]:
+        grid = tuple(map(float, row["top1"]))
+        chosen.setdefault((Way(*row["way"]), grid), {})[row["labelled"]] = row["best"]
+    rows = [
+        [head_of(way), ", ".join(f"{rate:g}" for rate in grid), *(f"{best[n]:g}" if n in best else "" for n in STEPS)]
+        for (way, grid), best in chosen.items()
+    ]
+    return table_of(["pixels", "grid", *(f"{labelled:,} labelled" for labelled in STEPS)], rows)
 
 
 def tables(found: dict[str, Any]) -> dict[str, str]:

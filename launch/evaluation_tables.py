@@ -13,6 +13,14 @@ from vitscale.metrics import counted
 # What intervals cover, which two accuracies that are compared must share
 _DRAWS = "Student's t of other draws of shots, on these test samples"
 _SAMPLES = "Wilson's of other test samples"
+_FIGURES = {  # of a line: fields of a report, or of a probe's result
+    "top1": ("top-1", ".2%"),
+    "top5": ("top-5", ".2%"),
+    "loss": ("loss", ".4f"),
+    "real_top1": ("ReaL top-1", ".2%"),
+    "mean_average_precision": ("mean average precision", ".2%"),
+}
+_PROBED = {"fewshot": ("shots", "shot"), "linear": ("solver", "linear head"), "knn": ("k", "neighbour")}  # what tells results apart
 
 
 def asked_of(report: Mapping[str, Any], flags: EvaluateFlags) -> dict[str, Any]:
@@ -27,22 +35,29 @@ def asked_of(report: Mapping[str, Any], flags: EvaluateFlags) -> dict[str, Any]:
     return kept
 
 
-def headline(report: Mapping[str, Any]) -> list[str]:
-    """What a report says in a line."""
-    if report["protocol"] != "head":
-        return [line for result in report["results"] for line in _probe_lines(report["protocol"], result)]
-    words = [f"top-1 {report['top1']:.2%}", f"top-5 {report['top5']:.2%}", f"loss {report['loss']:.4f}"]
-    if report.get("real_top1") is not None:
-        words.append(f"ReaL top-1 {report['real_top1']:.2%}")
-    if report.get("mean_average_precision") is not None:
-        words.append(f"mean average precision {report['mean_average_precision']:.2%}")
-    return words
+def summary(report: Mapping[str, Any]) -> str:
+    """What a report says in one line, or a line of evaluations.jsonl, of which what it lacks or has not as a number is left out."""
+    if report.get("protocol") not in _PROBED:
+        return _figures(report)
+    return "; ".join(f"{_probed(report['protocol'], result)}: {_figures(result)}" for result in report.get("results", ()))
+
+
+def _figures(found: Mapping[str, Any]) -> str:
+    told = [f"{name} {found[field]:{form}}" for field, (name, form) in _FIGURES.items() if isinstance(found.get(field), int | float)]
+    return ", ".join(told) or "no figure"
+
+
+def _probed(protocol: str, result: Mapping[str, Any]) -> str:
+    """Which of a probe's results one is."""
+    field, noun = _PROBED[protocol]
+    value = result.get(field, "?")
+    return counted(value, noun) if isinstance(value, int) else f"{noun} by {value}"
 
 
 def report_lines(report: Mapping[str, Any], flags: EvaluateFlags) -> list[str]:
     """What is printed of a report."""
     if report["protocol"] != "head":
-        return [*_probe_heading(report), *headline(report)]
+        return [*_probe_heading(report), *(line for result in report["results"] for line in _probe_lines(report["protocol"], result))]
     skipped = f" ({report['skipped']:,} more could not be read)" if report["skipped"] else ""
     skipped += f" (its overlays remove {report['removed']:,})" if report["removed"] else ""
     of = f"{report['checkpoint']} on {report['samples']:,} samples of {report['data']}{skipped}"
@@ -87,19 +102,19 @@ def _probe_heading(report: Mapping[str, Any]) -> list[str]:
 
 
 def _probe_lines(protocol: str, result: Mapping[str, Any]) -> list[str]:
-    top1 = f"top-1 {result['top1']:.2%} [{result['low']:.2%}, {result['high']:.2%}]"
+    top1, which = f"top-1 {result['top1']:.2%} [{result['low']:.2%}, {result['high']:.2%}]", _probed(protocol, result)
     if protocol == "knn":
-        return [f"{counted(result['k'], 'neighbour'):>14}: {top1}, top-5 {result['top5']:.2%}"]
+        return [f"{which:>14}: {top1}, top-5 {result['top5']:.2%}"]
     if protocol == "fewshot":
         of_seeds, short = result["top1_of_seeds"], result["short_classes"]
         by_seed = f", by seed {', '.join(f'{of:.2%}' for of in of_seeds)}" if len(of_seeds) > 1 else ""
         all_there_are = f" (all there are of {counted(short, 'class')} with fewer samples)" if short else ""
-        return [f"{counted(result['shots'], 'shot'):>9}: {top1}{by_seed}{all_there_are}"]
+        return [f"{which:>9}: {top1}{by_seed}{all_there_are}"]
     best = max(top1 for _, top1 in result["grid"])
     edge = "; it ends the grid: one beyond may be better" if result["at_edge"] else ""
     chosen = f"{SOLVER_SETTING[result['solver']]} {result['chosen']:g}, the best of {len(result['grid'])}"
     return [
-        f"linear head by {result['solver']}: {top1}, top-5 {result['top5']:.2%}",
+        f"{which}: {top1}, top-5 {result['top5']:.2%}",
         f"{chosen} on {counted(result['held_out'], 'training sample')} held out ({best:.2%}){edge}",
     ]
 

@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 
-from data_tools.errors import UserError
+from data_tools.errors import UserError, message_of
 from data_tools.processes import spin_little
 from launch import terminal, verbs
 from launch.flags import UsageError, parse
@@ -32,16 +32,11 @@ def main() -> None:
     except (UserError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(error if isinstance(error, LaunchError) else f"error: {words_of(error)}", file=sys.stderr)
+        print(error if isinstance(error, LaunchError) else f"error: {message_of(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except Exception:
         traceback.print_exc()
         sys.exit("error: this is a fault of vitscale, not of what you gave it; please report the lines above")
-
-
-def words_of(error: Exception) -> str:
-    """What an error says, without the system's number."""
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 def quickstart(words: list[str]) -> None:

@@ -5,6 +5,7 @@ has a job ask.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from data_tools.config import MAYBE_BYTES
-from launch.flags import Checkpoint, Processes, UsageError, Weights, parse
+from launch.flags import Checkpoint, Processes, UsageError, Weights, given, parse
 from launch.terminal import Json
 from vitscale.config import SEEDS, SHOTS, EvalProtocol, ProbeProtocol, Solver
 
@@ -77,7 +78,15 @@ class EvaluateFlags:
 _CHANGES_NOTHING = (
     "per_class", "confusions", "out", "watch", "interval", "batch_size", "workers", "nproc", "stage", "cache", "cache_bytes", "json",
 )  # fmt: skip
-_OF_PROTOCOL = {"shots": "fewshot", "seeds": "fewshot", "solver": "linear"}  # flags that another protocol does not look at
+_ONLY_WITH: tuple[tuple[tuple[str, ...], str, Callable[[EvaluateFlags], bool]], ...] = (  # flags that nothing looks at without another
+    (("shots", "seeds"), "--protocol fewshot", lambda flags: flags.protocol == "fewshot"),
+    (("solver",), "--protocol linear", lambda flags: flags.protocol == "linear"),
+    (("train-data",), "--protocol fewshot, linear or knn", lambda flags: flags.protocol != "head"),
+    (("real", "average-precision", "per-class", "confusions"), "--protocol head", lambda flags: flags.protocol == "head"),
+    (("bootstrap",), "--average-precision", lambda flags: flags.average_precision),
+    (("seed",), "--bootstrap", lambda flags: flags.bootstrap > 0),
+    (("interval",), "--watch", lambda flags: flags.watch),
+)
 _PATHS = ("checkpoint", "data", "train_data", "real")  # what lies there counts, not where it lies
 
 
@@ -91,19 +100,9 @@ def evaluate_flags(words: list[str]) -> EvaluateFlags:
             raise UsageError(f"{name}={getattr(flags, name)} must be at least 0")
     if not 0 < flags.interval <= _LONGEST:
         raise UsageError(f"interval={flags.interval:g} must be above 0 and at most {_LONGEST:g} seconds")
-    if flags.bootstrap and not flags.average_precision:
-        raise UsageError(f"bootstrap={flags.bootstrap} is for the interval of --average-precision; give both")
-    usual = vars(EvaluateFlags("", ""))
-    for name, protocol in _OF_PROTOCOL.items():
-        if flags.protocol != protocol and getattr(flags, name) != usual[name]:
-            raise UsageError(f"--{name} is of --protocol {protocol}, and this is --protocol {flags.protocol}")
-    if flags.protocol == "head" and flags.train_data:
-        raise UsageError("--train-data is of --protocol fewshot, linear and knn; the checkpoint's own head learns from nothing")
-    if not flags.watch and flags.interval != usual["interval"]:
-        raise UsageError(f"--interval {flags.interval:g} is of --watch; give both")
-    of_head = [name for name in ("real", "average_precision", "per_class", "confusions") if getattr(flags, name)]
-    if flags.protocol != "head" and of_head:
-        raise UsageError(f"--{of_head[0].replace('_', '-')} is of --protocol head; --protocol {flags.protocol} tells accuracies alone")
+    for names, other, is_there in _ONLY_WITH:
+        if not is_there(flags) and (idle := given(words, *names)):
+            raise UsageError(f"--{min(idle)} is of {other}, without which it does nothing; give both or neither")
     if flags.watch and (flags.out or flags.per_class or flags.confusions):
         raise UsageError("--watch writes a line a checkpoint; leave out --out, --per-class and --confusions")
     return flags
@@ -143,8 +142,7 @@ def identity(flags: EvaluateFlags) -> dict[str, Any]:
     from vitscale.checkpoint import file_checksum
 
     usual = vars(EvaluateFlags("", ""))
-    idle = {name for name, protocol in _OF_PROTOCOL.items() if flags.protocol != protocol} | ({"seed"} if not flags.bootstrap else set())
-    apart = {*_CHANGES_NOTHING, *_PATHS, *idle}
+    apart = {*_CHANGES_NOTHING, *_PATHS}
     asked = {name: value for name, value in vars(flags).items() if name not in apart and value != usual[name]}
     if flags.protocol != "head":
         train = open_train_data(flags)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional
 
-from launch.evaluation_tables import headline
+from launch.evaluation_tables import summary
 from launch.flags import UsageError, given, parse
 from launch.terminal import Json, Verb, print_json, progress_bar
 from vitscale.config import BODY, FinetuneConfig, NewModelConfig, RunConfig, TrainConfig, ViewConfig, flatten, settle_length, to_dict
@@ -26,7 +26,6 @@ from vitscale.recipes import FINETUNE, PRETRAIN, recipe, recipe_name
 Run = Annotated[Positional[str], tyro.conf.arg(metavar="RUN", help="Run directory.")]
 _DRAW_EVERY = 2.0
 _ENDS = 5  # that `run status` shows
-_APART = (("top-1", "top1", ".2%"), ("ReaL top-1", "real_top1", ".2%"), ("loss", "loss", ".4f"))  # of evaluations.jsonl
 _NO_MACHINES = (Cause.SIGNAL, Cause.SPIKE, Cause.NONFINITE, Cause.DIVERGED)  # whose ends come from no machine, whichever told of them
 
 
@@ -118,10 +117,7 @@ def status_lines(found: dict[str, Any], *, short: bool = False) -> list[str]:
     if evaluation := found["evaluation"]:
         lines.append(f"held out at step {evaluation['step']}: top-1 {evaluation['eval_top1']:.2%}, loss {evaluation['eval_loss']:.4f}")
     if apart := found["evaluated_apart"]:
-        told = [f"{name} {apart[field]:{form}}" for name, field, form in _APART if isinstance(apart.get(field), int | float)]
-        if not told:  # a probe
-            told = [line.strip() for line in headline(apart)] if apart.get("results") else [str(apart.get("protocol", "?"))]
-        lines.append(f"evaluated apart at step {apart['step']} on {apart.get('data', '?')}: {', '.join(told)}")
+        lines.append(f"evaluated apart at step {apart['step']} on {apart.get('data', '?')}: {summary(apart)}")
     lines += _checkpoint_lines(found)
     lines += _end_lines(found)
     spent = found["goodput"]

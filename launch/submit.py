@@ -35,7 +35,7 @@ from launch.flags import UsageError, given, parse
 from launch.question import EvaluateFlags, check_inputs, evaluate_flags
 from launch.ranks import rank_count
 from launch.site import Site, check_extra, check_time, minutes, read_site
-from launch.sweep import check_alike, check_before_run, final_run, grid_of, note_trials, rate_begun, trial_at, trials_of
+from launch.sweep import check_alike, check_sweep_can_choose, final_run, grid_of, note_trials, rate_begun, trial_at, trials_of
 from launch.terminal import Json, VerbError, print_json
 from launch.verbs import FinetuneFlags, finetune_flags, pretrain_flags
 from vitscale.config import FinetuneConfig, TrainConfig, grad_accum_steps, to_dict
@@ -43,12 +43,11 @@ from vitscale.flops import checkpoint_bytes
 from vitscale.metrics import counted, duration
 from vitscale.resolve import resolve
 from vitscale.run import (
+    begun_config,
     check_directory,
     check_start,
     git_commit,
-    has_begun,
     reached,
-    read_config,
     read_metrics,
     samples_of,
     trained_datasets,
@@ -216,12 +215,13 @@ def submit_run(flags: SubmitFlags, site: Site, verb: list[str]) -> None:
 def submit_sweep(flags: SubmitFlags, site: Site, asked: FinetuneConfig, rates: Sequence[float]) -> None:
     """Jobs of the trials that are not finished, beside each other, and of the run behind them all, which takes its rate when it starts."""
     grid = grid_of(asked, rates)
-    known = [trial_at(Path(trial.out), lr) for trial, lr in zip(trials_of(asked, grid), grid, strict=True)]
-    check_before_run(Path(asked.out), known)
-    wanted = [trial for trial, of in zip(trials_of(asked, grid), known, strict=True) if of.state == "unfinished"]
+    configs = trials_of(asked, grid)
+    known = [trial_at(Path(trial.out), lr) for trial, lr in zip(configs, grid, strict=True)]
+    check_sweep_can_choose(Path(asked.out), known)
+    wanted = [trial for trial, of in zip(configs, known, strict=True) if of.state == "unfinished"]
     rate = rate_begun(Path(asked.out)) or grid[0]
     trials, final = [prepare(flags, site, trial) for trial in wanted], prepare(flags, site, final_run(asked, rate))
-    check_alike([resolve(trial, final.plan.world_size) for trial in trials_of(asked, grid)] + [final.config])
+    check_alike([resolve(trial, final.plan.world_size) for trial in configs] + [final.config])
     plans = [dataclasses.asdict(prepared.plan) for prepared in (*trials, final)]
     if flags.dry_run:
         tell(flags, "\n".join(prepared.script for prepared in (*trials, final)), {"plans": plans})
@@ -232,7 +232,7 @@ def submit_sweep(flags: SubmitFlags, site: Site, asked: FinetuneConfig, rates: S
         for prepared in trials:
             of_trials.append(send(flags, prepared))
             everything += of_trials[-1]
-        jobs = send(flags, final, [chain[-1] for chain in of_trials], trials_of(asked, grid))
+        jobs = send(flags, final, [chain[-1] for chain in of_trials], configs)
         everything += jobs
     if flags.json:
         print_json({"trials": of_trials, "jobs": jobs, "folder": str(final.folder), "plans": plans})
@@ -312,8 +312,8 @@ def check_ranks(asked: TrainConfig | FinetuneConfig, nodes: int, tasks_per_node:
     run, most = Path(asked.out), asked.micro_batch_size
     own = [phase.global_batch_size for phase in asked.schedule.phases if phase.global_batch_size and not phase.micro_batch_size]
     batch = math.gcd(asked.global_batch_size, *own)  # what divides it divides each
-    begun = (run / "run.json").is_file() and has_begun(run) and read_config(run).global_batch_size == asked.global_batch_size
-    if not begun or most < 1 or batch % (most * nodes * tasks_per_node) == 0:
+    begun = begun_config(run)
+    if begun is None or begun.global_batch_size != asked.global_batch_size or most < 1 or batch % (most * nodes * tasks_per_node) == 0:
         return
 
     def fitting(nodes: int) -> int:

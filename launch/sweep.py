@@ -28,7 +28,7 @@ from vitscale.config import FinetuneConfig, TrainConfig
 from vitscale.ending import Cause
 from vitscale.intervals import wilson
 from vitscale.resolve import resolve
-from vitscale.run import check_directory, check_start, has_begun, is_finished, read_config, read_metrics, write_json
+from vitscale.run import begun_config, check_directory, check_start, is_finished, read_metrics, write_json
 from vitscale.status import status
 from vitscale.verdict import read_history
 
@@ -106,17 +106,18 @@ def trial_at(run: Path, peak_lr: float) -> Trial:
 
 def rate_begun(run: Path) -> float | None:
     """The peak learning rate of a run that has begun, which no trial can choose any more; None of one that has not."""
-    return read_config(run).optimizer.peak_lr if (run / "run.json").is_file() and has_begun(run) else None
+    begun = begun_config(run)
+    return begun.optimizer.peak_lr if begun else None
 
 
-def check_before_run(run: Path, trials: Sequence[Trial]) -> None:
+def check_sweep_can_choose(run: Path, trials: Sequence[Trial]) -> None:
     """Raises SweepError where trials would be made, or another rate be chosen, for a run that has begun."""
     rate = rate_begun(run)
     if rate is not None and (any(trial.state == "unfinished" for trial in trials) or best_trial(trials).peak_lr != rate):
-        grid = " ".join(f"{trial.peak_lr:g}" for trial in trials)
+        grid = " ".join(f"{trial.peak_lr!r}" for trial in trials)
         raise SweepError(
-            f"{run} has begun, at the peak learning rate {rate:g}; --sweep {grid} would choose one anew, for which give another --out; "
-            f"--optimizer.peak-lr {rate:g} without --sweep goes on with it"
+            f"{run} has begun, at the peak learning rate {rate!r}; --sweep {grid} would choose one anew, for which give another --out; "
+            f"--optimizer.peak-lr {rate!r} without --sweep and --holdout goes on with it"
         )
 
 
@@ -174,7 +175,7 @@ def sweep(asked: FinetuneConfig, given: Sequence[float], nproc: int, *, as_json:
         check_start(config)  # those that are finished, too: a result of other settings is none of this sweep's
     share = configs[0].holdout
     trials = [trial_at(Path(config.out), lr) for config, lr in zip(configs, grid, strict=True)]
-    check_before_run(run, trials)
+    check_sweep_can_choose(run, trials)
     for number, (config, lr) in enumerate(zip(configs, grid, strict=True)):
         if trials[number].state != "unfinished":
             continue

@@ -13,7 +13,7 @@ from typing import Any
 
 from data_tools.errors import UserError
 from launch.evaluation import measure
-from launch.evaluation_tables import asked_of, headline
+from launch.evaluation_tables import asked_of, summary
 from launch.question import EvaluateFlags, check_inputs, identity
 from launch.terminal import need
 
@@ -59,7 +59,7 @@ def watch(flags: EvaluateFlags) -> None:
                         if line.get(name) is not None:
                             board.add_scalar(f"eval_{name}", line[name], line["step"])
                     board.flush()
-                print(json.dumps(line) if flags.json else f"step {line['step']}: {', '.join(headline(report))}", flush=True)
+                print(json.dumps(line) if flags.json else f"step {line['step']}: {summary(report)}", flush=True)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on with what {run} has written since", file=sys.stderr)
         sys.exit(EXIT_STOPPED if terminated else 130)

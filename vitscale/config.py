@@ -23,6 +23,7 @@ from data_tools.config import BYTES, MAYBE_BYTES
 from data_tools.errors import UserError
 
 Decode = Literal["exact", "fast"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 Keeps = Literal["everything", "products", "nothing"]  # of what a block computes, until the backward pass
 Compilation = Literal["none", "blocks", "graphs"]
 # By whose code position embeddings go to a new grid: bicubic with antialias, bicubic, bilinear, or bilinear with corners aligned.
@@ -114,7 +115,7 @@ class ViTConfig:
     """What a learned factor of each feature of each branch starts from: LayerScale (arXiv 2103.17239); 0 has none."""
     mlp: Literal["plain", "swiglu"] = "plain"
     """Two linear layers, or a gated one and a linear one with mlp_dim features between (arXiv 2002.05202; DINOv2's giant)."""
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    activation: Activation = "gelu"
     """erf GELU, the tanh form that Flax uses, or CLIP's x sigmoid(1.702 x); the gate of swiglu is always SiLU."""
     pre_norm: bool = False
     """LayerNorm before the first block, and patches without a bias: CLIP's."""
@@ -574,7 +575,7 @@ class ImportConfig:
     image_size: tuple[int, int] | None = None
     """Height and width in pixels of the images that the position embeddings are for."""
     layer_norm_eps: float | None = None
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] | None = None
+    activation: Activation | None = None
     """erf GELU, Flax's tanh form of it, or OpenAI's approximation."""
     pool: Literal["cls", "mean", "map", "mean_with_cls"] | None = None
     """What the head sees."""

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from data_tools.errors import UserError
+from data_tools.errors import UserError, message_of
 from vitscale.config import UNREADABLE, from_dict
 from vitscale.machine import this_host, this_place
 
@@ -176,7 +176,7 @@ def words_of(error: BaseException) -> str:
     if isinstance(error, Ended):
         return error.words
     if isinstance(error, UserError | OSError):
-        return f"error: {error}"
+        return f"error: {message_of(error)}"
     return "".join(traceback.format_exception(error)).rstrip()
 
 

@@ -10,9 +10,9 @@ facebookresearch/dinov2 and mae, openai/CLIP.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from vitscale.config import Format
+from vitscale.config import Activation, Format
 
 INCEPTION = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "interpolation": "bicubic"}
@@ -55,7 +55,7 @@ class Family:
     """Of transformers' files: defaults of its configuration, which are left out of what it writes."""
     layer_norm_eps: float | None = 1e-6
     """That all have; None: it must be told."""
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] | None = "gelu"
+    activation: Activation | None = "gelu"
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     """That nearly all have; empty: nothing is known."""
     decoder: re.Pattern[str] | None = None

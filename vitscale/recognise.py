@@ -15,7 +15,7 @@ from typing import Any
 
 from vitscale.anatomy import Facts, facts_of, sides
 from vitscale.check import check_bounds, check_model, crop_problem
-from vitscale.config import UNREADABLE, ConfigError, Format, ImportConfig, PreprocessConfig, ViTConfig
+from vitscale.config import UNREADABLE, Activation, ConfigError, Format, ImportConfig, PreprocessConfig, ViTConfig
 from vitscale.errors import CheckpointError
 from vitscale.families import FAMILIES
 from vitscale.formats import Shape, file_shapes
@@ -180,33 +180,9 @@ def _model(form: Format, facts: Facts, sidecars: Sidecars, overrides: ImportConf
 
     Raises ValueError where what is said is not what the file has, and CheckpointError where something is said nowhere.
     """
-    assumed: list[str] = []
-    asked: list[str] = []
+    _check_said(facts, overrides, where)
     stated, family = read_model(form, facts, sidecars, headless=overrides.headless), FAMILIES[form]
-
-    def settle(name: str, default: Any, of: str) -> Any:
-        for value in (getattr(overrides, name), stated.get(name)):
-            if value is not None:
-                return value
-        if default is None or stated.get("unknown"):
-            asked.append(name)
-            return None
-        assumed.append(f"{name} {'x'.join(map(str, default)) if isinstance(default, tuple) else default} ({of})")
-        return default
-
-    for name, shown in (("num_heads", facts.num_heads), ("activation", "gelu" if facts.swiglu else None)):
-        if shown and (given := getattr(overrides, name)) not in (None, shown):
-            raise ValueError(f"{name}={given}, and its tensors are those of {name}={shown}")
-    heads = facts.num_heads or settle("num_heads", _HEADS.get(facts.width), f"as a width of {facts.width} has")
-    eps = settle("layer_norm_eps", family.layer_norm_eps, f"{form}'s")
-    swiglu = facts.swiglu
-    activation: Any = "gelu" if swiglu else settle("activation", family.activation, f"{form}'s")
-    if asked:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
-        raise CheckpointError(
-            f"{where} is {form}'s; {' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} not in the file{stated.get('unknown', '')}; "
-            f"{flags} {'says it' if len(asked) == 1 else 'say them'}"
-        )
+    heads, eps, activation, assumed = _settled(form, facts, stated, overrides, where)
     pool = overrides.pool or stated.get("pool") or facts.pool
     registers_placed = form == "timm" and facts.registers > 0
     position = overrides.position or stated.get("position") or "learned_1d"
@@ -214,30 +190,79 @@ def _model(form: Format, facts: Facts, sidecars: Sidecars, overrides: ImportConf
         raise ValueError("it has no position embeddings; --position says whether they are computed (sincos, as big_vision's) or none")
     if facts.positions is not None and position in ("sincos", "none"):
         raise ValueError(f"position={position}, and the file has {facts.positions} position embeddings")
-    if overrides.image_size and any(side % facts.patch_size for side in overrides.image_size):
-        raise ValueError(f"image_size={'x'.join(map(str, overrides.image_size))} is not a number of patches of {facts.patch_size}")
-    grid, class_position = _grid(facts, overrides.image_size or stated.get("image_size"), registers_placed)
+    said_size: tuple[int, int] | None = overrides.image_size or stated.get("image_size")
+    grid, class_position = _grid(facts, said_size, registers_placed)
     if facts.class_token and class_position is stated.get("no_class_position"):
         raise ValueError(
             f"config.json says no_embed_class={class_position}, and the class token has {'a' if class_position else 'no'} position"
         )
     if facts.representation_size and family.head:
         assumed.append("the layer before the head (a pooler) belongs to the features; --headless leaves it out")
-    said_size, size = overrides.image_size or stated.get("image_size"), (grid[0] * facts.patch_size, grid[1] * facts.patch_size)
-    if facts.positions is not None and not said_size:
+    size = (grid[0] * facts.patch_size, grid[1] * facts.patch_size)
+    if facts.positions is not None and said_size is None:
         assumed.append(f"image_size {size[0]}x{size[1]} (a square)")
-    elif said_size not in (None, size):
+    elif said_size is not None and said_size != size:
         assumed.append(f"image_size {size[0]}x{size[1]} ({said_size[0]}x{said_size[1]} is said, of which patches leave out the rest)")
     model = ViTConfig(
         depth=facts.depth, width=facts.width, mlp_dim=facts.mlp_dim, num_heads=heads, patch_size=facts.patch_size,
         image_size=size, num_classes=facts.num_classes, pool=pool,
         position=position if facts.positions is None else "learned_1d", class_position=class_position, registers=facts.registers,
         representation_size=facts.representation_size, qk_norm=facts.qk_norm, layer_scale=1e-5 if facts.layer_scale else 0.0,
-        mlp="swiglu" if swiglu else "plain", activation=activation, pre_norm=facts.pre_norm, pool_norm=facts.pool_norm, layer_norm_eps=eps,
+        mlp="swiglu" if facts.swiglu else "plain", activation=activation, layer_norm_eps=eps,
+        pre_norm=facts.pre_norm, pool_norm=facts.pool_norm,
     )  # fmt: skip
     if model.class_token != facts.class_token:
         raise ValueError(f"pool={pool} needs a class token" if model.class_token else f"pool={pool} has no place for the class token")
     return model, assumed
+
+
+def _check_said(facts: Facts, overrides: ImportConfig, where: str) -> None:
+    """Raises CheckpointError where the user's word is not what the tensors have."""
+    if facts.num_heads and overrides.num_heads not in (None, facts.num_heads):
+        raise CheckpointError(f"{where} has {facts.num_heads} heads by its tensors; leave --num-heads {overrides.num_heads} out")
+    if facts.swiglu and overrides.activation:
+        raise CheckpointError(f"{where} has SwiGLU's MLPs, whose gate is SiLU; leave --activation {overrides.activation} out")
+    if facts.positions is not None and overrides.position in ("sincos", "none"):
+        raise CheckpointError(f"{where} has {facts.positions} learned position embeddings; leave --position {overrides.position} out")
+    p = facts.patch_size
+    if overrides.image_size and any(side % p for side in overrides.image_size):
+        near = {" ".join(str(max(1, (side + more) // p) * p) for side in overrides.image_size): None for more in (0, p - 1)}
+        said = " ".join(map(str, overrides.image_size))
+        raise CheckpointError(f"{where} has patches of {p} pixels, which do not cover --image-size {said}; {' or '.join(near)} works")
+
+
+def _settled(
+    form: Format, facts: Facts, stated: Mapping[str, Any], overrides: ImportConfig, where: str
+) -> tuple[int, float, Activation, list[str]]:
+    """Heads, LayerNorm's epsilon and activation, which shapes seldom tell, and which of them were taken for granted.
+
+    What tensors do not show is what the user says, else what the files beside the weights state, else what the family has.
+    Raises CheckpointError, of all at once, where nobody says it.
+    """
+    assumed: list[str] = []
+    asked: list[str] = []
+
+    def settle(name: str, default: Any, of: str) -> Any:
+        for value in (getattr(overrides, name), stated.get(name)):
+            if value is not None:
+                return value
+        if default is None or stated.get("unknown"):
+            asked.append(name)
+        else:
+            assumed.append(f"{name} {default} ({of})")
+        return default
+
+    family = FAMILIES[form]
+    heads: int = facts.num_heads or settle("num_heads", _HEADS.get(facts.width), f"as a width of {facts.width} has")
+    eps = settle("layer_norm_eps", family.layer_norm_eps, f"{form}'s")
+    activation: Activation = "gelu" if facts.swiglu else settle("activation", family.activation, f"{form}'s")  # SwiGLU looks at none
+    if asked:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
+        raise CheckpointError(
+            f"{where} is {form}'s; {' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} not in the file{stated.get('unknown', '')}; "
+            f"{flags} {'says it' if len(asked) == 1 else 'say them'}"
+        )
+    return heads, eps, activation, assumed
 
 
 def _grid(facts: Facts, image_size: tuple[int, int] | None, registers_placed: bool) -> tuple[tuple[int, int], bool]:

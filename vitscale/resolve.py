@@ -19,7 +19,7 @@ from vitscale.config import ConfigError, FinetuneConfig, StreamConfig, TrainConf
 from vitscale.finding import find_checkpoint
 from vitscale.locality import choose_order, run_locality
 from vitscale.mixture import Mixture, class_difference
-from vitscale.run import RunError, has_begun, is_of_tars, overlay_fields, read_config, read_record, trained_datasets, used_overlays
+from vitscale.run import RunError, begun_config, is_of_tars, overlay_fields, read_config, read_record, trained_datasets, used_overlays
 from vitscale.timeline import timeline_of
 from vitscale.unindexed import Tars, named_tars
 
@@ -170,11 +170,11 @@ def cache_at(folder: str, limit: int | None) -> Cache | None:
 
 def _begun_order(config: TrainConfig) -> StreamConfig:
     """What is asked of the stream, with lanes and window of the run if it has begun: its data may lie elsewhere by now."""
-    run = Path(config.out)
-    if not (run / "run.json").is_file() or not has_begun(run):
+    begun = begun_config(Path(config.out))
+    if begun is None:
         return config.stream
-    begun = read_config(run).stream
-    return dataclasses.replace(config.stream, lanes=config.stream.lanes or begun.lanes, window=config.stream.window or begun.window)
+    lanes, window = config.stream.lanes or begun.stream.lanes, config.stream.window or begun.stream.window
+    return dataclasses.replace(config.stream, lanes=lanes, window=window)
 
 
 def _eval_data(config: TrainConfig, dataset: Mixture, stage: Path | None) -> str:

@@ -228,6 +228,11 @@ def has_begun(run: Path) -> bool:
     return bool(read_metrics(run) or checkpoint.committed(run))
 
 
+def begun_config(run: Path) -> TrainConfig | None:
+    """The config of a run that has begun; None where there is none, or one that may still become another."""
+    return read_config(run) if (run / "run.json").is_file() and has_begun(run) else None
+
+
 def reached(run: Path) -> int:
     """The newest step that metrics.jsonl or a checkpoint tells of."""
     logged: list[int] = [line["step"] for line in read_metrics(run) if "loss" in line]

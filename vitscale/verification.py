@@ -6,6 +6,8 @@ rounding is this program's to say.
 
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from vitscale.checkpoint import Description
 from vitscale.config import ConfigError
 from vitscale.errors import CheckpointError
 from vitscale.exported import verify
-from vitscale.exported.verify import differences_of, failed, in_a_line, replay, wrong_sums
+from vitscale.exported.verify import device_problem, differences_of, failed, replay, wrong_sums
 from vitscale.images import evaluation_view
 from vitscale.model import normalize
 from vitscale.tensorfiles import read_json
@@ -37,10 +39,8 @@ def verify_export(description: Description, device: str, precision: str) -> list
 
     Raises CheckpointError where the export has no certificate, or none that can be read, and ConfigError where the device is not here.
     """
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device} is not here, as `cpu` is ({in_a_line(error)})") from None
+    if problem := device_problem(device):
+        raise ConfigError(problem)
     folder = description.path
     file = folder / FOLDER / "certificate.json"
     if not file.is_file():
@@ -50,26 +50,41 @@ def verify_export(description: Description, device: str, precision: str) -> list
         for name, most in TOLERANCES.items():
             if not about["tolerances"][name] <= most:
                 raise CheckpointError(f"{file} says that {about['tolerances'][name]!r:.50} is rounding in {name}; {most:g} is the most")
-        library = LIBRARIES[about["library"]]
-        found = [_ours(description, about)]
-        if importlib.util.find_spec(library) is None:
-            skipped = f"{library} is not installed here: `python {folder}/verify.py` where it is"
-        elif about["library"] == "safetensors" and not _is_our_code(folder / "vit.py"):
-            skipped = f"vit.py is not this version's and is not run; where you trust it: `python {folder}/verify.py`"
-        else:
-            logging.disable(logging.WARNING)  # packages that transformers looks for tell of what they lack themselves
-            try:
-                return [*found, replay(folder, device, precision)]
-            finally:
-                logging.disable(logging.NOTSET)
-        if faults := list(wrong_sums(folder)):  # which a replay looks at first
-            return [*found, failed(faults) | {"library": library}]
+        return [_ours(description, about), _theirs(folder, about, device, precision)]
     except CheckpointError:
         raise
     except Exception as error:  # of safetensors, Pillow, timm and transformers on what a stranger wrote
         words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(f"{folder}: its certificate cannot be replayed ({words})") from None
-    return [*found, {"lines": [f"NOT CHECKED: {skipped}"], "holds": None, "differences": {}, "library": library}]
+
+
+def _theirs(folder: Path, about: dict[str, Any], device: str, precision: str) -> dict[str, Any]:
+    """The library that the export is for loads and computes it; where it is not here, the files' sums alone are looked at."""
+    library, why_not = LIBRARIES[about["library"]], ""
+    found: dict[str, Any]
+    if importlib.util.find_spec(library) is None:
+        why_not = f"{library} is not installed here: `python {folder}/verify.py` where it is"
+    elif about["library"] == "safetensors" and not _is_our_code(folder / "vit.py"):
+        why_not = f"vit.py is not this version's and is not run; where you trust it: `python {folder}/verify.py`"
+    if not why_not:
+        with _quiet():
+            found = replay(folder, device, precision)
+    elif faults := list(wrong_sums(folder)):  # which a replay looks at first
+        found = failed(faults, precision)
+    else:
+        return {"lines": [f"NOT CHECKED: {why_not}"], "holds": None, "differences": {}, "library": library}
+    return found | {"library": found["library"] or library}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings are not logged: packages that transformers looks for tell of what they lack themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _is_our_code(file: Path) -> bool:

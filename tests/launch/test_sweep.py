@@ -125,10 +125,13 @@ def test_a_sweep_goes_on_where_it_was_and_trains_the_run_with_the_best(dataset: 
     assert again.stdout.count("diverged") == 1
     assert "is finished" in again.stderr
     assert [len(read_record(of)["starts"]) for of in (run, run / "sweep" / "lr-0.2")] == [1, 1]
+    goes_on = vitscale(*words, "--out", run, "--optimizer.peak-lr", f"{told['best']!r}")
+    assert (goes_on.returncode, "is finished" in goes_on.stderr) == (0, True), "as a sweep that is refused says"
     for grid in (("0.001", "0.2", "1e30", "0.1"), ("0.001" if told["best"] == 0.2 else "0.2", "1e30")):
         late = vitscale(*words, "--out", run, "--holdout", "0.2", "--sweep", *grid)
         assert (late.returncode, late.stderr.count("\n")) == (1, 1)
-        assert f"has begun, at the peak learning rate {told['best']:g}" in late.stderr
+        assert f"has begun, at the peak learning rate {told['best']!r}" in late.stderr
+        assert f"--optimizer.peak-lr {told['best']!r} without --sweep and --holdout goes on with it" in late.stderr
     assert len(list((run / "sweep").glob("lr-*"))) == 3, "nothing is trained that cannot be used"
     for setting in (("--holdout", "0.3"), ("--optimizer.freeze", "backbone"), ("--steps", "12")):
         other = vitscale(*words, "--out", run, "--holdout", "0.2", "--sweep", "0.001", "0.2", "1e30", *setting)

@@ -458,13 +458,17 @@ def test_what_shapes_do_not_say_is_told_or_asked_for(tmp_path: Path) -> None:
 
 
 def test_what_the_user_says_and_the_file_does_not_is_refused(tmp_path: Path) -> None:
-    pooled = timm_file(tmp_path / "pooled", replace(PLAIN, qk_norm=True))
+    normed = timm_file(tmp_path / "normed", replace(PLAIN, qk_norm=True))
     for said, refusal in {
-        ImportConfig(num_heads=8): "num_heads=8, and its tensors are those of num_heads=4",
-        ImportConfig(image_size=(36, 36)): "image_size=36x36 is not a number of patches of 8",
+        ImportConfig(position="sincos"): "has 17 learned position embeddings; leave --position sincos out",
+        ImportConfig(num_heads=8): "has 4 heads by its tensors; leave --num-heads 8 out",
+        ImportConfig(image_size=(36, 36)): "has patches of 8 pixels, which do not cover --image-size 36 36; 32 32 or 40 40 works",
     }.items():
         with pytest.raises(CheckpointError, match=refusal):
-            open_foreign(pooled, said)
+            open_foreign(normed, said)
+    gated = timm_file(tmp_path / "gated", replace(PLAIN, mlp="swiglu"))
+    with pytest.raises(CheckpointError, match="has SwiGLU's MLPs, whose gate is SiLU; leave --activation gelu out"):
+        open_foreign(gated, ImportConfig(num_heads=4, activation="gelu"))
 
 
 def test_pixels_that_no_patch_covers_are_told(tmp_path: Path) -> None:

@@ -46,10 +46,8 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "tf32", "bf16"))
     parser.add_argument("--exact", action="store_true", help="what is lossy or rounded counts as a failure")
     flags = parser.parse_args()
-    try:
-        torch.zeros(1, device=flags.device)
-    except (RuntimeError, AssertionError) as error:
-        print(f"NOT CHECKED: device {flags.device} is not here: {in_a_line(error)}")
+    if problem := device_problem(flags.device):
+        print(f"NOT CHECKED: {problem}")
         sys.exit(2)
     try:
         found = replay(flags.folder, flags.device, flags.precision)
@@ -69,6 +67,15 @@ def main() -> None:
     sys.exit(0 if found["holds"] else 1)
 
 
+def device_problem(device):
+    """Why nothing can be computed on a device, if so."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return f"device {device} is not here ({in_a_line(error)}); cpu works"
+    return ""
+
+
 def in_a_line(error):
     """What an error says."""
     return " ".join(str(error).split())[:300]
@@ -78,7 +85,7 @@ def replay(folder, device="cpu", precision="fp32"):
     """What a library makes of an export: `lines` to print, whether all `holds`, and the measured `differences`."""
     folder = Path(folder)
     if faults := list(wrong_sums(folder)):  # first, for nothing of a damaged file can be told
-        return failed(faults)
+        return failed(faults, precision)
     about = json.loads((folder / "certificate" / "certificate.json").read_text())
     expected = load_file(folder / "certificate" / "expected.safetensors")
     lines = [f"{sum(1 for _ in sums(folder))} files have their SHA-256 sums"]
@@ -87,7 +94,7 @@ def replay(folder, device="cpu", precision="fp32"):
     try:
         loaded = loader(folder, about, device, torch.bfloat16 if precision == "bf16" else torch.float32)
     except NotLoadedError as error:
-        return failed([str(error)])
+        return failed([str(error)], precision)
     view, library = loaded.view, loaded.library
     lossy = {loss["what"]: loss["words"] for loss in about["losses"]}
     differences, holds = {}, True
@@ -150,9 +157,10 @@ class NotLoadedError(ValueError):
     """A library that does not take what the export has."""
 
 
-def failed(faults):
-    """What is found where nothing can be compared."""
-    return {"lines": [f"FAILED {fault}" for fault in faults], "holds": False, "differences": {}, "inexact": ""}
+def failed(faults, precision):
+    """What is found where nothing can be compared; of the library nothing is known by then."""
+    lines = [f"FAILED {fault}" for fault in faults]
+    return {"lines": lines, "holds": False, "differences": {}, "library": "", "precision": precision, "inexact": ""}
 
 
 def differences_of(outputs, images, expected, prefix="", device="cpu"):
