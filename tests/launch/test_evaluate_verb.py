@@ -177,7 +177,7 @@ def test_a_live_run_is_watched_to_its_end(dataset: Path, tmp_path: Path) -> None
         assert line["loss"] == pytest.approx(alone.pop("loss"), rel=1e-12)
         assert alone.items() <= line.items()
     status = vitscale("run", "status", run)
-    assert f"evaluated apart at step 18 on {dataset}/val: top-1 {lines[-1]['top1']:.2%}, loss" in status.stdout
+    assert f"evaluated apart at step 18 on {dataset}/val: top-1 {lines[-1]['top1']:.2%}, top-5" in status.stdout
     assert list((run / "tensorboard").glob("evaluate-*/events.*"))
     assert (
         vitscale("evaluate", run, "--watch", "--data", dataset / "val").stdout
