@@ -38,7 +38,7 @@ EPOCHS = (0, 1, 5)  # of pre-training; 0 is random weights
 SHOTS = (1, 5, 10, 25)
 NATIVE = 28  # pixels a side
 PATCHES = {28: 4, 20: 4, 12: 4, 14: 2, 7: 1}  # by pixels a side of an image, those of a patch: 49, 25 and 9 tokens; 49 of 14 and 7
-FEW, ALL = (5, 10, 25, 100), (5_000,)  # labelled images a class; of more there are none
+FEW, ALL = (5, 10, 25, 100), (5_000,)  # labelled images a class, at most; of most classes there are no more
 STEPS = dict.fromkeys(FEW, 100) | dict.fromkeys(ALL, 1_000)
 
 

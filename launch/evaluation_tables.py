@@ -39,7 +39,9 @@ def summary(report: Mapping[str, Any]) -> str:
     """What a report says in one line, or a line of evaluations.jsonl, of which what it lacks or has not as a number is left out."""
     if report.get("protocol") not in _PROBED:
         return _figures(report)
-    return "; ".join(f"{_probed(report['protocol'], result)}: {_figures(result)}" for result in report.get("results", ()))
+    results = report.get("results")
+    found = [of for of in results if isinstance(of, Mapping)] if isinstance(results, Sequence) else []
+    return "; ".join(f"{_probed(report['protocol'], result)}: {_figures(result)}" for result in found) or "no figure"
 
 
 def _figures(found: Mapping[str, Any]) -> str:

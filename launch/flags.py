@@ -50,7 +50,8 @@ def take_recipe(words: list[str], verb: str, recipes: tuple[Recipe[Any], ...]) -
 
 def given(words: list[str], *flags: str) -> set[str]:
     """Which of the flags stand among the words."""
-    return {flag for flag in flags if any(word.partition("=")[0] == f"--{flag}" for word in words)}
+    named = {word.partition("=")[0].replace("_", "-") for word in words}  # the parser takes either
+    return {flag for flag in flags if f"--{flag}" in named}
 
 
 def first_sentence(box: str) -> str:

@@ -8,13 +8,11 @@ import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TextIO
 
-from launch.ranks import to_the_end
+from launch.ranks import Stop, to_the_end
 from launch.terminal import LaunchError
 from vitscale.checkpoint import committed
 from vitscale.config import TrainConfig
@@ -22,72 +20,50 @@ from vitscale.ending import EXIT_FINISHED, EXIT_STOPPED, Cause, End, read_ends
 from vitscale.run import locked, log_file, newest_start, open_run
 from vitscale.verdict import Verdict, conclude
 
-_EXIT_INTERRUPTED = 130  # as a shell has it
 
-
-def start(config: TrainConfig, nproc: int, terminal: TextIO) -> int:
+def start(config: TrainConfig, nproc: int, terminal: TextIO, stop: Stop) -> int:
     """Starts or resumes the run of a resolved config on this machine and waits for its end, as `run_to_end` does."""
     run = Path(config.out)
     with locked(run) as lock:
         (run / "stop").unlink(missing_ok=True)  # who starts a run wants it to go on
-        return run_to_end(config, nproc, lock, terminal)
+        return run_to_end(config, nproc, lock, terminal, stop)
 
 
-def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO) -> int:
+def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO, stop: Stop) -> int:
     """Starts the run of a resolved config on `nproc` ranks, again and again as long as that helps; rank 0 tells its progress at `terminal`.
 
-    Returns the command's exit status: 0 for a finished run, 130 after Ctrl-C, 75 where a person asked in another way to stop. Raises
-    LaunchError where it is no use to go on. However it ends, all ranks have ended.
+    Returns the command's exit status: 0 for a run that is finished, though perhaps it was asked to stop at its end, 130 after Ctrl-C, 75
+    where a person asked in another way to stop. Raises LaunchError where it is no use to go on. However it ends, all ranks have ended.
     """
     run = Path(config.out)
-    with _stopping() as asked:
-        for restart in itertools.count(1):
-            if open_run(config, nproc):
-                print(f"{run} is finished; another --out starts anew", file=sys.stderr)
-                return EXIT_FINISHED
-            start = newest_start(run)
-            try:
-                status = _start_once(run, start, nproc, lock, terminal, asked)
-            except KeyboardInterrupt:
-                status = -signal.SIGKILL
-            verdict, saved = conclude(run, start, status, stop_asked=bool(asked)), committed(run)
-            if verdict.action == "finished":
-                return EXIT_FINISHED
-            ends = read_ends(run, start)
-            if asked or (run / "stop").exists():
-                if ends and ends[0].cause is Cause.DISK_FULL:  # what was to be saved is not
-                    print(ends[0].words, file=sys.stderr)
-                where = f"goes on from {saved[-1]}" if saved else "starts anew, because no checkpoint was written yet"
-                print(f"stopped; the same command {where}", file=sys.stderr)
-                return _EXIT_INTERRUPTED if signal.SIGINT in asked else EXIT_STOPPED
-            if verdict.action == "stop":
-                raise LaunchError(_last_words(run, start, ends, verdict))
-            # what is requeued under SLURM is started again here: there is no other machine
-            goes_on = f"going on from {saved[-1].name}" if saved else "starting anew, because no checkpoint was written yet"
-            print(f"{_what_happened(ends, verdict)}; {goes_on} (restart {restart})", file=terminal, flush=True)
+    for restart in itertools.count(1):
+        if open_run(config, nproc):
+            print(f"{run} is finished; another --out starts anew", file=sys.stderr)
+            return EXIT_FINISHED
+        start = newest_start(run)
+        try:
+            status = _start_once(run, start, nproc, lock, terminal, stop)
+        except KeyboardInterrupt:
+            status = -signal.SIGKILL
+        verdict, saved = conclude(run, start, status, stop_asked=bool(stop.signals)), committed(run)
+        if verdict.action == "finished":
+            return EXIT_FINISHED
+        ends = read_ends(run, start)
+        if stop.signals or (run / "stop").exists():
+            if ends and ends[0].cause is Cause.DISK_FULL:  # what was to be saved is not
+                print(ends[0].words, file=sys.stderr)
+            where = f"goes on from {saved[-1]}" if saved else "starts anew, because no checkpoint was written yet"
+            print(f"stopped; the same command {where}", file=sys.stderr)
+            return stop.exit_status
+        if verdict.action == "stop":
+            raise LaunchError(_last_words(run, start, ends, verdict))
+        # what is requeued under SLURM is started again here: there is no other machine
+        goes_on = f"going on from {saved[-1].name}" if saved else "starting anew, because no checkpoint was written yet"
+        print(f"{_what_happened(ends, verdict)}; {goes_on} (restart {restart})", file=terminal, flush=True)
     raise AssertionError("itertools.count ended")
 
 
-@contextmanager
-def _stopping() -> Iterator[list[int]]:
-    """Ctrl-C and TERM are taken note of: at one the ranks are asked to save, at a second one ended (`ranks.py`). Yields those that came."""
-    asked: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        if len(asked) == 1:
-            print("\nstopping: the ranks save at their next step; once more ends them at once", file=sys.stderr, flush=True)
-        # No exception at the second one: raised in the middle of Popen's methods it would leave their lock held for ever
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _start_once(run: Path, start: int, nproc: int, lock: TextIO, terminal: TextIO, asked: list[int]) -> int:
+def _start_once(run: Path, start: int, nproc: int, lock: TextIO, terminal: TextIO, stop: Stop) -> int:
     """One start: the exit status of the first rank that failed, else of those that ended well.
 
     They inherit the run's `lock`, so that it is held as long as any of them lives.
@@ -98,7 +74,7 @@ def _start_once(run: Path, start: int, nproc: int, lock: TextIO, terminal: TextI
     try:
         with open(log, "ab", buffering=0) as output:
             statuses, failed = to_the_end(
-                [sys.executable, "-m", "vitscale.rank", str(run)], run, start, [(output, output)] * nproc, asked,
+                [sys.executable, "-m", "vitscale.rank", str(run)], run, start, [(output, output)] * nproc, stop,
                 of_first={"VITSCALE_TERMINAL_FD": str(terminal_fd)}, pass_fds=(terminal_fd, lock.fileno()),
             )  # fmt: skip
     finally:

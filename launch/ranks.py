@@ -13,10 +13,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from launch.flags import UsageError
@@ -48,6 +51,40 @@ def rank_count(nproc: int, gpus: int) -> int:
     return nproc or max(1, gpus)
 
 
+@dataclass
+class Stop:
+    """Signals that ask a command with ranks to stop: at one they save, at a second one all ends at once, as a KeyboardInterrupt."""
+
+    signals: list[int] = field(default_factory=list)
+    deferred: bool = False
+    """Whether who waits for the ranks looks for a second one: raised in the middle of Popen's methods, it would leave their lock held."""
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal."""
+        self.signals.append(number)
+        if len(self.signals) == 1:
+            print("\nstopping: the ranks save at their next step; once more ends them at once", file=sys.stderr, flush=True)
+        elif not self.deferred:
+            raise KeyboardInterrupt
+
+    @property
+    def exit_status(self) -> int:
+        """Of a command that stopped so: 130 after Ctrl-C, as a shell has it, else 75."""
+        return 130 if signal.SIGINT in self.signals else EXIT_STOPPED
+
+
+@contextmanager
+def stopping() -> Iterator[Stop]:
+    """Ctrl-C and TERM are taken note of."""
+    stop = Stop()
+    before = {number: signal.signal(number, stop.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_ranks(command: Sequence[str], nproc: int, folder: Path) -> None:
     """Runs a command once on `nproc` ranks of this machine, to the end of all; however it ends, all have ended.
 
@@ -57,7 +94,7 @@ def run_ranks(command: Sequence[str], nproc: int, folder: Path) -> None:
     with contextlib.ExitStack() as logs:
         files = [logs.enter_context(open(folder / f"rank-{rank}.log", "wb")) for rank in range(nproc)]
         outputs = [(file, file if rank else None) for rank, file in enumerate(files)]
-        _, failed = to_the_end(command, folder, 0, outputs, [], of_first={})
+        _, failed = to_the_end(command, folder, 0, outputs, Stop(), of_first={})
     if failed:
         first = read_ends(folder, 0)[0]
         where = "" if first.cause in (Cause.INPUT, Cause.KILLED) else f"\n(rank {first.rank} of {nproc})"
@@ -65,7 +102,7 @@ def run_ranks(command: Sequence[str], nproc: int, folder: Path) -> None:
 
 
 def to_the_end(
-    command: Sequence[str], folder: Path, start: int, outputs: Sequence[tuple[IO[bytes], IO[bytes] | None]], asked: list[int], *,
+    command: Sequence[str], folder: Path, start: int, outputs: Sequence[tuple[IO[bytes], IO[bytes] | None]], stop: Stop, *,
     of_first: dict[str, str], pass_fds: tuple[int, ...] = (),
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Runs a command on so many ranks of this machine as have outputs; however it ends, all have ended.
@@ -75,12 +112,13 @@ def to_the_end(
     Args:
         folder, start: where a rank leaves its end record.
         outputs: of each rank the files for its standard output and its errors; None: this process's.
-        asked: signals that came: at one the ranks are asked to save, at a second one this raises KeyboardInterrupt.
+        stop: at a signal the ranks are asked to save, at a second one this raises KeyboardInterrupt.
         of_first: what rank 0 alone has in its environment.
         pass_fds: descriptors that all inherit.
     """
     port = free_port()
     ranks: list[subprocess.Popen[bytes]] = []
+    stop.deferred = True
     try:
         for rank, (output, errors) in enumerate(outputs):
             ranks.append(
@@ -94,16 +132,17 @@ def to_the_end(
                     start_new_session=True,  # the user's Ctrl-C reaches the launcher alone, which ends the ranks in order
                 )
             )
-        failed = _wait(folder, start, ranks, asked)
+        failed = _wait(folder, start, ranks, stop)
     finally:
         _end(ranks)
+        stop.deferred = False
     return [process.returncode for process in ranks], failed
 
 
-def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], asked: list[int]) -> list[int]:
+def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
     """Returns the ranks that failed first, once one of them is known to be the cause, or none when all have ended well.
 
-    One that left no record is given one. Once there is a signal in `asked`, the ranks are asked to save; two are a KeyboardInterrupt.
+    One that left no record is given one. At a signal that `stop` has noted the ranks are asked to save; two are a KeyboardInterrupt.
     """
     running = {os.pidfd_open(process.pid): rank for rank, process in enumerate(ranks)}
     failed: list[int] = []
@@ -114,9 +153,9 @@ def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], asked: li
             for descriptor in (signals, *running):
                 poll.register(descriptor, select.POLLIN)
             while running:
-                if len(asked) > 1:
+                if len(stop.signals) > 1:
                     raise KeyboardInterrupt
-                if asked and not told:
+                if stop.signals and not told:
                     told = True
                     for process in ranks:
                         process.send_signal(signal.SIGTERM)  # nothing is sent to one that was waited for

@@ -23,6 +23,7 @@ from typing import TextIO
 from data_tools.errors import UserError
 from launch.flags import UsageError
 from launch.local import start
+from launch.ranks import Stop, stopping
 from launch.terminal import LaunchError, print_json
 from vitscale.config import FinetuneConfig, TrainConfig
 from vitscale.ending import Cause
@@ -112,12 +113,15 @@ def rate_begun(run: Path) -> float | None:
 
 def check_sweep_can_choose(run: Path, trials: Sequence[Trial]) -> None:
     """Raises SweepError where trials would be made, or another rate be chosen, for a run that has begun."""
-    rate = rate_begun(run)
-    if rate is not None and (any(trial.state == "unfinished" for trial in trials) or best_trial(trials).peak_lr != rate):
-        grid = " ".join(f"{trial.peak_lr!r}" for trial in trials)
+    begun = begun_config(run)
+    if begun is None:
+        return
+    rate = begun.optimizer.peak_lr
+    if any(trial.state == "unfinished" for trial in trials) or best_trial(trials).peak_lr != rate:
+        grid, holdout = " ".join(f"{trial.peak_lr!r}" for trial in trials), f"--holdout {begun.holdout!r} " if begun.holdout else ""
         raise SweepError(
             f"{run} has begun, at the peak learning rate {rate!r}; --sweep {grid} would choose one anew, for which give another --out; "
-            f"--optimizer.peak-lr {rate!r} without --sweep and --holdout goes on with it"
+            f"--optimizer.peak-lr {rate!r} {holdout}without --sweep{'' if holdout else ' and --holdout'} goes on with it"
         )
 
 
@@ -176,27 +180,31 @@ def sweep(asked: FinetuneConfig, given: Sequence[float], nproc: int, *, as_json:
     share = configs[0].holdout
     trials = [trial_at(Path(config.out), lr) for config, lr in zip(configs, grid, strict=True)]
     check_sweep_can_choose(run, trials)
-    for number, (config, lr) in enumerate(zip(configs, grid, strict=True)):
-        if trials[number].state != "unfinished":
-            continue
-        print(f"sweep: peak lr {lr:g}, {number + 1} of {len(grid)}", file=said, flush=True)
-        if ended := try_out(config, nproc, said):
-            return ended
-        trials[number] = trial_at(Path(config.out), lr)
-        note(run, trials, share)
-    best = best_trial(trials)
-    note(run, trials, share, best)
-    print(table(trials, share), file=said, flush=True)
-    ended = start(resolve(final_run(asked, best.peak_lr), nproc), nproc, said)
+    with stopping() as stop:
+        for number, (config, lr) in enumerate(zip(configs, grid, strict=True)):
+            if trials[number].state != "unfinished":
+                continue
+            print(f"sweep: peak lr {lr:g}, {number + 1} of {len(grid)}", file=said, flush=True)
+            if ended := try_out(config, nproc, said, stop):
+                return ended
+            trials[number] = trial_at(Path(config.out), lr)
+            note(run, trials, share)
+            if stop.signals:  # too late for the trial, and not for what follows
+                print(f"stopped; the same command goes on after {config.out}", file=sys.stderr)
+                return stop.exit_status
+        best = best_trial(trials)
+        note(run, trials, share, best)
+        print(table(trials, share), file=said, flush=True)
+        ended = start(resolve(final_run(asked, best.peak_lr), nproc), nproc, said, stop)
     if as_json:
         print_json({"holdout": share, "trials": [vars(trial) for trial in trials], "best": best.peak_lr, "run": status(run)})
     return ended
 
 
-def try_out(config: TrainConfig, nproc: int, terminal: TextIO) -> int:
+def try_out(config: TrainConfig, nproc: int, terminal: TextIO, stop: Stop) -> int:
     """Starts or resumes a trial and waits for its end; one that diverges is over, too."""
     try:
-        return start(config, nproc, terminal)
+        return start(config, nproc, terminal, stop)
     except LaunchError:
         if trial_at(Path(config.out), config.optimizer.peak_lr).state == "diverged":
             return 0

@@ -106,12 +106,14 @@ def finetune_flags(words: list[str]) -> FinetuneFlags:
 def train(asked: TrainConfig | FinetuneConfig, nproc: int, as_json: bool) -> None:
     """Starts or resumes a run on this machine and waits for its end."""
     from launch.local import start
+    from launch.ranks import stopping
     from vitscale.resolve import resolve
     from vitscale.status import status
 
     nproc = ranks_here(nproc, asked.engine)
     config = resolve(asked, nproc)
-    ended = start(config, nproc, terminal=sys.stderr if as_json else sys.stdout)
+    with stopping() as stop:
+        ended = start(config, nproc, sys.stderr if as_json else sys.stdout, stop)
     if as_json:
         print_json(status(Path(config.out)))
     if ended:

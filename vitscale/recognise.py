@@ -96,6 +96,8 @@ def _check_overrides(overrides: ImportConfig) -> None:
     """Raises ConfigError on what can be said of no file."""
     if overrides.layer_norm_eps is not None and not 0 < overrides.layer_norm_eps < 1:
         raise ConfigError(f"layer_norm_eps={overrides.layer_norm_eps:g} must lie in (0, 1), as 1e-6 does")
+    if overrides.image_size is not None and min(overrides.image_size) < 1:
+        raise ConfigError(f"image_size={overrides.image_size} must be at least 1 pixel a side; 224 224 is")
     if overrides.num_heads is not None and overrides.num_heads < 1:
         raise ConfigError(f"num_heads={overrides.num_heads} must be at least 1")
     if overrides.eval_crop is not None and (problem := crop_problem(overrides.eval_crop, "eval_crop")):
@@ -226,9 +228,11 @@ def _check_said(facts: Facts, overrides: ImportConfig, where: str) -> None:
         raise CheckpointError(f"{where} has {facts.positions} learned position embeddings; leave --position {overrides.position} out")
     p = facts.patch_size
     if overrides.image_size and any(side % p for side in overrides.image_size):
-        near = {" ".join(str(max(1, (side + more) // p) * p) for side in overrides.image_size): None for more in (0, p - 1)}
+        grids = dict.fromkeys(tuple((side + more) // p for side in overrides.image_size) for more in (0, p - 1))
+        fit = [f"{h * p} {w * p}" for h, w in grids if facts.positions is None or facts.positions - h * w in (0, int(facts.class_token))]
         said = " ".join(map(str, overrides.image_size))
-        raise CheckpointError(f"{where} has patches of {p} pixels, which do not cover --image-size {said}; {' or '.join(near)} works")
+        works = f"; {' or '.join(fit)} works" if fit else ""
+        raise CheckpointError(f"{where} has patches of {p} pixels, of which a side of --image-size {said} is no multiple{works}")
 
 
 def _settled(

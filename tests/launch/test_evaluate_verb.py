@@ -105,6 +105,7 @@ BAD = {
     "RUN --data DATA/val --watch --interval 0": "interval=0 must be above 0 and at most 3600 seconds",
     "RUN --data DATA/val --protocol logits": "'head', 'fewshot', 'linear', 'knn'",
     "RUN --data DATA/val --protocol knn --per-class": "--per-class is of --protocol head",
+    "RUN --data DATA/val --protocol knn --per_class": "--per-class is of --protocol head",
     "RUN --data DATA/val --protocol knn --shots 5": "--shots is of --protocol fewshot",
     "RUN --data DATA/val --solver ridge": "--solver is of --protocol linear",
     "RUN --data DATA/val --train-data DATA/train": "--train-data is of --protocol fewshot, linear or knn",

@@ -50,6 +50,8 @@ def test_a_summary_is_one_line_of_what_there_is() -> None:
     assert summary(shots) == "5 shots: top-1 50.00%; 10 shots: top-1 75.00%"
     assert summary(probed("knn", Neighbours(20, 0.5, 0.4, 0.6, 0.9))) == "20 neighbours: top-1 50.00%, top-5 90.00%"
     assert summary(probed("linear", LINEAR)) == "linear head by lbfgs: top-1 50.00%, top-5 90.00%"
+    for odd in (None, [], [5], "no"):
+        assert summary({"protocol": "knn", "results": odd}) == "no figure"
     assert summary({"protocol": "fewshot", "results": [{}]}) == "shot by ?: no figure"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.flags import UsageError
-from launch.ranks import _wait, rank_count, visible_gpus
+from launch.ranks import Stop, _wait, rank_count, visible_gpus
 
 POLL = ("7", "73", "271")  # poll(2) and ppoll(2), as x86-64 and arm64 number them
 RANKS = """
@@ -24,20 +24,19 @@ run_ranks([sys.executable, "-c", code], 2, Path("."))
 STOPPED_TWICE = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from launch.local import _stopping
-from launch.ranks import to_the_end
+from launch.ranks import stopping, to_the_end
 
 def second(frame, event, function):  # as one that comes while the ranks are asked to save, right after a lock of Popen's was taken
-    if event == "c_return" and getattr(function, "__name__", "") == "acquire" and frame.f_code.co_name == "_internal_poll" and asked:
+    if event == "c_return" and getattr(function, "__name__", "") == "acquire" and frame.f_code.co_name == "_internal_poll" and stop.signals:
         sys.setprofile(None)
         os.kill(os.getpid(), signal.SIGINT)
 
-with _stopping() as asked, open(os.devnull, "wb") as nothing:
+with stopping() as stop, open(os.devnull, "wb") as nothing:
     sys.setprofile(second)
     try:
-        to_the_end(["sh", "-c", "echo up > up; exec sleep infinity"], Path("."), 0, [(nothing, None)], asked, of_first={})
+        to_the_end(["sh", "-c", "echo up > up; exec sleep infinity"], Path("."), 0, [(nothing, None)], stop, of_first={})
     except KeyboardInterrupt:
-        print(len(asked))
+        print(len(stop.signals))
 """
 
 
@@ -76,6 +75,17 @@ def test_a_second_ctrl_c_may_come_at_any_moment(tmp_path: Path) -> None:
     assert (launcher.returncode, said) == (0, "2\n")
 
 
+def test_a_second_ctrl_c_ends_what_comes_before_the_ranks() -> None:
+    waits = "import signal; from launch.ranks import stopping\nwith stopping():\n  while True: print('up', flush=True); signal.pause()"
+    launcher = subprocess.Popen([sys.executable, "-c", waits], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert launcher.stdout
+    for _ in range(2):
+        assert launcher.stdout.readline() == "up\n"
+        launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == -signal.SIGINT
+
+
 def test_a_signal_that_does_not_interrupt_the_wait_ends_it(tmp_path: Path) -> None:
     """As one does that comes right before the wait begins: here another thread than the one that waits receives it."""
     rank: subprocess.Popen[bytes] = subprocess.Popen(["sleep", "infinity"])
@@ -90,7 +100,7 @@ def test_a_signal_that_does_not_interrupt_the_wait_ends_it(tmp_path: Path) -> No
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            _wait(tmp_path, 1, [rank], [])
+            _wait(tmp_path, 1, [rank], Stop())
     finally:
         rank.kill()
         rank.wait()

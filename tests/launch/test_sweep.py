@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from data_tools.holdout import Part
 from launch.flags import UsageError
 from launch.sweep import SweepError, Trial, best_trial, check_alike, final_run, grid_of, table, trial_at, trials_of
 from launch.verbs import finetune_flags
-from tests.command import vitscale
+from tests.command import VITSCALE, vitscale
 from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale.config import FinetuneConfig, InitConfig, OptimizerConfig, SweepConfig, TrainConfig, ViTConfig
 from vitscale.recipes import FINETUNE, recipe
@@ -94,6 +96,21 @@ def test_the_flag_with_values_and_without(words: list[str], expected: tuple[floa
     assert flags.config == dataclasses.replace(recipe("finetune-pets", FINETUNE), seed=3)
 
 
+def test_ctrl_c_at_the_end_of_a_trial_ends_the_sweep(dataset: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", random_vit(SOURCE)).path
+    words = ["finetune", "tiny-finetune", "--init", source, "--data", dataset / "train", *SMALL, "--out", tmp_path / "run"]
+    command = list(map(str, [VITSCALE, *words, "--holdout", "0.2", "--sweep", "0.01", "0.02"]))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as sweep:
+        assert sweep.stdout
+        while "step 6/6" not in sweep.stdout.readline():
+            pass
+        sweep.send_signal(signal.SIGINT)
+        output, errors = sweep.communicate()
+    assert (sweep.returncode, "2 of 2" in output) == (130, False), errors
+    assert "stopped; the same command goes on" in errors
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
 def test_a_sweep_goes_on_where_it_was_and_trains_the_run_with_the_best(dataset: Path, tmp_path: Path) -> None:
     """Of three trials one is there already, made as a run of its own, and one diverges."""
     source = write_checkpoint(tmp_path / "source", random_vit(SOURCE)).path
@@ -133,6 +150,8 @@ def test_a_sweep_goes_on_where_it_was_and_trains_the_run_with_the_best(dataset: 
         assert f"has begun, at the peak learning rate {told['best']!r}" in late.stderr
         assert f"--optimizer.peak-lr {told['best']!r} without --sweep and --holdout goes on with it" in late.stderr
     assert len(list((run / "sweep").glob("lr-*"))) == 3, "nothing is trained that cannot be used"
+    own = vitscale(*words, "--out", run / "sweep" / "lr-0.001", "--holdout", "0.2", "--sweep", "0.001", "0.002")
+    assert "--optimizer.peak-lr 0.001 --holdout 0.2 without --sweep goes on with it" in own.stderr, "what first was told"
     for setting in (("--holdout", "0.3"), ("--optimizer.freeze", "backbone"), ("--steps", "12")):
         other = vitscale(*words, "--out", run, "--holdout", "0.2", "--sweep", "0.001", "0.2", "1e30", *setting)
         assert other.returncode == 1, "results of other settings are not this sweep's"

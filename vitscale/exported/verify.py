@@ -70,8 +70,8 @@ def main() -> None:
 def device_problem(device):
     """Why nothing can be computed on a device, if so."""
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:
         return f"device {device} is not here ({in_a_line(error)}); cpu works"
     return ""
 
