@@ -170,6 +170,7 @@ def write(payload: dict[str, Any]) -> None:
     if dist.get_rank() == 0:
         (folder / "start").unlink()
     engine.deepspeed.save_checkpoint(str(folder / "theirs"), tag="step")
+    release()  # what malloc keeps of what DeepSpeed copied to write it
     saver = Saver(folder / "ours", engine, Policy(newest=1), 0)
     assert saver.snapshot(Description(folder, config, PreprocessConfig(eval_crop=1), ObjectiveConfig(), None, 1, 1))
     saver.finish()
