@@ -228,7 +228,7 @@ def _check_said(facts: Facts, overrides: ImportConfig, where: str) -> None:
         raise CheckpointError(f"{where} has {facts.positions} learned position embeddings; leave --position {overrides.position} out")
     p = facts.patch_size
     if overrides.image_size and any(side % p for side in overrides.image_size):
-        grids = dict.fromkeys(tuple((side + more) // p for side in overrides.image_size) for more in (0, p - 1))
+        grids = dict.fromkeys(tuple(max(1, (side + more) // p) for side in overrides.image_size) for more in (0, p - 1))
         fit = [f"{h * p} {w * p}" for h, w in grids if facts.positions is None or facts.positions - h * w in (0, int(facts.class_token))]
         said = " ".join(map(str, overrides.image_size))
         works = f"; {' or '.join(fit)} works" if fit else ""

@@ -77,8 +77,9 @@ def taken_back(tmp_path: Path, out: Path, model: ViTConfig) -> Path:
     said = ImportConfig()
     if not (out / "config.json").exists():
         said = ImportConfig(
-            image_size=model.image_size, num_heads=model.num_heads, activation=model.activation, layer_norm_eps=model.layer_norm_eps
-        )
+            image_size=model.image_size, num_heads=model.num_heads, layer_norm_eps=model.layer_norm_eps,
+            activation=None if model.mlp == "swiglu" else model.activation,
+        )  # fmt: skip
     adopt(file, tmp_path / "back", said)
     return tmp_path / "back"
 

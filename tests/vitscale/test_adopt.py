@@ -555,6 +555,8 @@ def test_positions_that_are_computed_are_asked_for(tmp_path: Path) -> None:
     out = export(write_checkpoint(tmp_path / "step", model), "weight", tmp_path / "npz", to="npz")
     arrays = {name: value for name, value in np.load(out / "weights.npz").items() if "pos_embedding" not in name}
     np.savez(tmp_path / "theirs.npz", **arrays)
+    with pytest.raises(CheckpointError, match="--image-size 3 12 is no multiple; 8 8 or 8 16 works"):
+        open_foreign(tmp_path / "theirs.npz", ImportConfig(image_size=(3, 12)))
     with pytest.raises(CheckpointError, match="--position says whether they are computed"):
         open_foreign(tmp_path / "theirs.npz", ImportConfig(image_size=(32, 32)))
     ours = imported(tmp_path, tmp_path / "theirs.npz", ImportConfig(image_size=(32, 32), position="sincos"))
