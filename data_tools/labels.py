@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_tools.config import PackConfig, PackError
+from data_tools.errors import message_of
 from data_tools.storage import Location
 
 
@@ -39,7 +40,7 @@ def read_class_names(path: str) -> tuple[str, ...]:
     try:
         names = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise PackError(f"class_names={path} cannot be read: {error}; give a UTF-8 text file with a name a line") from None
+        raise PackError(f"class_names={path} cannot be read: {message_of(error)}; give a UTF-8 text file with a name a line") from None
     return tuple(names)
 
 
@@ -100,7 +101,7 @@ def read_class_map(path: str) -> ClassMap:
             pairs = _pairs_of_text(text, "\t" if Path(path).suffix.lower() == ".tsv" else ",")
     except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise PackError(
-            f"class_map={path} cannot be read: {error}; give {{raw label: class}} as JSON, or two columns as CSV or TSV"
+            f"class_map={path} cannot be read: {message_of(error)}; give {{raw label: class}} as JSON, or two columns as CSV or TSV"
         ) from None
     classes: dict[str, str | int | None] = {}
     for raw, given in pairs:

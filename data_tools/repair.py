@@ -37,7 +37,7 @@ from data_tools.assemble import IndexWriter, RejectsWriter, SamplesWriter, index
 from data_tools.config import IndexConfig, PackConfig, PackError
 from data_tools.dataset import Dataset, DatasetError, SampleError
 from data_tools.durable import put_in_place
-from data_tools.errors import UserError
+from data_tools.errors import UserError, message_of
 from data_tools.images import MAX_IMAGE_BYTES
 from data_tools.members import OpenTar, TarError, read_samples
 from data_tools.overlay import FILE_NAME, FOLDER
@@ -466,7 +466,7 @@ class _Repair:
                     writer.write(_index_rows(self.path / shard["name"]))
                     self.tell("rebuilding the index", number + 1, len(shards))
         except (OSError, TarError) as error:
-            self.why["index.arrow"] = f"it cannot be rebuilt: {error}"
+            self.why["index.arrow"] = f"it cannot be rebuilt: {message_of(error)}"
             return
         if self._offer("index.arrow", self.work / "index.arrow", "rebuilt from the tars"):
             del damaged["index.arrow"]
@@ -578,7 +578,7 @@ class _Repair:
             foreign.scan_tars(tars, self.work / "scans", config, lambda done, total: self.tell("reading", done, total))
             foreign.make_files(tars, self.work / "scans", self.work / "dataset", config)
         except (OSError, TarError, PackError) as error:
-            self.why |= dict.fromkeys(tables, f"it cannot be made again: {error}")
+            self.why |= dict.fromkeys(tables, f"it cannot be made again: {message_of(error)}")
             return
         for name in tables:
             if self._offer(name, self.work / "dataset" / name, "made again from the tars"):

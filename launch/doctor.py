@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from data_tools.errors import UserError
+from data_tools.errors import UserError, message_of
 from launch.flags import parse
 from launch.site import Site, read_site
 from launch.terminal import Json, print_json
@@ -246,7 +246,7 @@ def _datasets(paths: tuple[str, ...]) -> list[Check]:
             header = read_header(location(path))
             checks.append(Check("dataset", "ok", f"{path}: {header['name']}, {header['num_samples']:,} samples"))
         except (UserError, OSError) as error:
-            checks.append(Check("dataset", "fail", str(error)))
+            checks.append(Check("dataset", "fail", message_of(error)))
     return checks
 
 

@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from data_tools.errors import UserError
+from data_tools.errors import UserError, message_of
 from vitscale.run import LOCK_SECONDS, is_finished, locked, newest_start, read_record
 from vitscale.verdict import conclude
 
@@ -36,7 +36,7 @@ def main() -> None:
         print("verdict=stop")
         return
     except OSError as error:  # of the file system, which another node or moment may not have: the script takes no answer for a requeue
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message_of(error)}", file=sys.stderr)
         return
     print(f"start {start}: {verdict.action}: {verdict.why}", file=sys.stderr)
     print(f"verdict={verdict.action}\nwithout={','.join(verdict.without)}")

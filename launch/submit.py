@@ -27,7 +27,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from data_tools.config import PackConfig
-from data_tools.errors import UserError
+from data_tools.errors import UserError, message_of
 from data_tools.storage import is_url
 from launch.batch import Job, train_script, words_script
 from launch.data_verbs import PackFlags
@@ -596,7 +596,9 @@ def telling_of(jobs: Sequence[str]) -> Iterator[None]:
     except (UserError, OSError) as error:
         if not jobs:
             raise
-        raise VerbError(f"{error}; submitted before that: job {', '.join(jobs)}, which `scancel {' '.join(jobs)}` takes back") from None
+        raise VerbError(
+            f"{message_of(error)}; submitted before that: job {', '.join(jobs)}, which `scancel {' '.join(jobs)}` takes back"
+        ) from None
     except KeyboardInterrupt:
         if jobs:
             print(f"submitted before that: job {', '.join(jobs)}, which `scancel {' '.join(jobs)}` takes back", file=sys.stderr)

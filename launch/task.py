@@ -22,7 +22,7 @@ def main() -> None:
     from data_tools.errors import UserError
     from launch.sweep import at_best
     from vitscale.config import TrainConfig, from_dict
-    from vitscale.ending import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
+    from vitscale.ending import EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED, words_of
     from vitscale.rank import leave, run_rank
     from vitscale.run import LOCK_SECONDS, locked, open_run
 
@@ -38,7 +38,7 @@ def main() -> None:
                 start.enter_context(locked(run, LOCK_SECONDS))
                 finished = open_run(at_best(config, submission), int(place["WORLD_SIZE"]))
             except (UserError, OSError) as error:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(words_of(error), file=sys.stderr, flush=True)
                 sys.exit(EXIT_FAILED)
             if finished:
                 print(f"{run} is finished", file=sys.stderr, flush=True)
@@ -92,13 +92,15 @@ def own_folder(folder: str) -> None:
     """Makes the folder for compiled kernels, which are loaded and run: one in /tmp that somebody else made is not used."""
     if not folder:
         return
+    from data_tools.errors import message_of
+
     path = Path(folder)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         ours = path.stat(follow_symlinks=False)
         safe = path.is_dir() and not path.is_symlink() and ours.st_uid == os.getuid() and not ours.st_mode & 0o022
     except OSError as error:
-        safe, why = False, str(error)
+        safe, why = False, message_of(error)
     else:
         why = f"{folder} is not this user's alone"
     if not safe:

@@ -579,7 +579,7 @@ class ImportConfig:
     """erf GELU, Flax's tanh form of it, or OpenAI's approximation."""
     pool: Literal["cls", "mean", "map", "mean_with_cls"] | None = None
     """What the head sees."""
-    position: Literal["learned_1d", "sincos", "none"] | None = None
+    position: Literal["sincos", "none"] | None = None
     """Position embeddings, where no tensor of the file shows them: big_vision's `sincos2d` is computed."""
     prefix: str | None = None
     """What stands before the names of the model's tensors, where a file holds several models."""

@@ -1,7 +1,8 @@
 """What a file of weights is that somebody else wrote: its format, the model that its tensors are of, and what goes with it.
 
-Shapes tell nearly all of a model. What they do not (heads, the epsilon of LayerNorm, which GELU, the grid of a rectangle) is taken from the
-JSON files that lie beside the weights, else from what the family of models has, which is then told (`Recognised.assumed`), else asked for.
+Shapes tell nearly all of a model. What they do not (heads, the epsilon of LayerNorm, which GELU, the grid of a rectangle) is what the user
+says, else what the JSON files beside the weights state, else what the family of models has, which is then told (`Recognised.assumed`), else
+it is asked for; a word of the user's that the tensors contradict is refused.
 Nothing is guessed in silence, for names that fit with numbers that do not are what goes wrong in the field.
 
 `recognise` looks at names and shapes alone; every tensor of the file is one of the model's, or is left out for a reason that is known
@@ -11,7 +12,7 @@ Nothing is guessed in silence, for names that fit with numbers that do not are w
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from vitscale.anatomy import Facts, facts_of, sides
 from vitscale.check import check_bounds, check_model, crop_problem
@@ -180,20 +181,21 @@ def _why_left_out(form: Format, prefix: str, name: str, overrides: ImportConfig,
 def _model(form: Format, facts: Facts, sidecars: Sidecars, overrides: ImportConfig, where: str) -> tuple[ViTConfig, list[str]]:
     """The model, and what was taken for granted of it.
 
-    Raises ValueError where what is said is not what the file has, and CheckpointError where something is said nowhere.
+    Raises CheckpointError where the user's word is not what the tensors have, or where something is said nowhere, and ValueError where the
+    files beside the weights say what the tensors do not have.
     """
     _check_said(facts, overrides, where)
     stated, family = read_model(form, facts, sidecars, headless=overrides.headless), FAMILIES[form]
-    heads, eps, activation, assumed = _settled(form, facts, stated, overrides, where)
-    pool = overrides.pool or stated.get("pool") or facts.pool
-    registers_placed = form == "timm" and facts.registers > 0
-    position = overrides.position or stated.get("position") or "learned_1d"
-    if facts.positions is None and position not in ("sincos", "none"):
-        raise ValueError("it has no position embeddings; --position says whether they are computed (sincos, as big_vision's) or none")
-    if facts.positions is not None and position in ("sincos", "none"):
-        raise ValueError(f"position={position}, and the file has {facts.positions} position embeddings")
     said_size: tuple[int, int] | None = overrides.image_size or stated.get("image_size")
-    grid, class_position = _grid(facts, said_size, registers_placed)
+    grids = _grids(facts, said_size)
+    if form == "timm" and facts.registers and facts.positions and not grids:
+        raise ValueError(
+            f"{facts.positions} position embeddings with {facts.registers} registers: registers with positions are not known here"
+        )
+    settled, assumed = _settle(form, facts, stated, overrides, where)
+    if said_size and not grids:
+        raise ValueError(f"an image of {said_size[0]}x{said_size[1]} is said, and there are {facts.positions} position embeddings")
+    grid, class_position = grids[0]
     if facts.class_token and class_position is stated.get("no_class_position"):
         raise ValueError(
             f"config.json says no_embed_class={class_position}, and the class token has {'a' if class_position else 'no'} position"
@@ -201,16 +203,17 @@ def _model(form: Format, facts: Facts, sidecars: Sidecars, overrides: ImportConf
     if facts.representation_size and family.head:
         assumed.append("the layer before the head (a pooler) belongs to the features; --headless leaves it out")
     size = (grid[0] * facts.patch_size, grid[1] * facts.patch_size)
-    if facts.positions is not None and said_size is None:
+    if said_size is None:
         assumed.append(f"image_size {size[0]}x{size[1]} (a square)")
-    elif said_size is not None and said_size != size:
+    elif said_size != size:
         assumed.append(f"image_size {size[0]}x{size[1]} ({said_size[0]}x{said_size[1]} is said, of which patches leave out the rest)")
+    pool = overrides.pool or stated.get("pool") or facts.pool
     model = ViTConfig(
-        depth=facts.depth, width=facts.width, mlp_dim=facts.mlp_dim, num_heads=heads, patch_size=facts.patch_size,
+        depth=facts.depth, width=facts.width, mlp_dim=facts.mlp_dim, num_heads=settled.num_heads, patch_size=facts.patch_size,
         image_size=size, num_classes=facts.num_classes, pool=pool,
-        position=position if facts.positions is None else "learned_1d", class_position=class_position, registers=facts.registers,
+        position=settled.position, class_position=class_position, registers=facts.registers,
         representation_size=facts.representation_size, qk_norm=facts.qk_norm, layer_scale=1e-5 if facts.layer_scale else 0.0,
-        mlp="swiglu" if facts.swiglu else "plain", activation=activation, layer_norm_eps=eps,
+        mlp="swiglu" if facts.swiglu else "plain", activation=settled.activation, layer_norm_eps=settled.layer_norm_eps,
         pre_norm=facts.pre_norm, pool_norm=facts.pool_norm,
     )  # fmt: skip
     if model.class_token != facts.class_token:
@@ -224,74 +227,83 @@ def _check_said(facts: Facts, overrides: ImportConfig, where: str) -> None:
         raise CheckpointError(f"{where} has {facts.num_heads} heads by its tensors; leave --num-heads {overrides.num_heads} out")
     if facts.swiglu and overrides.activation:
         raise CheckpointError(f"{where} has SwiGLU's MLPs, whose gate is SiLU; leave --activation {overrides.activation} out")
-    if facts.positions is not None and overrides.position in ("sincos", "none"):
+    if facts.positions is not None and overrides.position:
         raise CheckpointError(f"{where} has {facts.positions} learned position embeddings; leave --position {overrides.position} out")
-    p = facts.patch_size
-    if overrides.image_size and any(side % p for side in overrides.image_size):
-        grids = dict.fromkeys(tuple(max(1, (side + more) // p) for side in overrides.image_size) for more in (0, p - 1))
-        fit = [f"{h * p} {w * p}" for h, w in grids if facts.positions is None or facts.positions - h * w in (0, int(facts.class_token))]
-        said = " ".join(map(str, overrides.image_size))
+    if overrides.pool and (overrides.pool in ("cls", "mean_with_cls")) != facts.class_token:
+        raise CheckpointError(f"{where} has {'a' if facts.class_token else 'no'} class token; leave --pool {overrides.pool} out")
+    size, p = overrides.image_size, facts.patch_size
+    is_multiple = size is None or not any(side % p for side in size)
+    if size and not (is_multiple and _grids(facts, size)):
+        near = [tuple(max(1, (side + more) // p) * p for side in size) for more in (0, p - 1)]
+        near += [(side * p, side * p) for (side, _), _ in _grids(facts, None)]
+        fit = [f"{height} {width}" for height, width in dict.fromkeys(near) if _grids(facts, (height, width))]
         works = f"; {' or '.join(fit)} works" if fit else ""
+        said, tokens = " ".join(map(str, size)), f"{facts.positions} position embeddings and patches of {p} pixels"
+        if is_multiple:
+            raise CheckpointError(f"{where} has {tokens}, which are not those of --image-size {said}{works}")
         raise CheckpointError(f"{where} has patches of {p} pixels, of which a side of --image-size {said} is no multiple{works}")
 
 
-def _settled(
-    form: Format, facts: Facts, stated: Mapping[str, Any], overrides: ImportConfig, where: str
-) -> tuple[int, float, Activation, list[str]]:
-    """Heads, LayerNorm's epsilon and activation, which shapes seldom tell, and which of them were taken for granted.
+class _Settled(NamedTuple):
+    """What shapes do not tell of a model."""
 
-    What tensors do not show is what the user says, else what the files beside the weights state, else what the family has.
-    Raises CheckpointError, of all at once, where nobody says it.
+    num_heads: int
+    layer_norm_eps: float
+    activation: Activation
+    position: Literal["learned_1d", "sincos", "none"]
+
+
+def _settle(form: Format, facts: Facts, stated: Mapping[str, Any], overrides: ImportConfig, where: str) -> tuple[_Settled, list[str]]:
+    """What shapes seldom tell: what the user says, else what the files beside the weights state, else what the family has.
+
+    Also returns what was taken for granted so. Raises CheckpointError, of all at once, where nobody says something.
     """
     assumed: list[str] = []
-    asked: list[str] = []
+    asked: dict[str, str] = {}  # what is said nowhere, and the flag that says it
 
-    def settle(name: str, default: Any, of: str) -> Any:
+    def settle(name: str, default: Any, of: str = "", values: str = "") -> Any:
         for value in (getattr(overrides, name), stated.get(name)):
             if value is not None:
                 return value
         if default is None or stated.get("unknown"):
-            asked.append(name)
+            asked[name] = f"--{name.replace('_', '-')}{values}"
         else:
             assumed.append(f"{name} {default} ({of})")
         return default
 
     family = FAMILIES[form]
     heads: int = facts.num_heads or settle("num_heads", _HEADS.get(facts.width), f"as a width of {facts.width} has")
-    eps = settle("layer_norm_eps", family.layer_norm_eps, f"{form}'s")
+    eps: float = settle("layer_norm_eps", family.layer_norm_eps, f"{form}'s")
     activation: Activation = "gelu" if facts.swiglu else settle("activation", family.activation, f"{form}'s")  # SwiGLU looks at none
+    position: Literal["learned_1d", "sincos", "none"] = "learned_1d"
+    if facts.positions is None:
+        position = settle("position", None, values=" sincos (computed, as big_vision's) or none")
+    if not _grids(facts, None):
+        settle("image_size", None, values=" HEIGHT WIDTH")
     if asked:
-        flags = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise CheckpointError(
             f"{where} is {form}'s; {' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} not in the file{stated.get('unknown', '')}; "
-            f"{flags} {'says it' if len(asked) == 1 else 'say them'}"
+            f"{' and '.join(asked.values())} {'says it' if len(asked) == 1 else 'say them'}"
         )
-    return heads, eps, activation, assumed
+    return _Settled(heads, eps, activation, position), assumed
 
 
-def _grid(facts: Facts, image_size: tuple[int, int] | None, registers_placed: bool) -> tuple[tuple[int, int], bool]:
-    """The grid of patches, and whether the class token has a position. Raises ValueError where they do not follow."""
-    p = facts.patch_size
+def _grids(facts: Facts, image_size: tuple[int, int] | None) -> list[tuple[tuple[int, int], bool]]:
+    """The grids of patches that the position embeddings can be those of, and whether the class token has one of them.
+
+    Of an image of (height, width) pixels there is one at most; without a size they are squares. Where positions are computed, any size is.
+    """
+    if image_size:
+        height, width = (side // facts.patch_size for side in image_size)
+        if facts.positions is None:
+            return [((height, width), True)]
     if facts.positions is None:
-        if image_size is None:
-            raise ValueError("image_size is not in the file, which has no position embeddings; --image-size says it")
-        return (image_size[0] // p, image_size[1] // p), True
+        return []
     found = []
     for classes in {facts.class_token, False}:
         patches = facts.positions - classes
-        if image_size is None:
-            side = math.isqrt(patches)
-            if side * side == patches:
-                found.append(((side, side), bool(classes)))
-        elif image_size[0] // p * (image_size[1] // p) == patches:
-            found.append(((image_size[0] // p, image_size[1] // p), bool(classes)))
-    if registers_placed and not found:
-        raise ValueError(
-            f"{facts.positions} position embeddings with {facts.registers} registers: registers with positions are not known here"
-        )
-    if len(found) != 1:
-        of = f"an image of {image_size[0]}x{image_size[1]}" if image_size else "a square image"
-        raise ValueError(
-            f"{facts.positions} position embeddings are not those of {of} in patches of {p}; --image-size HEIGHT WIDTH says of which"
-        )
-    return found[0][0], found[0][1] or not facts.class_token
+        if not image_size:
+            height = width = math.isqrt(max(patches, 0))
+        if height * width == patches > 0:
+            found.append(((height, width), classes or not facts.class_token))
+    return found

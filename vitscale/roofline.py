@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data_tools.errors import message_of
 from vitscale.config import ConfigError, OptimizerConfig, ViTConfig
 from vitscale.flops import NEWTON_SCHULZ_STEPS, branch_flops, ends_flops, matrices, moment_elements, parameters, tensor_sizes
 from vitscale.gpus import GPU, gpu_of
@@ -85,7 +86,7 @@ def calibrated(rates: Rates, file: Path, precision: str, gpu: GPU | None = None)
         device = str(found["machine"]["device"])
         where = f"measured on {device}, {found['date'][:10]} ({file.name})"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"calibration={file} is not what benchmarks/calibrate.py writes: {error}") from None
+        raise ConfigError(f"calibration={file} is not what benchmarks/calibrate.py writes: {message_of(error)}") from None
     measured_rates = [*figures.values(), *(link.bandwidth for link in links.values())]
     latencies = [link.latency for link in links.values()]
     if not figures or not all(0 < value < math.inf for value in measured_rates) or not all(0 <= value < math.inf for value in latencies):

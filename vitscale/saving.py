@@ -34,7 +34,7 @@ import xxhash
 from torch import Tensor
 
 from data_tools.durable import replace_file
-from data_tools.errors import UserError
+from data_tools.errors import UserError, message_of
 from vitscale import checkpoint, retention
 from vitscale.checkpoint import Description, Piece, TensorEntry, partial_folder, piece_key, step_folder
 from vitscale.engine import Engine, device
@@ -207,7 +207,7 @@ class Saver:
             if torch.cuda.is_available():
                 pin(self._memory)
         except OSError as error:
-            problem = f"node {self._node} has no memory for snapshots of checkpoints ({error})"
+            problem = f"node {self._node} has no memory for snapshots of checkpoints ({message_of(error)})"
             print(f"error: {problem}", file=sys.stderr, flush=True)
         failed = torch.tensor(bool(problem), device=device(), dtype=torch.int32)
         dist.all_reduce(failed)
@@ -335,7 +335,7 @@ class Saver:
         except _GivenUpError:
             pass
         except (OSError, UserError) as error:
-            self._problem = self._problem or str(error)
+            self._problem = self._problem or message_of(error)
         except Exception as error:  # a fault of ours must not keep all ranks waiting for this task
             traceback.print_exc()
             self._problem = self._problem or f"{type(error).__name__}: {error}"
@@ -431,7 +431,7 @@ class Saver:
         try:
             self._remove(self._sizes() | ({} if self._about.state.in_doubt else own))  # what may be rolled back takes the place of none
         except (OSError, UserError) as error:  # the checkpoint is there all the same
-            self._said.append(f"warning: older checkpoints could not be removed: {error}")
+            self._said.append(f"warning: older checkpoints could not be removed: {message_of(error)}")
 
     def _clear_away(self) -> None:
         """Rank 0: nobody writes any more."""

@@ -141,7 +141,11 @@ def _of_timm(facts: Facts, config: Mapping[str, Any], args: Mapping[str, Any], c
         if pooled not in pools or (pooled == "map") != (facts.pool == "map") or (pooled == "token" and not facts.class_token):
             raise ValueError(f"config.json says global_pool={pooled!r:.50}, which the tensors are not for")
         stated["pool"] = pools[pooled]
-    stated["position"] = settings.get("pos_embed")
+    if "pos_embed" in settings:
+        if settings["pos_embed"] not in ("", "none", "learn") or (settings["pos_embed"] == "learn") != (facts.positions is not None):
+            there = f"{facts.positions or 'no'} position embeddings"
+            raise ValueError(f"config.json says pos_embed={settings['pos_embed']!r:.50}, and there are {there}")
+        stated["position"] = None if facts.positions else "none"
     stated["no_class_position"] = settings.get("no_embed_class")
     if "input_size" in cfg and "img_size" not in args:
         stated["image_size"] = _pair(cfg["input_size"][1:])

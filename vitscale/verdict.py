@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from data_tools.errors import message_of
 from vitscale.config import UNREADABLE, from_dict
 from vitscale.ending import EXIT_FINISHED, EXIT_STOPPED, Cause, End, killed_by, read_ends
 from vitscale.heartbeat import read_heartbeats
@@ -208,7 +209,7 @@ def conclude(
             file.write(b"\n" * torn + json.dumps(asdict(past)).encode() + b"\n")
     except OSError as error:  # a full disk does not change what is to be done
         with contextlib.suppress(OSError):
-            print(f"warning: {run}/ends.jsonl cannot be written ({error})", file=sys.stderr)
+            print(f"warning: {run}/ends.jsonl cannot be written ({message_of(error)})", file=sys.stderr)
     return verdict
 
 

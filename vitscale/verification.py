@@ -20,7 +20,7 @@ from vitscale.checkpoint import Description
 from vitscale.config import ConfigError
 from vitscale.errors import CheckpointError
 from vitscale.exported import verify
-from vitscale.exported.verify import device_problem, differences_of, failed, replay, wrong_sums
+from vitscale.exported.verify import OF_THIS_MACHINE, device_problem, differences_of, in_a_line, replay, result, wrong_sums
 from vitscale.images import evaluation_view
 from vitscale.model import normalize
 from vitscale.tensorfiles import read_json
@@ -31,7 +31,7 @@ LIBRARIES = {"timm": "timm", "npz": "timm", "hf": "transformers", "safetensors":
 
 
 def verify_export(description: Description, device: str, precision: str) -> list[dict[str, Any]]:
-    """What is found, by each that loads it: `lines` for people, whether it `holds` (None: not checked), and the relative `differences`.
+    """What is found, by each that loads it, as a `result` of `exported/verify.py`.
 
     Args:
         device: that the library computes on; this program computes on the CPU, in fp32.
@@ -53,27 +53,34 @@ def verify_export(description: Description, device: str, precision: str) -> list
         return [_ours(description, about), _theirs(folder, about, device, precision)]
     except CheckpointError:
         raise
+    except OF_THIS_MACHINE as error:
+        words = f"{type(error).__name__}: {in_a_line(error)}"
+        raise CheckpointError(f"{folder}: its certificate cannot be replayed on this machine ({words}), which says nothing of it") from None
     except Exception as error:  # of safetensors, Pillow, timm and transformers on what a stranger wrote
-        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        words = f"{type(error).__name__}: {in_a_line(error)}"
         raise CheckpointError(f"{folder}: its certificate cannot be replayed ({words})") from None
 
 
 def _theirs(folder: Path, about: dict[str, Any], device: str, precision: str) -> dict[str, Any]:
-    """The library that the export is for loads and computes it; where it is not here, the files' sums alone are looked at."""
-    library, why_not = LIBRARIES[about["library"]], ""
+    """The library that the export is for loads and computes it; where it cannot here, the files' sums alone are looked at."""
+    library = LIBRARIES[about["library"]]
     found: dict[str, Any]
-    if importlib.util.find_spec(library) is None:
-        why_not = f"{library} is not installed here: `python {folder}/verify.py` where it is"
-    elif about["library"] == "safetensors" and not _is_our_code(folder / "vit.py"):
-        why_not = f"vit.py is not this version's and is not run; where you trust it: `python {folder}/verify.py`"
-    if not why_not:
+    if why_not := _why_not_run(folder, about, library):
+        faults = [f"FAILED {fault}" for fault in wrong_sums(folder)]  # which a replay looks at first
+        found = result(faults or [f"NOT CHECKED: {why_not}"], holds=False if faults else None, precision=precision)
+    else:
         with _quiet():
             found = replay(folder, device, precision)
-    elif faults := list(wrong_sums(folder)):  # which a replay looks at first
-        found = failed(faults, precision)
-    else:
-        return {"lines": [f"NOT CHECKED: {why_not}"], "holds": None, "differences": {}, "library": library}
     return found | {"library": found["library"] or library}
+
+
+def _why_not_run(folder: Path, about: dict[str, Any], library: str) -> str:
+    """Why nothing of the export's is to be computed here, if so."""
+    if importlib.util.find_spec(library) is None:
+        return f"{library} is not installed here: `python {folder}/verify.py` where it is"
+    if about["library"] == "safetensors" and not _is_our_code(folder / "vit.py"):
+        return f"vit.py is not this version's and is not run; where you trust it: `python {folder}/verify.py`"
+    return ""
 
 
 @contextmanager
@@ -108,7 +115,8 @@ def _ours(description: Description, about: dict[str, Any]) -> dict[str, Any]:
     holds = differences["pixels"] == 0 and worst <= about["tolerances"]["fp32"] and not other
     said = f"vitscale: {len(paths)} images {'to the bit' if not differences['pixels'] else 'otherwise'}, outputs within {worst:.1e}"
     said += f", and vitscale.json has another {other[0]} than was trained" if other else ""
-    return {"lines": [said], "holds": holds, "differences": differences, "library": "vitscale"}
+    found: dict[str, Any] = result([said], holds=holds, precision="fp32", differences=differences, library="vitscale")
+    return found
 
 
 def _as_tuple(value: Any) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_tools.amend import find_samples
-from data_tools.errors import UserError
+from data_tools.errors import UserError, message_of
 from data_tools.holdout import part_of
 from data_tools.progress import Update, no_update
 from vitscale import checkpoint
@@ -139,7 +139,8 @@ def which_sample(run: Path, key: str, data: Sequence[str] = (), progress: Update
             own = int(find_samples(dataset, pa.array([key]), partial(_further, progress, first, past.mixture.num_samples))[0])
         except (OSError, pa.ArrowException) as error:
             raise RunError(
-                f"the keys of {dataset.path} cannot be read ({error}); a key is looked for in its samples/, on a disk: --data says where"
+                f"the keys of {dataset.path} cannot be read ({message_of(error)}); a key is looked for in its samples/, on a disk: "
+                "--data says where"
             ) from None
         if own >= 0:
             samples.append(first + own)

@@ -449,7 +449,7 @@ def test_what_shapes_do_not_say_is_told_or_asked_for(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="num_heads is not in the file; --num-heads says it"):
         open_foreign(timm_file(tmp_path / "odd", PLAIN), NOTHING)
     rectangle = timm_file(tmp_path / "rectangle", replace(PLAIN, image_size=(16, 40)))
-    with pytest.raises(CheckpointError, match="--image-size HEIGHT WIDTH"):
+    with pytest.raises(CheckpointError, match=r"image_size is not in the file; --image-size HEIGHT WIDTH says it$"):
         open_foreign(rectangle, ImportConfig(num_heads=4))
     assert open_foreign(rectangle, ImportConfig(num_heads=4, image_size=(16, 40))).weights.model.grid == (2, 5)
     unknown = timm_file(tmp_path / "unknown", PLAIN, architecture="vit_base_patch16_rope_224", pretrained_cfg={"input_size": [3, 32, 32]})
@@ -463,13 +463,25 @@ def test_what_the_user_says_and_the_file_does_not_is_refused(tmp_path: Path) -> 
         ImportConfig(position="sincos"): "has 17 learned position embeddings; leave --position sincos out",
         ImportConfig(num_heads=8): "has 4 heads by its tensors; leave --num-heads 8 out",
         ImportConfig(image_size=(36, 36)): "has patches of 8 pixels, of which a side of --image-size 36 36 is no multiple; 32 32 works$",
-        ImportConfig(image_size=(100, 36)): "of which a side of --image-size 100 36 is no multiple$",
+        ImportConfig(image_size=(100, 36)): "of which a side of --image-size 100 36 is no multiple; 32 32 works$",
+        ImportConfig(pool="mean"): "has a class token; leave --pool mean out",
     }.items():
         with pytest.raises(CheckpointError, match=refusal):
             open_foreign(normed, said)
     gated = timm_file(tmp_path / "gated", replace(PLAIN, mlp="swiglu"))
     with pytest.raises(CheckpointError, match="has SwiGLU's MLPs, whose gate is SiLU; leave --activation gelu out"):
         open_foreign(gated, ImportConfig(num_heads=4, activation="gelu"))
+
+
+@pytest.mark.parametrize("said", ["none", "", "rope"])
+def test_positions_that_config_json_says_and_the_file_does_not_are_refused(tmp_path: Path, said: str) -> None:
+    args = {"num_heads": 4, "img_size": 32, "pos_embed": said}
+    folder = timm_file(tmp_path / "timm", PLAIN, architecture="vit_tiny_patch16_224", model_args=args)
+    with pytest.raises(CheckpointError, match=f"config.json says pos_embed='{said}', and there are 17 position embeddings$"):
+        open_foreign(folder, NOTHING)
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace(f'"pos_embed": "{said}"', '"pos_embed": "learn"'))
+    assert open_foreign(folder, NOTHING).weights.model.position == "learned_1d"
 
 
 def test_pixels_that_no_patch_covers_are_told(tmp_path: Path) -> None:
@@ -484,7 +496,7 @@ def test_equal_numbers_of_tokens_are_not_taken_for_equal_grids(tmp_path: Path) -
     """16 patches are 4 x 4 or 2 x 8: the size that is said decides, and one that does not fit is refused."""
     folder = timm_file(tmp_path / "square", PLAIN)
     assert open_foreign(folder, ImportConfig(num_heads=4, image_size=(16, 64))).weights.model.grid == (2, 8)
-    with pytest.raises(CheckpointError, match="17 position embeddings are not those of an image of 16x32"):
+    with pytest.raises(CheckpointError, match=r"patches of 8 pixels, which are not those of --image-size 16 32; 32 32 works$"):
         open_foreign(folder, ImportConfig(num_heads=4, image_size=(16, 32)))
 
 
@@ -557,7 +569,10 @@ def test_positions_that_are_computed_are_asked_for(tmp_path: Path) -> None:
     np.savez(tmp_path / "theirs.npz", **arrays)
     with pytest.raises(CheckpointError, match="--image-size 3 12 is no multiple; 8 8 or 8 16 works"):
         open_foreign(tmp_path / "theirs.npz", ImportConfig(image_size=(3, 12)))
-    with pytest.raises(CheckpointError, match="--position says whether they are computed"):
+    both = r"position and image_size are not in the file; --position sincos .* or none and --image-size HEIGHT WIDTH say"
+    with pytest.raises(CheckpointError, match=both):
+        open_foreign(tmp_path / "theirs.npz", NOTHING)
+    with pytest.raises(CheckpointError, match=r"position is not in the file; --position sincos \(computed, .*\) or none says it$"):
         open_foreign(tmp_path / "theirs.npz", ImportConfig(image_size=(32, 32)))
     ours = imported(tmp_path, tmp_path / "theirs.npz", ImportConfig(image_size=(32, 32), position="sincos"))
     images = random_images(PLAIN, 2)

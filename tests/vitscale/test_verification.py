@@ -207,6 +207,29 @@ def test_a_file_without_a_sum_is_told_by_the_command_too(tmp_path: Path, to: str
     assert (found["holds"], found["lines"]) == (False, ["FAILED extra.bin has no line in SHA256SUMS"])
 
 
+@pytest.mark.parametrize("damage", ["nothing", "a file without a sum", "other code"])
+def test_results_have_the_same_fields_always(tmp_path: Path, damage: str) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    if damage == "a file without a sum":
+        (out / "extra.bin").write_bytes(b"")
+    elif damage == "other code":
+        (out / "vit.py").write_text("raise SystemExit")
+        summed_again(out, "vit.py")
+    ours, theirs = verify_export(describe(out), "cpu", "bf16")
+    assert ours.keys() == theirs.keys() == {"lines", "holds", "differences", "library", "precision", "inexact"}
+    assert theirs["holds"] == {"nothing": True, "a file without a sum": False, "other code": None}[damage]
+    assert (ours["precision"], theirs["precision"], theirs["library"].split()[0]) == ("fp32", "bf16", "torch")
+
+
+def test_a_lack_of_the_machine_is_not_called_the_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be replayed on this machine \(ModuleNotFoundError: .*safetensors.*says nothing of it"
+    ):
+        verify_export(describe(out), "cpu", "fp32")
+
+
 @pytest.mark.parametrize("content", ["{", '{"model_type": "vit", "image_size": 32}'])
 def test_what_a_library_cannot_take_is_told_in_a_line(tmp_path: Path, content: str) -> None:
     out = exported(tmp_path, random_vit(SMALL), "hf")

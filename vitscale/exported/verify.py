@@ -33,6 +33,7 @@ except ModuleNotFoundError as error:
     print(f"NOT CHECKED: {error.name} is not installed; `pip install torch numpy pillow safetensors` and the export's library have all")
     sys.exit(2)
 
+OF_THIS_MACHINE = (ImportError, MemoryError, torch.OutOfMemoryError)  # and no fault of the export's
 # The export in its library: outputs of images (1, 3, H, W) by name, the view (3, H, W) of a picture or None, the name of the library, the
 # epsilons of its LayerNorms, what it says that it is (`class_names`, `problem_type`, `mean`, `std`, `interpolation`) as far as it does
 Loaded = namedtuple("Loaded", ["outputs", "view", "library", "epsilons", "says"])
@@ -54,7 +55,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         print(f"NOT CHECKED: {error.name} is not installed, which loading needs (`pip install {error.name}`); the SHA-256 sums hold")
         sys.exit(2)
-    except (ImportError, MemoryError, torch.OutOfMemoryError) as error:  # of this machine
+    except OF_THIS_MACHINE as error:
         print(f"NOT CHECKED: {type(error).__name__}: {in_a_line(error)}")
         sys.exit(2)
     except Exception as error:  # of libraries, on files that are not what they should be
@@ -82,10 +83,13 @@ def in_a_line(error):
 
 
 def replay(folder, device="cpu", precision="fp32"):
-    """What a library makes of an export: `lines` to print, whether all `holds`, and the measured `differences`."""
+    """What a library makes of an export, as a `result`.
+
+    Raises what the library raises, ImportError or a lack of memory where it is this machine that has not what it takes.
+    """
     folder = Path(folder)
     if faults := list(wrong_sums(folder)):  # first, for nothing of a damaged file can be told
-        return failed(faults, precision)
+        return result([f"FAILED {fault}" for fault in faults], holds=False, precision=precision)
     about = json.loads((folder / "certificate" / "certificate.json").read_text())
     expected = load_file(folder / "certificate" / "expected.safetensors")
     lines = [f"{sum(1 for _ in sums(folder))} files have their SHA-256 sums"]
@@ -94,7 +98,7 @@ def replay(folder, device="cpu", precision="fp32"):
     try:
         loaded = loader(folder, about, device, torch.bfloat16 if precision == "bf16" else torch.float32)
     except NotLoadedError as error:
-        return failed([str(error)], precision)
+        return result([f"FAILED {error}"], holds=False, precision=precision)
     view, library = loaded.view, loaded.library
     lossy = {loss["what"]: loss["words"] for loss in about["losses"]}
     differences, holds = {}, True
@@ -150,17 +154,21 @@ def replay(folder, device="cpu", precision="fp32"):
     rounded = f", rounded to {about['dtype']}" if about["dtype"] != "fp32" else ""
     verdict = f"does NOT give {wanted}{rounded}" if not holds else "differs as said above" if lossy else f"gives {wanted}{rounded}"
     lines.append(f"{library} {verdict} ({precision})")
-    return {"lines": lines, "holds": holds, "differences": differences, "library": library, "precision": precision, "inexact": why}
+    return result(lines, holds=holds, precision=precision, differences=differences, library=library, inexact=why)
+
+
+def result(lines, *, holds, precision, differences=(), library="", inexact=""):
+    """What is found of an export.
+
+    Of `lines` for people; whether it `holds` (None: not checked); the `precision` that the library computed in; the relative `differences`
+    by what was compared; the `library` and its version ("": it was not come to), and why the export is `inexact`, if so.
+    """
+    found = {"lines": lines, "holds": holds, "differences": dict(differences)}
+    return found | {"library": library, "precision": precision, "inexact": inexact}
 
 
 class NotLoadedError(ValueError):
     """A library that does not take what the export has."""
-
-
-def failed(faults, precision):
-    """What is found where nothing can be compared; of the library nothing is known by then."""
-    lines = [f"FAILED {fault}" for fault in faults]
-    return {"lines": lines, "holds": False, "differences": {}, "library": "", "precision": precision, "inexact": ""}
 
 
 def differences_of(outputs, images, expected, prefix="", device="cpu"):
