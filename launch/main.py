@@ -15,6 +15,7 @@ from data_tools.processes import spin_little
 from launch import terminal, verbs
 from launch.flags import UsageError, parse
 from launch.terminal import LaunchError
+from vitscale.ending import EXIT_INTERRUPTED
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
         dispatch([word for word in sys.argv[1:] if word != "--debug"])
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # `vitscale ... | head`
         sys.stderr.close()
         sys.exit(1)

@@ -24,7 +24,7 @@ from typing import IO
 
 from launch.flags import UsageError
 from launch.terminal import LaunchError
-from vitscale.ending import EXIT_FINISHED, EXIT_STOPPED, Cause, End, killed_by, read_ends, write_end
+from vitscale.ending import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_STOPPED, Cause, End, killed_by, read_ends, write_end
 from vitscale.machine import this_host
 from vitscale.run import reached
 
@@ -55,34 +55,47 @@ def rank_count(nproc: int, gpus: int) -> int:
 class Stop:
     """Signals that ask a command with ranks to stop: at one they save, at a second one all ends at once, as a KeyboardInterrupt."""
 
+    saves: bool = True
+    """Whether the ranks have something to save; where not, all ends at the first signal."""
     signals: list[int] = field(default_factory=list)
     deferred: bool = False
-    """Whether who waits for the ranks looks for a second one: raised in the middle of Popen's methods, it would leave their lock held."""
+    """Whether who waits for the ranks looks at `ends`: raised in the middle of Popen's methods, it would leave their lock held."""
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal."""
         self.signals.append(number)
-        if len(self.signals) == 1:
-            print("\nstopping: the ranks save at their next step; once more ends them at once", file=sys.stderr, flush=True)
-        elif not self.deferred:
+        if self.ends and not self.deferred:
             raise KeyboardInterrupt
+        if not self.ends:
+            print("\nstopping: the ranks save at their next step; once more ends them at once", file=sys.stderr, flush=True)
+
+    @property
+    def ends(self) -> bool:
+        """Whether all is to end at once."""
+        return len(self.signals) > self.saves
 
     @property
     def exit_status(self) -> int:
-        """Of a command that stopped so: 130 after Ctrl-C, as a shell has it, else 75."""
-        return 130 if signal.SIGINT in self.signals else EXIT_STOPPED
+        """Of a command that stopped so."""
+        return EXIT_INTERRUPTED if signal.SIGINT in self.signals else EXIT_STOPPED
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
-    """Ctrl-C and TERM are taken note of."""
-    stop = Stop()
+def stopping(*, saves: bool = True) -> Iterator[Stop]:
+    """Takes note of Ctrl-C and TERM; where ranks have nothing to save, the handlers of before hear of them once the ranks have ended."""
+    stop = Stop(saves)
     before = {number: signal.signal(number, stop.note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
+    except KeyboardInterrupt:
+        if saves:
+            sys.exit(stop.exit_status)
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if stop.signals and not saves:
+            signal.raise_signal(stop.signals[0])
 
 
 def run_ranks(command: Sequence[str], nproc: int, folder: Path) -> None:
@@ -91,10 +104,10 @@ def run_ranks(command: Sequence[str], nproc: int, folder: Path) -> None:
     Rank 0 has this process's error stream for its progress. A rank that fails leaves its end record in the folder, as in a run's; raises
     LaunchError with what the first one said.
     """
-    with contextlib.ExitStack() as logs:
+    with contextlib.ExitStack() as logs, stopping(saves=False) as stop:
         files = [logs.enter_context(open(folder / f"rank-{rank}.log", "wb")) for rank in range(nproc)]
         outputs = [(file, file if rank else None) for rank, file in enumerate(files)]
-        _, failed = to_the_end(command, folder, 0, outputs, Stop(), of_first={})
+        _, failed = to_the_end(command, folder, 0, outputs, stop, of_first={})
     if failed:
         first = read_ends(folder, 0)[0]
         where = "" if first.cause in (Cause.INPUT, Cause.KILLED) else f"\n(rank {first.rank} of {nproc})"
@@ -112,7 +125,7 @@ def to_the_end(
     Args:
         folder, start: where a rank leaves its end record.
         outputs: of each rank the files for its standard output and its errors; None: this process's.
-        stop: at a signal the ranks are asked to save, at a second one this raises KeyboardInterrupt.
+        stop: at a signal the ranks are asked to save; where it `ends`, this raises KeyboardInterrupt.
         of_first: what rank 0 alone has in its environment.
         pass_fds: descriptors that all inherit.
     """
@@ -142,7 +155,8 @@ def to_the_end(
 def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
     """Returns the ranks that failed first, once one of them is known to be the cause, or none when all have ended well.
 
-    One that left no record is given one. At a signal that `stop` has noted the ranks are asked to save; two are a KeyboardInterrupt.
+    One that left no record is given one. At a signal that `stop` has noted the ranks are asked to save; where it `ends`, this raises
+    KeyboardInterrupt.
     """
     running = {os.pidfd_open(process.pid): rank for rank, process in enumerate(ranks)}
     failed: list[int] = []
@@ -153,7 +167,7 @@ def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], stop: Sto
             for descriptor in (signals, *running):
                 poll.register(descriptor, select.POLLIN)
             while running:
-                if len(stop.signals) > 1:
+                if stop.ends:
                     raise KeyboardInterrupt
                 if stop.signals and not told:
                     told = True

@@ -26,7 +26,7 @@ def watch(flags: EvaluateFlags) -> None:
     A stop leaves nothing half written, and the same command goes on. A checkpoint that the run removes meanwhile, and one that is damaged,
     are told of and left out.
     """
-    from vitscale.ending import EXIT_STOPPED
+    from vitscale.ending import EXIT_INTERRUPTED, EXIT_STOPPED
     from vitscale.metrics import open_board
     from vitscale.run import read_evaluations
     from vitscale.watch import follow, note, recording
@@ -62,7 +62,7 @@ def watch(flags: EvaluateFlags) -> None:
                 print(json.dumps(line) if flags.json else f"step {line['step']}: {summary(report)}", flush=True)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on with what {run} has written since", file=sys.stderr)
-        sys.exit(EXIT_STOPPED if terminated else 130)
+        sys.exit(EXIT_STOPPED if terminated else EXIT_INTERRUPTED)
     if not flags.json:
         print(f"{run} is finished, and all its checkpoints are evaluated")
 

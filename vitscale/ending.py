@@ -24,6 +24,7 @@ from vitscale.config import UNREADABLE, from_dict
 from vitscale.machine import this_host, this_place
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_STOPPED = 0, 1, 75  # of a rank; stopped: saved, to be gone on with later
+EXIT_INTERRUPTED = 130  # of a command after Ctrl-C, as a shell has it
 
 
 class Cause(StrEnum):

@@ -24,25 +24,41 @@ run_ranks([sys.executable, "-c", code], 2, Path("."))
 STOPPED_TWICE = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from launch.ranks import stopping, to_the_end
+from launch.ranks import run_ranks, stopping, to_the_end
 
-def second(frame, event, function):  # as one that comes while the ranks are asked to save, right after a lock of Popen's was taken
-    if event == "c_return" and getattr(function, "__name__", "") == "acquire" and frame.f_code.co_name == "_internal_poll" and stop.signals:
+def second(frame, event, function):  # as one that comes right after a lock of Popen's was taken, once the first has come
+    if event == "c_return" and getattr(function, "__name__", "") == "acquire" and frame.f_code.co_name == "_internal_poll":
         sys.setprofile(None)
         os.kill(os.getpid(), signal.SIGINT)
 
-with stopping() as stop, open(os.devnull, "wb") as nothing:
+def first(number, frame):
     sys.setprofile(second)
-    try:
-        to_the_end(["sh", "-c", "echo up > up; exec sleep infinity"], Path("."), 0, [(nothing, None)], stop, of_first={})
-    except KeyboardInterrupt:
-        print(len(stop.signals))
+    handler(number, frame)
+
+def watched(number, to):  # a handler that is set for ranks is heard of by `second`, too
+    global handler
+    if number == signal.SIGINT and callable(to) and to is not default:
+        handler, to = to, first
+    return install(number, to)
+
+install, default = signal.signal, signal.default_int_handler
+signal.signal = watched
+command = ["sh", "-c", "echo up > up; exec sleep infinity"]
+try:
+    if sys.argv[1] == "training":
+        with stopping() as stop, open(os.devnull, "wb") as nothing:
+            to_the_end(command, Path("."), 0, [(nothing, None)], stop, of_first={})
+    else:
+        run_ranks(command, 1, Path("."))
+except (KeyboardInterrupt, SystemExit) as error:
+    print("ended", getattr(error, "code", ""))
 """
 
 
 def ranks(folder: Path, do: str) -> tuple["subprocess.Popen[str]", list[int]]:
     """A launcher of two ranks that do something and then wait for ever, and the ranks' pids, once both are there."""
-    os.mkfifo(folder / "pids")
+    for name in ("pids", "go"):
+        os.mkfifo(folder / name)
     launcher = subprocess.Popen([sys.executable, "-c", RANKS, do], cwd=folder, stderr=subprocess.PIPE, text=True)
     with open(os.open(folder / "pids", os.O_RDWR)) as told:  # which never ends, whoever closes it
         pids = [int(told.readline()) for _ in range(2)]
@@ -50,40 +66,39 @@ def ranks(folder: Path, do: str) -> tuple["subprocess.Popen[str]", list[int]]:
 
 
 def test_when_a_rank_is_killed_all_end_and_it_is_told_which(tmp_path: Path) -> None:
-    launcher, pids = ranks(tmp_path, "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)")
+    launcher, pids = ranks(tmp_path, "os.environ['RANK'] == '1' and (open('go').read(), os.kill(os.getpid(), signal.SIGKILL))")
+    (tmp_path / "go").write_text("")
     _, said = launcher.communicate()
     assert said.rstrip().endswith("LaunchError: error: rank 1 was killed by SIGKILL")
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def test_ctrl_c_ends_all_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_ranks_and_then_their_launcher(tmp_path: Path, number: signal.Signals) -> None:
     launcher, pids = ranks(tmp_path, "0")
-    launcher.send_signal(signal.SIGINT)
-    assert launcher.wait() == -signal.SIGINT
+    launcher.send_signal(number)
+    assert launcher.wait() == -number
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def test_a_second_ctrl_c_may_come_at_any_moment(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("of", "said"), [("training", "ended 130\n"), ("evaluation", "ended \n")])
+def test_a_second_ctrl_c_may_come_at_any_moment(tmp_path: Path, of: str, said: str) -> None:
     os.mkfifo(tmp_path / "up")
-    launcher = subprocess.Popen([sys.executable, "-c", STOPPED_TWICE], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen([sys.executable, "-c", STOPPED_TWICE, of], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     (tmp_path / "up").read_text()
     launcher.send_signal(signal.SIGINT)
     try:
-        said, _ = launcher.communicate(timeout=60)
+        found, _ = launcher.communicate(timeout=60)
     finally:
         launcher.kill()
-    assert (launcher.returncode, said) == (0, "2\n")
+    assert (launcher.returncode, found) == (0, said)
 
 
-def test_a_second_ctrl_c_ends_what_comes_before_the_ranks() -> None:
-    waits = "import signal; from launch.ranks import stopping\nwith stopping():\n  while True: print('up', flush=True); signal.pause()"
-    launcher = subprocess.Popen([sys.executable, "-c", waits], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert launcher.stdout
-    for _ in range(2):
-        assert launcher.stdout.readline() == "up\n"
-        launcher.send_signal(signal.SIGINT)
-    launcher.communicate(timeout=60)
-    assert launcher.returncode == -signal.SIGINT
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_second_signal_ends_what_comes_before_the_ranks(number: signal.Signals, status: int) -> None:
+    code = "from signal import raise_signal as come; from launch.ranks import stopping\nwith stopping(): come(N); print('one'); come(N)"
+    launcher = subprocess.run([sys.executable, "-c", code.replace("N", str(int(number)))], capture_output=True, text=True, check=False)
+    assert (launcher.returncode, launcher.stdout) == (status, "one\n"), launcher.stderr
 
 
 def test_a_signal_that_does_not_interrupt_the_wait_ends_it(tmp_path: Path) -> None:
