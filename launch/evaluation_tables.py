@@ -1,4 +1,4 @@
-"""What `vitscale evaluate` prints of a report, for people and for programs.
+"""What is printed of a report, by `evaluate`, its `--watch` and `run status`.
 
 A report is that of `evaluation.report_on`: of `--protocol head` the fields of `Measures`, else those of `ProbeReport`.
 """
@@ -10,7 +10,7 @@ from launch.question import EvaluateFlags
 from vitscale.config import SOLVER_SETTING
 from vitscale.metrics import counted
 
-# What intervals cover, which two accuracies that are compared must share
+# What an interval covers: only accuracies whose intervals cover the same may be compared by them
 _DRAWS = "Student's t of other draws of shots, on these test samples"
 _SAMPLES = "Wilson's of other test samples"
 _FIGURES = {  # of a line: fields of a report, or of a probe's result
@@ -40,7 +40,8 @@ def summary(report: Mapping[str, Any]) -> str:
     if report.get("protocol") not in _PROBED:
         return _figures(report)
     results = report.get("results")
-    found = [of for of in results if isinstance(of, Mapping)] if isinstance(results, Sequence) else []
+    which, _ = _PROBED[report["protocol"]]
+    found = [of for of in results if isinstance(of, Mapping) and which in of] if isinstance(results, Sequence) else []
     return "; ".join(f"{_probed(report['protocol'], result)}: {_figures(result)}" for result in found) or "no figure"
 
 
@@ -52,7 +53,7 @@ def _figures(found: Mapping[str, Any]) -> str:
 def _probed(protocol: str, result: Mapping[str, Any]) -> str:
     """Which of a probe's results one is."""
     field, noun = _PROBED[protocol]
-    value = result.get(field, "?")
+    value = result[field]
     return counted(value, noun) if isinstance(value, int) else f"{noun} by {value}"
 
 
@@ -65,7 +66,7 @@ def report_lines(report: Mapping[str, Any], flags: EvaluateFlags) -> list[str]:
     of = f"{report['checkpoint']} on {report['samples']:,} samples of {report['data']}{skipped}"
     lines = [
         f"{of}, by the {report['eval_protocol']} protocol:",
-        f"top-1 {report['top1']:.2%}, top-5 {report['top5']:.2%}, loss {report['loss']:.4f}",
+        _figures({name: report[name] for name in ("top1", "top5", "loss")}),
         f"95% of another such draw of samples: top-1 {_span(report['top1_interval'])}, top-5 {_span(report['top5_interval'])}",
         f"calibration error {report['calibration_error']:.2%}",
     ]

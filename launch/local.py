@@ -22,14 +22,14 @@ from vitscale.verdict import Verdict, conclude
 
 
 def start(config: TrainConfig, nproc: int, terminal: TextIO, stop: Stop) -> int:
-    """Starts or resumes the run of a resolved config on this machine and waits for its end, as `run_to_end` does."""
+    """Starts or resumes the run of a resolved config on this machine and waits for its end, as `_run_to_end` does."""
     run = Path(config.out)
     with locked(run) as lock:
         (run / "stop").unlink(missing_ok=True)  # who starts a run wants it to go on
-        return run_to_end(config, nproc, lock, terminal, stop)
+        return _run_to_end(config, nproc, lock, terminal, stop)
 
 
-def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO, stop: Stop) -> int:
+def _run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO, stop: Stop) -> int:
     """Starts the run of a resolved config on `nproc` ranks, again and again as long as that helps; rank 0 tells its progress at `terminal`.
 
     Returns the command's exit status: 0 for a run that is finished, though perhaps it was asked to stop at its end, 130 after Ctrl-C, 75
@@ -40,15 +40,15 @@ def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO, 
         if open_run(config, nproc):
             print(f"{run} is finished; another --out starts anew", file=sys.stderr)
             return EXIT_FINISHED
-        start = newest_start(run)
+        number = newest_start(run)
         try:
-            status = _start_once(run, start, nproc, lock, terminal, stop)
+            status = _start_once(run, number, nproc, lock, terminal, stop)
         except KeyboardInterrupt:
             status = -signal.SIGKILL
-        verdict, saved = conclude(run, start, status, stop_asked=bool(stop.signals)), committed(run)
+        verdict, saved = conclude(run, number, status, stop_asked=bool(stop.signals)), committed(run)
         if verdict.action == "finished":
             return EXIT_FINISHED
-        ends = read_ends(run, start)
+        ends = read_ends(run, number)
         if stop.signals or (run / "stop").exists():
             if ends and ends[0].cause is Cause.DISK_FULL:  # what was to be saved is not
                 print(ends[0].words, file=sys.stderr)
@@ -56,7 +56,7 @@ def run_to_end(config: TrainConfig, nproc: int, lock: TextIO, terminal: TextIO, 
             print(f"stopped; the same command {where}", file=sys.stderr)
             return stop.exit_status
         if verdict.action == "stop":
-            raise LaunchError(_last_words(run, start, ends, verdict))
+            raise LaunchError(_last_words(run, number, ends, verdict))
         # what is requeued under SLURM is started again here: there is no other machine
         goes_on = f"going on from {saved[-1].name}" if saved else "starting anew, because no checkpoint was written yet"
         print(f"{_what_happened(ends, verdict)}; {goes_on} (restart {restart})", file=terminal, flush=True)

@@ -40,17 +40,17 @@ class EvaluateFlags:
     solver: Solver = "lbfgs"
     """Of --protocol linear (docs/evaluation.md, "Probes")."""
     real: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
-    """Reassessed labels to be evaluated against, too: ImageNet's real.json, or an object of key to labels."""
+    """Of --protocol head: reassessed labels to be evaluated against, too: ImageNet's real.json, or an object of key to labels."""
     average_precision: bool = False
-    """Mean average precision over the classes. Keeps all scores in memory: 4 bytes for each sample and class."""
+    """Of --protocol head: mean average precision over the classes. Keeps all scores in memory: 4 bytes for each sample and class."""
     bootstrap: int = 0
-    """Resamples of the samples for its interval; 0: none. 1000 are usual."""
+    """Of --average-precision: resamples of the samples for its interval; 0: none. 1000 are usual."""
     seed: int = 0
-    """Of the resamples."""
+    """Of --bootstrap."""
     per_class: bool = False
-    """A row a class: samples, accuracy, what it is most confused with."""
+    """Of --protocol head: a row a class, with samples, accuracy, what it is most confused with."""
     confusions: int = 0
-    """So many of the most frequent pairs of a class and another that it is taken for."""
+    """Of --protocol head: so many of the most frequent pairs of a class and another that it is taken for."""
     out: Annotated[str, tyro.conf.arg(metavar="FILE")] = ""
     """Write everything there as JSON: all classes, all confusions."""
     watch: bool = False

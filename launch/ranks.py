@@ -94,7 +94,11 @@ def stopping(*, saves: bool = True) -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if stop.signals and not saves:
+        if stop.signals and saves:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the command ends: one that came now would change its exit status alone
+        elif stop.signals:
+            if before[signal.Signals(stop.signals[0])] is signal.SIG_DFL:
+                sys.exit(128 + stop.signals[0])  # as a shell has it; a death by the signal would leave files behind
             signal.raise_signal(stop.signals[0])
 
 

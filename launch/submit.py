@@ -221,7 +221,10 @@ def submit_sweep(flags: SubmitFlags, site: Site, asked: FinetuneConfig, rates: S
     wanted = [trial for trial, of in zip(configs, known, strict=True) if of.state == "unfinished"]
     rate = rate_begun(Path(asked.out)) or grid[0]
     trials, final = [prepare(flags, site, trial) for trial in wanted], prepare(flags, site, final_run(asked, rate))
-    check_alike([resolve(trial, final.plan.world_size) for trial in configs] + [final.config])
+    resolved = [resolve(trial, final.plan.world_size) for trial in configs]
+    for config in resolved:
+        check_start(config)  # those that are finished, too: a result of other settings is none of this sweep's
+    check_alike([*resolved, final.config])
     plans = [dataclasses.asdict(prepared.plan) for prepared in (*trials, final)]
     if flags.dry_run:
         tell(flags, "\n".join(prepared.script for prepared in (*trials, final)), {"plans": plans})

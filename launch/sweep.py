@@ -7,8 +7,8 @@ Where it stands: over `local.start`, as a single run does; then the best rate tr
 of the trials and of the run, whose tasks ask `at_best` for the rate.
 
 Invariants: what is known of a trial lies in its own directory alone, so that the same command goes on wherever it was stopped and makes no
-finished trial again; all trials and RUN begin from the same weights; a trial that diverges is a result, anything else that ends one ends
-the sweep.
+finished trial again; nothing is trained for a run that has begun, whose rate is chosen; all trials and RUN begin from the same weights and
+have the same settings; a trial that diverges is a result, anything else that ends one ends the sweep.
 """
 
 import dataclasses
@@ -28,8 +28,9 @@ from launch.terminal import LaunchError, print_json
 from vitscale.config import FinetuneConfig, TrainConfig
 from vitscale.ending import Cause
 from vitscale.intervals import wilson
+from vitscale.metrics import counted
 from vitscale.resolve import resolve
-from vitscale.run import begun_config, check_directory, check_start, is_finished, read_metrics, write_json
+from vitscale.run import begun_config, check_directory, check_start, is_finished, read_metrics, read_record, write_json
 from vitscale.status import status
 from vitscale.verdict import read_history
 
@@ -51,6 +52,8 @@ class Trial:
     loss: float | None = None
     samples: int = 0
     """Of the held-out part."""
+    left_out: int = 0
+    """Steps whose gradient was not finite."""
 
 
 # -- What is tried, and what came of it ---------------------------------------------------------------------------------------------------
@@ -95,14 +98,23 @@ def final_run(asked: FinetuneConfig, peak_lr: float) -> FinetuneConfig:
 
 
 def trial_at(run: Path, peak_lr: float) -> Trial:
-    """What a trial has come to so far, from its directory."""
+    """What a trial has come to so far, from its directory.
+
+    One that came to its end has diverged, too, where it was rolled back because its gradient stayed not finite, where it was not at its
+    last step, or where the loss is not: its top-1 is that of weights which learned nothing since.
+    """
     history = read_history(run)
     if history and history[-1].cause == Cause.DIVERGED and history[-1].action == "stop":
         return Trial(peak_lr, str(run), "diverged")
     if not is_finished(run):
         return Trial(peak_lr, str(run), "unfinished")
-    last = [line for line in read_metrics(run) if "eval_top1" in line][-1]
-    return Trial(peak_lr, str(run), "finished", last["eval_top1"], last["eval_loss"], int(last["eval_samples"]))
+    record, metrics = read_record(run), read_metrics(run)
+    last = [line for line in metrics if "eval_top1" in line][-1]
+    left_out = {line["step"] for line in metrics if "left_out" in line}
+    rolled_back = any(of["cause"] == Cause.NONFINITE for of in record.get("skipped", []))
+    if rolled_back or record["total_steps"] in left_out or not math.isfinite(last["eval_loss"]):
+        return Trial(peak_lr, str(run), "diverged", left_out=len(left_out))
+    return Trial(peak_lr, str(run), "finished", last["eval_top1"], last["eval_loss"], int(last["eval_samples"]), len(left_out))
 
 
 def rate_begun(run: Path) -> float | None:
@@ -117,7 +129,8 @@ def check_sweep_can_choose(run: Path, trials: Sequence[Trial]) -> None:
     if begun is None:
         return
     rate = begun.optimizer.peak_lr
-    if any(trial.state == "unfinished" for trial in trials) or best_trial(trials).peak_lr != rate:
+    decided = not any(trial.state == "unfinished" for trial in trials) and any(trial.state == "finished" for trial in trials)
+    if not decided or best_trial(trials).peak_lr != rate:
         grid, holdout = " ".join(f"{trial.peak_lr!r}" for trial in trials), f"--holdout {begun.holdout!r} " if begun.holdout else ""
         raise SweepError(
             f"{run} has begun, at the peak learning rate {rate!r}; --sweep {grid} would choose one anew, for which give another --out; "
@@ -134,12 +147,7 @@ def best_trial(trials: Sequence[Trial]) -> Trial:
         rates = " ".join(f"{trial.peak_lr:g}" for trial in trials)
         lower = min(trial.peak_lr for trial in trials) / 10
         raise SweepError(f"every trial of --sweep {rates} diverged; lower rates may work, as --sweep {lower:g}")
-    return max(finished, key=lambda trial: (trial.top1, -_finite(trial.loss), -trial.peak_lr))
-
-
-def _finite(loss: float | None) -> float:
-    """A loss to compare by: NaN is worse than any."""
-    return loss if loss is not None and math.isfinite(loss) else math.inf
+    return max(finished, key=lambda trial: (trial.top1, -(trial.loss or 0.0), -trial.peak_lr))
 
 
 def table(trials: Sequence[Trial], share: float) -> str:
@@ -153,8 +161,10 @@ def table(trials: Sequence[Trial], share: float) -> str:
         found = f"{trial.state:>39}"
         if trial.top1 is not None:
             low, high = wilson(round(trial.top1 * trial.samples), trial.samples)
-            found = f"{trial.top1:>9.2%}{f'{low:.1%} to {high:.1%}':>21}{trial.loss:>9.4f}"
-        lines.append(f"{trial.peak_lr:>9g}{found}   {trial.run}{'  best' if trial == chosen else ''}")
+            loss = f"{trial.loss:.4f}" if trial.loss is not None and trial.loss < 1e3 else f"{trial.loss:.2g}"
+            found = f"{trial.top1:>9.2%}{f'{low:.1%} to {high:.1%}':>21}{loss:>9}"
+        left_out = f"  ({counted(trial.left_out, 'step')} left out, not finite)" if trial.left_out else ""
+        lines.append(f"{trial.peak_lr:>9g}{found}   {trial.run}{left_out}{'  best' if trial == chosen else ''}")
     return "\n".join(lines)
 
 
@@ -180,25 +190,36 @@ def sweep(asked: FinetuneConfig, given: Sequence[float], nproc: int, *, as_json:
     share = configs[0].holdout
     trials = [trial_at(Path(config.out), lr) for config, lr in zip(configs, grid, strict=True)]
     check_sweep_can_choose(run, trials)
+    best: Trial | None = None
     with stopping() as stop:
-        for number, (config, lr) in enumerate(zip(configs, grid, strict=True)):
-            if trials[number].state != "unfinished":
-                continue
-            print(f"sweep: peak lr {lr:g}, {number + 1} of {len(grid)}", file=said, flush=True)
-            if ended := try_out(config, nproc, said, stop):
-                return ended
-            trials[number] = trial_at(Path(config.out), lr)
-            note(run, trials, share)
-            if stop.signals:  # too late for the trial, and not for what follows
-                print(f"stopped; the same command goes on after {config.out}", file=sys.stderr)
-                return stop.exit_status
-        best = best_trial(trials)
-        note(run, trials, share, best)
-        print(table(trials, share), file=said, flush=True)
-        ended = start(resolve(final_run(asked, best.peak_lr), nproc), nproc, said, stop)
+        ended = try_all(run, configs, trials, nproc, said, stop)
+        if not ended:
+            best = best_trial(trials)
+            note(run, trials, share, best)
+            print(table(trials, share), file=said, flush=True)
+            ended = start(resolve(final_run(asked, best.peak_lr), nproc), nproc, said, stop)
     if as_json:
-        print_json({"holdout": share, "trials": [vars(trial) for trial in trials], "best": best.peak_lr, "run": status(run)})
+        state = status(run) if begun_config(run) else None
+        print_json({"holdout": share, "trials": [vars(of) for of in trials], "best": best.peak_lr if best else None, "run": state})
     return ended
+
+
+def try_all(run: Path, configs: Sequence[TrainConfig], trials: list[Trial], nproc: int, terminal: TextIO, stop: Stop) -> int:
+    """Makes the trials that are not finished, one after another; the command's exit status where that was stopped, else 0."""
+    for number, config in enumerate(configs):
+        lr = config.optimizer.peak_lr
+        if trials[number].state != "unfinished":
+            continue
+        print(f"sweep: peak lr {lr:g}, {number + 1} of {len(configs)}", file=terminal, flush=True)
+        ended = try_out(config, nproc, terminal, stop)
+        trials[number] = trial_at(Path(config.out), lr)
+        if not ended:
+            note(run, trials, config.holdout)
+        if stop.signals or ended:  # perhaps too late for the trial, and not for what follows
+            made = sum(trial.state != "unfinished" for trial in trials)
+            print(f"stopped with {made} of {counted(len(trials), 'trial')} made; the same command makes the others", file=sys.stderr)
+            return ended or stop.exit_status
+    return 0
 
 
 def try_out(config: TrainConfig, nproc: int, terminal: TextIO, stop: Stop) -> int:
@@ -213,9 +234,9 @@ def try_out(config: TrainConfig, nproc: int, terminal: TextIO, stop: Stop) -> in
 
 def check_alike(configs: Sequence[TrainConfig]) -> None:
     """Raises SweepError where runs of a sweep begin from different weights, as where a run that is fine-tuned went on meanwhile."""
-    folders = {config.init.folder: config.out for config in configs if config.init}
-    if len(folders) > 1:
-        (one, of_one), (other, of_other), *_ = folders.items()
+    inits = {Path(config.init.folder).resolve(): (config.out, config.init.folder) for config in configs if config.init}
+    if len(inits) > 1:
+        (of_one, one), (of_other, other), *_ = inits.values()
         raise SweepError(
             f"{of_one} began from {one}, and {of_other} is to begin from {other}; give another --out, and an --init that "
             "stays: a run that is finished, or an export of the checkpoint"

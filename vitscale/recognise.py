@@ -103,6 +103,8 @@ def _check_overrides(overrides: ImportConfig) -> None:
         raise ConfigError(f"num_heads={overrides.num_heads} must be at least 1")
     if overrides.eval_crop is not None and (problem := crop_problem(overrides.eval_crop, "eval_crop")):
         raise ConfigError(problem)
+    if overrides.std is not None and min(overrides.std) <= 0:
+        raise ConfigError(f"std={overrides.std} must be above 0; 0.5 0.5 0.5 is")
     for name, values in (("mean", overrides.mean), ("std", overrides.std)):
         if values is not None and not all(0 <= value <= 1 for value in values):
             raise ConfigError(f"{name}={values} must lie in [0, 1], for pixels do; 114 of 255 is 0.447")
@@ -225,6 +227,9 @@ def _check_said(facts: Facts, overrides: ImportConfig, where: str) -> None:
     """Raises CheckpointError where the user's word is not what the tensors have."""
     if facts.num_heads and overrides.num_heads not in (None, facts.num_heads):
         raise CheckpointError(f"{where} has {facts.num_heads} heads by its tensors; leave --num-heads {overrides.num_heads} out")
+    if overrides.num_heads and facts.width % overrides.num_heads:
+        usual = f"; {_HEADS[facts.width]} is usual" if facts.width in _HEADS else ""
+        raise CheckpointError(f"{where} has a width of {facts.width}, which --num-heads {overrides.num_heads} does not divide{usual}")
     if facts.swiglu and overrides.activation:
         raise CheckpointError(f"{where} has SwiGLU's MLPs, whose gate is SiLU; leave --activation {overrides.activation} out")
     if facts.positions is not None and overrides.position:
@@ -262,7 +267,10 @@ def _settle(form: Format, facts: Facts, stated: Mapping[str, Any], overrides: Im
     asked: dict[str, str] = {}  # what is said nowhere, and the flag that says it
 
     def settle(name: str, default: Any, of: str = "", values: str = "") -> Any:
-        for value in (getattr(overrides, name), stated.get(name)):
+        said, beside = getattr(overrides, name), stated.get(name)
+        if said is not None and beside not in (None, said):
+            assumed.append(f"{name} {said} (as said; the JSON beside the weights says {beside})")
+        for value in (said, beside):
             if value is not None:
                 return value
         if default is None or stated.get("unknown"):
@@ -278,8 +286,10 @@ def _settle(form: Format, facts: Facts, stated: Mapping[str, Any], overrides: Im
     position: Literal["learned_1d", "sincos", "none"] = "learned_1d"
     if facts.positions is None:
         position = settle("position", None, values=" sincos (computed, as big_vision's) or none")
-    if not _grids(facts, None):
+    if not _grids(facts, None) or overrides.image_size:
         settle("image_size", None, values=" HEIGHT WIDTH")
+    if overrides.pool and stated.get("pool") not in (None, overrides.pool):
+        assumed.append(f"pool {overrides.pool} (as said; the JSON beside the weights says {stated['pool']})")
     if asked:
         raise CheckpointError(
             f"{where} is {form}'s; {' and '.join(asked)} {'is' if len(asked) == 1 else 'are'} not in the file{stated.get('unknown', '')}; "

@@ -79,7 +79,7 @@ def read_model(form: Format, facts: Facts, sidecars: Sidecars, *, headless: bool
         if form.startswith("hf_vit") and kind not in ("vit", "vit_mae"):
             defaults = {}  # of a model with ViT's tensors, whose defaults are not known
         config = {"hidden_act": "gelu", "image_size": 224, **defaults, **config}
-        act, eps = config["hidden_act"], config.get("layer_norm_eps")
+        act, eps = "gelu" if facts.swiglu else config["hidden_act"], config.get("layer_norm_eps")  # SwiGLU looks at none
         if act not in _ACTIVATIONS:
             raise ValueError(f"hidden_act is {act!r:.50}; {', '.join(_ACTIVATIONS)} are known")
         if config.get("pooler_act", "tanh") != "tanh":
@@ -158,7 +158,7 @@ def _of_timm(facts: Facts, config: Mapping[str, Any], args: Mapping[str, Any], c
         if "act_layer" not in args:
             return stated
     stated["layer_norm_eps"] = 1e-5 if "_clip" in architecture else 1e-6
-    act = args.get("act_layer", "quick_gelu" if "quickgelu" in architecture else "gelu")
+    act = "gelu" if facts.swiglu else args.get("act_layer", "quick_gelu" if "quickgelu" in architecture else "gelu")
     if act not in _ACTIVATIONS:
         raise ValueError(f"act_layer is {act!r:.50}; {', '.join(_ACTIVATIONS)} are known")
     stated["activation"] = _ACTIVATIONS[act]

@@ -52,7 +52,7 @@ def test_a_summary_is_one_line_of_what_there_is() -> None:
     assert summary(probed("linear", LINEAR)) == "linear head by lbfgs: top-1 50.00%, top-5 90.00%"
     for odd in (None, [], [5], "no"):
         assert summary({"protocol": "knn", "results": odd}) == "no figure"
-    assert summary({"protocol": "fewshot", "results": [{}]}) == "shot by ?: no figure"
+    assert summary({"protocol": "fewshot", "results": [{"top1": 0.5}]}) == "no figure", "of which it is not known"
 
 
 def test_lines_say_what_to_beware_of() -> None:

@@ -73,11 +73,11 @@ def test_when_a_rank_is_killed_all_end_and_it_is_told_which(tmp_path: Path) -> N
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_ranks_and_then_their_launcher(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_ranks_and_then_their_launcher(tmp_path: Path, number: signal.Signals, status: int) -> None:
     launcher, pids = ranks(tmp_path, "0")
     launcher.send_signal(number)
-    assert launcher.wait() == -number
+    assert launcher.wait() == status
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 

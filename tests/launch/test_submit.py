@@ -148,6 +148,13 @@ def test_a_sweep_is_a_job_of_each_trial_and_the_run_behind_them(cluster: Cluster
     assert (noted["best"], read_config(run).optimizer.peak_lr, read_config(run).holdout) == (best["peak_lr"], best["peak_lr"], 0.0)
     assert [len(read_record(run / "sweep" / f"lr-{lr}")["starts"]) for lr in (0.001, 0.1, 0.3)] == [1, 1, 1]
     assert f"{best['peak_lr']:>9g}" in logs(folder), "the table"
+    late = submit("--dry-run", *words, "0.2")
+    assert (late.returncode, late.stdout) == (1, "")
+    assert f"has begun, at the peak learning rate {best['peak_lr']!r}" in late.stderr
+    elsewhere = ["--out", tmp_path / "other", "--holdout", "0.2", "--steps", "6"]
+    shutil.copytree(run / "sweep" / "lr-0.1", tmp_path / "other" / "sweep" / "lr-0.1")
+    other = submit("--dry-run", "--", *verb, *elsewhere, "--sweep", "0.1", "0.2")
+    assert (other.returncode, "lr-0.1 holds a run with other settings: steps: 4 -> 6" in other.stderr) == (1, True), other.stderr
 
 
 @pytest.mark.parametrize(

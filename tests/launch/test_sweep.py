@@ -3,21 +3,22 @@
 import dataclasses
 import json
 import signal
-import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_tools.dataset import Dataset
 from data_tools.holdout import Part
 from launch.flags import UsageError
-from launch.sweep import SweepError, Trial, best_trial, check_alike, final_run, grid_of, table, trial_at, trials_of
+from launch.local import start
+from launch.sweep import SweepError, Trial, best_trial, check_alike, final_run, grid_of, sweep, table, trial_at, trials_of
 from launch.verbs import finetune_flags
-from tests.command import VITSCALE, vitscale
+from tests.command import vitscale
 from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale.config import FinetuneConfig, InitConfig, OptimizerConfig, SweepConfig, TrainConfig, ViTConfig
 from vitscale.recipes import FINETUNE, recipe
-from vitscale.run import read_config, read_metrics, read_record
+from vitscale.run import is_finished, read_config, read_metrics, read_record
 
 SOURCE = ViTConfig(depth=1, width=16, mlp_dim=16, num_heads=2, patch_size=8, image_size=(16, 16), num_classes=7)
 # What is learned in six steps depends on the rate; a gradient that is not finite ends a run at once
@@ -87,6 +88,8 @@ def test_what_cannot_be_swept_is_refused() -> None:
     runs = [TrainConfig(out=out, init=InitConfig("run", "average", "timm", f"run/checkpoints/{folder}")) for out, folder in ("ab", "cd")]
     with pytest.raises(SweepError, match="a began from run/checkpoints/b, and c is to begin from run/checkpoints/d; give another --out"):
         check_alike(runs)
+    here = [TrainConfig(out="a", init=InitConfig("run", "average", "timm", folder)) for folder in ("run", str(Path("run").resolve()))]
+    check_alike(here)  # is one folder
 
 
 @pytest.mark.parametrize(("words", "expected"), [([], None), (["--sweep"], ()), (["--sweep", "0.1", "3e-4"], (0.1, 3e-4))])
@@ -96,19 +99,38 @@ def test_the_flag_with_values_and_without(words: list[str], expected: tuple[floa
     assert flags.config == dataclasses.replace(recipe("finetune-pets", FINETUNE), seed=3)
 
 
-def test_ctrl_c_at_the_end_of_a_trial_ends_the_sweep(dataset: Path, tmp_path: Path) -> None:
+def test_ctrl_c_too_late_for_a_trial_ends_the_sweep(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It comes right after the first trial's end."""
+
+    def start_and_be_stopped(*asked: Any) -> int:
+        ended = start(*asked)
+        signal.raise_signal(signal.SIGINT)
+        return ended
+
+    monkeypatch.setattr("launch.sweep.start", start_and_be_stopped)
     source = write_checkpoint(tmp_path / "source", random_vit(SOURCE)).path
-    words = ["finetune", "tiny-finetune", "--init", source, "--data", dataset / "train", *SMALL, "--out", tmp_path / "run"]
-    command = list(map(str, [VITSCALE, *words, "--holdout", "0.2", "--sweep", "0.01", "0.02"]))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as sweep:
-        assert sweep.stdout
-        while "step 6/6" not in sweep.stdout.readline():
-            pass
-        sweep.send_signal(signal.SIGINT)
-        output, errors = sweep.communicate()
-    assert (sweep.returncode, "2 of 2" in output) == (130, False), errors
-    assert "stopped; the same command goes on" in errors
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    words = ["tiny-finetune", "--init", source, "--data", dataset / "train", *SMALL, "--out", tmp_path / "run", "--holdout", "0.2"]
+    assert sweep(finetune_flags(list(map(str, words))).config, (0.01, 0.02), 1, as_json=True) == 130
+    output, said = capfd.readouterr()
+    told = json.loads(output)
+    assert ([trial["state"] for trial in told["trials"]], told["best"], told["run"]) == (["finished", "unfinished"], None, None)
+    assert "stopped with 1 of 2 trials made; the same command makes the others" in said
+    assert [path.name for path in (tmp_path / "run" / "sweep").glob("lr-*")] == ["lr-0.01"]
+
+
+def test_a_trial_that_came_to_its_end_and_learned_nothing_loses(dataset: Path, tmp_path: Path) -> None:
+    """Its gradient is not finite at its last step, which is left out, as the guard has it."""
+    source = write_checkpoint(tmp_path / "source", random_vit(SOURCE)).path
+    words = ["finetune", "tiny-finetune", "--init", source, "--data", dataset / "train", *SMALL, "--guard.max-nonfinite", "10"]
+    made = vitscale(*words, "--out", tmp_path / "trial", "--holdout", "0.2", "--optimizer.peak-lr", "1e30")
+    assert (made.returncode, is_finished(tmp_path / "trial")) == (0, True), made.stderr
+    trial = trial_at(tmp_path / "trial", 1e30)
+    assert (trial.state, trial.left_out > 0) == ("diverged", True)
+    lines = table([trial, Trial(0.1, "lr-0.1", "finished", 0.5, 1e9, 100, 1)], 0.2).splitlines()
+    assert lines[1].split()[1] == "diverged"
+    assert lines[2].endswith("1e+09   lr-0.1  (1 step left out, not finite)  best")
 
 
 def test_a_sweep_goes_on_where_it_was_and_trains_the_run_with_the_best(dataset: Path, tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def taken_back(tmp_path: Path, out: Path, model: ViTConfig) -> Path:
 def holds(found: dict[str, Any]) -> None:
     assert found["holds"], found["lines"]
     assert found["differences"].pop("pixels") == 0
+    assert {"features_BD", "tokens_BND", "image_features_BD", "image_tokens_BND"} <= found["differences"].keys()
     assert max(found["differences"].values()) < 1e-5, found["differences"]
 
 

@@ -20,7 +20,7 @@ from data_tools.images import decode
 from tests.vitscale.models import photograph, random_images, random_vit, randomize, relative_error, write_checkpoint
 from vitscale.adopt import adopt, open_foreign
 from vitscale.checkpoint import describe
-from vitscale.config import ImportConfig, ViTConfig
+from vitscale.config import ConfigError, ImportConfig, ViTConfig
 from vitscale.errors import CheckpointError
 from vitscale.export import export
 from vitscale.families import FAMILIES
@@ -462,15 +462,38 @@ def test_what_the_user_says_and_the_file_does_not_is_refused(tmp_path: Path) -> 
     for said, refusal in {
         ImportConfig(position="sincos"): "has 17 learned position embeddings; leave --position sincos out",
         ImportConfig(num_heads=8): "has 4 heads by its tensors; leave --num-heads 8 out",
+        ImportConfig(std=(0.0, 0.5, 0.5)): "must be above 0; 0.5 0.5 0.5 is",
         ImportConfig(image_size=(36, 36)): "has patches of 8 pixels, of which a side of --image-size 36 36 is no multiple; 32 32 works$",
         ImportConfig(image_size=(100, 36)): "of which a side of --image-size 100 36 is no multiple; 32 32 works$",
         ImportConfig(pool="mean"): "has a class token; leave --pool mean out",
     }.items():
-        with pytest.raises(CheckpointError, match=refusal):
+        with pytest.raises((CheckpointError, ConfigError), match=refusal):
             open_foreign(normed, said)
+    plain = timm_file(tmp_path / "plain", PLAIN)
+    with pytest.raises(CheckpointError, match=f"has a width of {PLAIN.width}, which --num-heads 5 does not divide$"):
+        open_foreign(plain, ImportConfig(num_heads=5))
     gated = timm_file(tmp_path / "gated", replace(PLAIN, mlp="swiglu"))
     with pytest.raises(CheckpointError, match="has SwiGLU's MLPs, whose gate is SiLU; leave --activation gelu out"):
         open_foreign(gated, ImportConfig(num_heads=4, activation="gelu"))
+
+
+def test_what_the_user_says_against_the_json_beside_the_weights_is_told(tmp_path: Path) -> None:
+    args = {"num_heads": 4, "img_size": 32}
+    folder = timm_file(tmp_path / "timm", PLAIN, architecture="vit_tiny_patch16_224", model_args=args, global_pool="token")
+    found = open_foreign(folder, ImportConfig(num_heads=2, image_size=(16, 64), pool="mean_with_cls")).weights
+    assert (found.model.num_heads, found.model.image_size, found.model.pool) == (2, (16, 64), "mean_with_cls")
+    told = [words for words in found.assumed if "(as said; the JSON beside the weights says" in words]
+    assert [words.rpartition(" says ")[2] for words in told] == ["4)", "(32, 32))", "cls)"]
+
+
+def test_a_swiglus_own_activation_is_known(tmp_path: Path) -> None:
+    """Its gate is SiLU, as timm's `act_layer` says where it says it."""
+    args = {"num_heads": 4, "img_size": 32, "act_layer": "silu"}
+    plain = timm_file(tmp_path / "plain", PLAIN, architecture="vit_tiny_patch16_224", model_args=args)
+    with pytest.raises(CheckpointError, match="act_layer is 'silu'"):
+        open_foreign(plain, NOTHING)
+    gated = timm_file(tmp_path / "gated", replace(PLAIN, mlp="swiglu"), architecture="vit_tiny_patch16_224", model_args=args)
+    assert open_foreign(gated, NOTHING).weights.model.mlp == "swiglu"
 
 
 @pytest.mark.parametrize("said", ["none", "", "rope"])

@@ -221,6 +221,21 @@ def test_results_have_the_same_fields_always(tmp_path: Path, damage: str) -> Non
     assert (ours["precision"], theirs["precision"], theirs["library"].split()[0]) == ("fp32", "bf16", "torch")
 
 
+def test_a_head_that_was_taken_off_is_missed(tmp_path: Path) -> None:
+    out = exported(tmp_path, random_vit(SMALL), "safetensors")
+    said, weights = json.loads((out / "vitscale.json").read_text()), load_file(out / "model.safetensors")
+    said["model"]["num_classes"] = 0
+    (out / "vitscale.json").write_text(json.dumps(said))
+    save_file({name: weight for name, weight in weights.items() if not name.startswith("head.")}, out / "model.safetensors")
+    for name in ("vitscale.json", "model.safetensors"):
+        summed_again(out, name)
+    found = replay(out)
+    assert not found["holds"]
+    assert [line for line in found["lines"] if line.startswith("FAILED")] == [
+        f"FAILED logits_BK of {of}: torch {torch.__version__} gives none" for of in ("4 tensors", "20 images")
+    ]
+
+
 def test_a_lack_of_the_machine_is_not_called_the_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = exported(tmp_path, random_vit(SMALL), "safetensors")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)

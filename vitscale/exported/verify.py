@@ -138,7 +138,12 @@ def replay(folder, device="cpu", precision="fp32"):
     tolerance = about["tolerances"][precision]
     for images, prefix, what in ((expected["inputs_BCHW"], "", "tensors"), (viewed, "image_", "images")):
         known = bool(prefix) and "preprocessing" in lossy
-        for name, value in differences_of(loaded.outputs, images, expected, prefix, device).items():
+        found = differences_of(loaded.outputs, images, expected, prefix, device)
+        certified = {prefix + name for name in ("features_BD", "tokens_BND", "logits_BK")} & expected.keys()
+        for name in sorted(certified - found.keys()):
+            holds = False
+            lines.append(f"FAILED {name.removeprefix(prefix)} of {len(images)} {what}: {library} gives none")
+        for name, value in found.items():
             differences[name] = value
             good = value <= tolerance
             holds = holds and (good or known)
