@@ -77,7 +77,7 @@ def _torch_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> Fact
         pool = "mean_with_cls"
     q_norm, registers, hidden = shape_of("blocks.0.attn.q_norm.weight"), shape_of("reg_token"), shape_of("pre_logits.fc.weight")
     return Facts(
-        depth, D, fc2[1], height, classes, hidden[0] if hidden else 0, position[-2] if position else None, class_token, pool,
+        depth, D, fc2[1], height, classes, hidden[0] if hidden else 0, _places(position), class_token, pool,
         num_heads=D // q_norm[0] if q_norm else None, registers=registers[1] if registers else 0, layer_scale=there("blocks.0.ls1.gamma"),
         swiglu=gated, qk_norm=q_norm is not None, pre_norm=there("norm_pre.weight"), pool_norm=pool_norm,
     )  # fmt: skip
@@ -102,9 +102,18 @@ def _npz_facts(form: Format, prefix: str, shapes: Mapping[str, Shape]) -> Facts:
     class_token, latent = f"{prefix}cls" in shapes, f"{prefix}MAPHead_0/probe" in shapes
     head, hidden = shapes.get(f"{prefix}head/kernel"), shapes.get(f"{prefix}pre_logits/kernel")
     return Facts(
-        depth, D, fc1[1], height, head[1] if head else 0, hidden[1] if hidden else 0, position[-2] if position else None, class_token,
+        depth, D, fc1[1], height, head[1] if head else 0, hidden[1] if hidden else 0, _places(position), class_token,
         "map" if latent else "cls" if class_token else "mean", num_heads=query[1],
     )  # fmt: skip
+
+
+def _places(position: Shape | None) -> int | None:
+    """Of a table of position embeddings. Raises ValueError."""
+    if position is None:
+        return None
+    if len(position) < 2:
+        raise ValueError(f"its position embeddings have shape {sides(position)}, not (places x width)")
+    return position[-2]
 
 
 def sides(shape: Shape) -> str:
