@@ -163,7 +163,8 @@ def checkpoint_export(words: list[str]) -> None:
     else:
         print(f"{out}: the {used} tensors of {description.path} for {flags.to}{', without head' if flags.headless else ''}")
         told = "how to load it and what is lossy" if flags.lossy else "how to load it"
-        print(f"`python {out}/verify.py` holds {flags.to} to what the trained model says; README.md there says {told}")
+        library = {"hf": "transformers", "safetensors": "plain torch"}.get(flags.to, "timm, where that is installed,")
+        print(f"`python {out}/verify.py` holds {library} to what the trained model says; README.md there says {told}")
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,8 @@ def sweep(asked: FinetuneConfig, given: Sequence[float], nproc: int, *, as_json:
         ended = try_all(run, configs, trials, nproc, said, stop)
         if not ended:
             best = best_trial(trials)
-            note(run, trials, share, best)
+            if rate_begun(run) is None:  # else what its rate was chosen of is noted, and may be more than is asked for now
+                note(run, trials, share, best)
             print(table(trials, share), file=said, flush=True)
             ended = start(resolve(final_run(asked, best.peak_lr), nproc), nproc, said, stop)
     if as_json:

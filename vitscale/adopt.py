@@ -118,7 +118,7 @@ def lines(path: Path, foreign: Foreign) -> list[str]:
     if weights.class_names:
         found.append(f"classes: {', '.join(weights.class_names[:5])}{', ...' if len(weights.class_names) > 5 else ''}")
     if weights.assumed:
-        found.append(f"not in the file, and taken for granted: {'; '.join(weights.assumed)}")
+        found.append(f"what the tensors do not tell was taken so: {'; '.join(weights.assumed)}")
     reasons: dict[str, list[str]] = {}
     for name, why in weights.left_out:
         reasons.setdefault(why, []).append(name)

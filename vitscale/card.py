@@ -215,7 +215,7 @@ def _rows(origin: Mapping[str, Any], target: Target, certificate: Mapping[str, A
         "imported from": origin.get("imported_from"),
         "its SHA-256": origin.get("sha256"),
         "its format": origin.get("format"),
-        "not in it, and taken for granted": "; ".join(origin.get("assumed", [])),
+        "what its tensors do not tell": "; ".join(origin.get("assumed", [])),
         "in it, and left out": "; ".join(f"{name} ({why})" for name, why in list(origin.get("left_out", {}).items())[:10]),
         "samples seen": f"{seen}, from there on" if seen and "initialised_from" in origin else seen,
         "weights": {"average": "the average over training", "weight": "as trained, no average"}.get(origin.get("weights", "")),

@@ -44,7 +44,7 @@ class Recognised:
     left_out: tuple[tuple[str, str], ...]
     """Tensors of the file that are not the model's, and why."""
     assumed: tuple[str, ...]
-    """What the file does not say, and was taken for granted."""
+    """What the tensors do not tell, and where it was taken from, unless the files beside them say it."""
 
 
 def recognise(shapes: Mapping[str, Shape], sidecars: Sidecars, overrides: ImportConfig, where: str) -> Recognised:

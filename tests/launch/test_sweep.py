@@ -164,6 +164,9 @@ def test_a_sweep_goes_on_where_it_was_and_trains_the_run_with_the_best(dataset: 
     assert again.stdout.count("diverged") == 1
     assert "is finished" in again.stderr
     assert [len(read_record(of)["starts"]) for of in (run, run / "sweep" / "lr-0.2")] == [1, 1]
+    fewer = vitscale(*words, "--out", run, "--holdout", "0.2", "--sweep", repr(told["best"]))
+    assert fewer.returncode == 0, fewer.stderr
+    assert [trial["peak_lr"] for trial in json.loads((run / "sweep" / "sweep.json").read_text())["trials"]] == [0.001, 0.2, 1e30]
     goes_on = vitscale(*words, "--out", run, "--optimizer.peak-lr", f"{told['best']!r}")
     assert (goes_on.returncode, "is finished" in goes_on.stderr) == (0, True), "as a sweep that is refused says"
     for grid in (("0.001", "0.2", "1e30", "0.1"), ("0.001" if told["best"] == 0.2 else "0.2", "1e30")):
