@@ -94,13 +94,15 @@ def report_lines(report: Mapping[str, Any], flags: EvaluateFlags) -> list[str]:
 
 
 def _probe_heading(report: Mapping[str, Any]) -> list[str]:
-    by_seed = any(len(result.get("top1_of_seeds", ())) > 1 for result in report["results"])
+    draws = {len(result.get("top1_of_seeds", ())) for result in report["results"]}
+    by_seed = max(draws) > 1
+    alone = f"; where all samples are drawn, {_SAMPLES}" if by_seed and 1 in draws else ""
     left_out = f", {report['skipped']:,} more could not be read" if report["skipped"] else ""
     left_out += f", overlays remove {report['removed']:,}" if report["removed"] else ""
     return [
         f"{report['checkpoint']} by {report['protocol']} on {report['data']}, the {report['eval_protocol']} protocol:",
         f"{report['width']:,} features of {report['train_samples']:,} training and {report['test_samples']:,} test samples of "
-        f"{report['num_classes']:,} classes{left_out}; in brackets 95% intervals, {_DRAWS if by_seed else _SAMPLES}:",
+        f"{report['num_classes']:,} classes{left_out}; in brackets 95% intervals, {_DRAWS if by_seed else _SAMPLES}{alone}:",
     ]
 
 

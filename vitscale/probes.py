@@ -52,9 +52,10 @@ class FewShot:
     top1: float
     """Mean over the seeds, each of which draws other samples."""
     low: float
-    """Of the 95% interval: Student's t over the seeds; of a single seed, Wilson's over the test samples."""
+    """Of the 95% interval: Student's t over the seeds; of a single draw, Wilson's over the test samples."""
     high: float
     top1_of_seeds: tuple[float, ...]
+    """A single one where every seed would draw the same: all training samples."""
     short_classes: int
     """That have fewer training samples than `shots`, and gave all they have."""
 
@@ -108,13 +109,13 @@ def few_shot(
     with progress("few-shot regressions", "fits") as update:
         for i, each in enumerate(shots):
             hits = []
-            for seed in range(seeds):
+            for seed in range(seeds if bool((counts_K > each).any()) else 1):  # else each would draw all there are
                 update(i * seeds + seed, len(shots) * seeds)
                 drawn = train.take(draw_shots(train, each, seed))
                 (head,) = ridge_heads(drawn, num_classes, (FEW_SHOT_LAMBDA,))
                 hits.append(correct(head, test, num_classes)[0])
             of_seeds = tuple(hit / len(test) for hit in hits)
-            mean, low, high = mean_interval(of_seeds) if seeds > 1 else (of_seeds[0], *wilson(hits[0], len(test)))
+            mean, low, high = mean_interval(of_seeds) if len(hits) > 1 else (of_seeds[0], *wilson(hits[0], len(test)))
             results.append(FewShot(each, mean, max(0.0, low), min(1.0, high), of_seeds, int((counts_K < each).sum())))
         update(len(shots) * seeds, len(shots) * seeds)
     return results

@@ -59,5 +59,9 @@ def test_lines_say_what_to_beware_of() -> None:
     _, of, few = report_lines(probed("fewshot", replace(FEW, shots=40, short_classes=5), skipped=2, removed=1), FLAGS)
     assert "5 classes, 2 more could not be read, overlays remove 1; in brackets" in of
     assert few.endswith("(all there are of 5 classes with fewer samples)")
+    report = probed("fewshot", FEW)
+    report["results"] = [*report["results"], asdict(replace(FEW, shots=10, top1_of_seeds=(0.5,)))]
+    _, of, _, _ = report_lines(report, FLAGS)
+    assert of.endswith("other draws of shots, on these test samples; where all samples are drawn, Wilson's of other test samples:")
     assert report_lines(probed("linear", LINEAR), FLAGS)[3] == "L2 penalty 0.1, the best of 3 on 13 training samples held out (70.00%)"
     assert report_lines(probed("linear", replace(LINEAR, at_edge=True)), FLAGS)[3].endswith("; it ends the grid: one beyond may be better")

@@ -30,6 +30,7 @@ from vitscale import probes
 from vitscale.checkpoint import Description
 from vitscale.config import ConfigError, ObjectiveConfig, ViTConfig
 from vitscale.features import Features
+from vitscale.intervals import wilson
 from vitscale.objective import per_sample_loss
 from vitscale.probes import (
     correct,
@@ -234,6 +235,17 @@ def test_few_shot_is_big_visions_written_in_numpy() -> None:
         assert 0 <= found.low < found.top1 < found.high <= 1
         assert found.short_classes == sum(np.bincount(one_label(train)) < found.shots)
     assert few_shot(train, test, CLASSES, no_progress, shots=(25,))[0].short_classes > 0
+
+
+def test_all_samples_are_one_draw_with_an_interval_of_the_test_samples() -> None:
+    """Seeds that draw the same would give an interval without a width, as if the figure were certain."""
+    train, test = blobs(60, 40), blobs(100, 40, seed=1)
+    most = int(np.bincount(one_label(train)).max())
+    all_but_one, everything = few_shot(train, test, CLASSES, no_progress, shots=(most - 1, most))
+    assert len(all_but_one.top1_of_seeds) == 3
+    assert everything.top1_of_seeds == (everything.top1,)
+    assert (everything.low, everything.high) == pytest.approx(wilson(round(everything.top1 * len(test)), len(test)))
+    assert everything.low < everything.top1 < everything.high
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------------
