@@ -204,14 +204,12 @@ def _rows(origin: Mapping[str, Any], target: Target, certificate: Mapping[str, A
         measured += " (with its head, which is left out here)"
     if results and (certificate["changed"] or target.losses):
         measured += " (before it was changed as said above)"
-    seen = f"{origin['samples_seen']:,} in {origin['step']:,} steps" if "samples_seen" in origin else None
+    seen = _seen(origin)
     return {
         "recipe": origin.get("recipe"),
-        "trained on": "; ".join(
-            f"{of.get('name')}, {of.get('samples', 0):,} samples, hash {of.get('hash', of.get('names_hash'))}"
-            for of in origin.get("datasets", [])
-        ),
+        "trained on": _trained_on(origin),
         "initialised from": origin.get("initialised_from"),
+        "which came of": _ancestors(origin),
         "imported from": origin.get("imported_from"),
         "its SHA-256": origin.get("sha256"),
         "its format": origin.get("format"),
@@ -225,6 +223,33 @@ def _rows(origin: Mapping[str, Any], target: Target, certificate: Mapping[str, A
         "versions": ", ".join(f"{key} {value}" for key, value in origin.get("versions", {}).items()),
         "licence": licence or "not stated: ask who made it",
     }
+
+
+def _trained_on(origin: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{of.get('name')}, {of.get('samples', 0):,} samples, hash {of.get('hash', of.get('names_hash'))}"
+        for of in origin.get("datasets", [])
+    )
+
+
+def _seen(origin: Mapping[str, Any]) -> str:
+    return f"{origin['samples_seen']:,} in {origin.get('step', 0):,} steps" if "samples_seen" in origin else ""
+
+
+def _ancestors(origin: Mapping[str, Any]) -> str:
+    """What the weights that a run began with were made of, and those that they began with, back to the first."""
+    made = []
+    while origin := origin.get("initial", {}):
+        told = {
+            "": origin.get("recipe"),
+            "imported from": origin.get("imported_from"),
+            "SHA-256": origin.get("sha256"),
+            "trained on": _trained_on(origin),
+            "samples seen": _seen(origin),
+            "initialised from": origin.get("initialised_from"),
+        }
+        made.append(", ".join(f"{name} {value}".strip() for name, value in told.items() if value))
+    return "; which came of ".join(made)
 
 
 def _table(rows: Mapping[str, str | None]) -> str:

@@ -297,6 +297,8 @@ def _check_origin(origin: Any) -> None:
     for name in ("step", "samples_seen"):
         if not _is_count(origin.get(name, 0)):
             raise ValueError(f"origin.{name} is {origin[name]!r:.50}, not a number of things")
+    if "initial" in origin:
+        _check_origin(origin["initial"])
 
 
 def _read_entries(tensors: Any) -> tuple[TensorEntry, ...]:

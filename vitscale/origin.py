@@ -36,6 +36,7 @@ def origin_of(description: Description, kind: str) -> dict[str, Any]:
     }
     if config.init:
         origin["initialised_from"] = _name_of(config.init.checkpoint)
+        origin["initial"] = record.get("initial", {})  # which runs of before did not note
     lines = [line for line in read_metrics(run) if line.get("step") == description.step and "eval_top1" in line]
     evaluated = AVERAGE if config.optimizer.average_decay else WEIGHT
     if lines and (kind, description.preprocess) == (evaluated, config.preprocess):  # else they are another model's

@@ -23,7 +23,8 @@ from vitscale.errors import CheckpointError
 from vitscale.finding import find_checkpoint
 from vitscale.guards import Guard, Rollback, disagreeing, knows
 from vitscale.machine import this_host
-from vitscale.run import cut_back, note_begin, note_skipped, read_metrics, read_record, skipped_ranges, was_evaluated
+from vitscale.origin import origin_of
+from vitscale.run import cut_back, note_begin, note_initial, note_skipped, read_metrics, read_record, skipped_ranges, was_evaluated
 from vitscale.timeline import Timeline
 
 _HELP = "a lower --optimizer.peak-lr or more warm-up may help, in a run of its own (`vitscale run fork`)"
@@ -62,7 +63,8 @@ def take_up(config: TrainConfig) -> TakenUp:
                 "another --out to start anew"
             )
         if not description and config.init:
-            find_checkpoint(config.init.folder)
+            source = checkpoint.describe(find_checkpoint(config.init.folder))
+            note_initial(run, origin_of(source, config.init.weights))
         note_begin(run, description.step if description else 0)
         cut_back(run, description.step if description else 0, description.samples_seen if description else 0)
         evaluated = bool(description and was_evaluated(run, description.step))

@@ -188,6 +188,12 @@ def note_begin(run: Path, step: int) -> None:
     write_json(run / "run.json", record)
 
 
+def note_initial(run: Path, origin: dict[str, Any]) -> None:
+    """Writes down where the weights come from that the run begins with (`origin.py`): what they came from may be gone when it ends."""
+    record = _read_json(run / "run.json")
+    write_json(run / "run.json", record | {"initial": origin})
+
+
 def note_skipped(run: Path, positions: tuple[int, int], cause: str, words: str) -> None:
     """Writes down a range of positions, half open, that the run leaves out from now on."""
     record = _read_json(run / "run.json")
@@ -412,6 +418,7 @@ def _is_record(values: dict[str, Any]) -> bool:
         and isinstance(starts, list)
         and isinstance(before, list)
         and all(map(_is_start, [*before, *starts]))
+        and isinstance(values.get("initial", {}), dict)
         and isinstance(skipped, list)
         and all(isinstance(of, dict) and _is_range(of.get("positions")) for of in skipped)
         and (isinstance(trained, dict) or (isinstance(trained, list) and all(isinstance(of, dict) for of in trained)))

@@ -105,6 +105,14 @@ def test_the_printed_commands_work_verbatim_and_give_the_tables_numbers(finished
         assert (row["top1"], row["images"]) == (stored["top1"], stored["samples"])
 
 
+def test_the_export_tells_what_the_fine_tuned_model_began_with(finished: Finished) -> None:
+    begun_with = json.loads((finished.folder / "export/vitscale.json").read_text())["origin"]["initial"]
+    record = json.loads((finished.folder / "runs/pretrain/run.json").read_text())
+    assert begun_with["datasets"][0]["hash"] == record["dataset"]["hash"]
+    assert begun_with["step"] == record["total_steps"]
+    assert record["dataset"]["hash"] in (finished.folder / "export/README.md").read_text()
+
+
 def test_the_page_has_its_parts_and_loads_nothing(finished: Finished) -> None:
     page = (finished.folder / "report.html").read_text()
     assert not re.search(r"https?:|<script|<link|@import|url\(", page)

@@ -293,6 +293,7 @@ def test_a_line_of_metrics_that_is_none_is_told_of(config: TrainConfig, odd: str
     [
         {"starts": None}, {"starts": [1]}, {"starts": [{}]}, {"starts": [{"time": "now"}]}, {"total_steps": "x"}, {"dataset": [1]},
         {"held_out": [1]}, {"origin": 1}, {"origin": {"starts": 1}}, {"skipped": [1]}, {"skipped": [{"positions": [1]}]},
+        {"initial": [1]},
     ],
 )  # fmt: skip
 def test_a_record_that_is_none_is_told_of(config: TrainConfig, odd: dict) -> None:
