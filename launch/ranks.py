@@ -180,6 +180,7 @@ def _wait(run: Path, start: int, ranks: list[subprocess.Popen[bytes]], stop: Sto
                 ready = [descriptor for descriptor, _ in poll.poll(_GRACE_MS if failed else None)]
                 if signals in ready:
                     os.read(signals, 1024)
+                    continue  # to hear of it first: a rank that it ended has not failed, and stays ready
                 for descriptor in [one for one in ready if one in running]:
                     poll.unregister(descriptor)
                     rank = running.pop(descriptor)

@@ -29,6 +29,9 @@ from launch.ranks import run_ranks, stopping, to_the_end
 def second(frame, event, function):  # as one that comes right after a lock of Popen's was taken, once the first has come
     if event == "c_return" and getattr(function, "__name__", "") == "acquire" and frame.f_code.co_name == "_internal_poll":
         sys.setprofile(None)
+        if sys.argv[2] == "dead":  # the rank, before its launcher looks at anything
+            os.kill(frame.f_locals["self"].pid, signal.SIGTERM)
+            os.waitid(os.P_PID, frame.f_locals["self"].pid, os.WEXITED | os.WNOWAIT)
         os.kill(os.getpid(), signal.SIGINT)
 
 def first(number, frame):
@@ -82,16 +85,18 @@ def test_a_signal_ends_all_ranks_and_then_their_launcher(tmp_path: Path, number:
 
 
 @pytest.mark.parametrize(("of", "said"), [("training", "ended 130\n"), ("evaluation", "ended \n")])
-def test_a_second_ctrl_c_may_come_at_any_moment(tmp_path: Path, of: str, said: str) -> None:
+@pytest.mark.parametrize("rank", ["alive", "dead"])
+def test_a_second_ctrl_c_may_come_at_any_moment(tmp_path: Path, of: str, said: str, rank: str) -> None:
+    """A rank that has ended by then has not failed: no record is made for it."""
     os.mkfifo(tmp_path / "up")
-    launcher = subprocess.Popen([sys.executable, "-c", STOPPED_TWICE, of], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    launcher = subprocess.Popen([sys.executable, "-c", STOPPED_TWICE, of, rank], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     (tmp_path / "up").read_text()
     launcher.send_signal(signal.SIGINT)
     try:
         found, _ = launcher.communicate(timeout=60)
     finally:
         launcher.kill()
-    assert (launcher.returncode, found) == (0, said)
+    assert (launcher.returncode, found, (tmp_path / "ends").exists()) == (0, said, False)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
