@@ -22,8 +22,11 @@ def origin_of(description: Description, kind: str) -> dict[str, Any]:
     origin: dict[str, Any] = {"step": description.step, "samples_seen": description.samples_seen, "weights": kind}
     run = description.path.parent.parent
     try:
-        config, record = read_config(run), read_record(run)
-    except (UserError, OSError):  # a step's folder that was copied out of its run
+        config, record, metrics = read_config(run), read_record(run), read_metrics(run)
+    except (
+        UserError,
+        OSError,
+    ):  # a step's folder that was copied out of its run; or its records are damaged, and nobody needs them to go on
         return origin
     start: dict[str, Any] = next(reversed(record.get("starts", [])), {})
     origin |= {
@@ -37,7 +40,7 @@ def origin_of(description: Description, kind: str) -> dict[str, Any]:
     if config.init:
         origin["initialised_from"] = _name_of(config.init.checkpoint)
         origin["initial"] = record.get("initial", {})  # which runs of before did not note
-    lines = [line for line in read_metrics(run) if line.get("step") == description.step and "eval_top1" in line]
+    lines = [line for line in metrics if line.get("step") == description.step and "eval_top1" in line]
     evaluated = AVERAGE if config.optimizer.average_decay else WEIGHT
     if lines and (kind, description.preprocess) == (evaluated, config.preprocess):  # else they are another model's
         origin["results"] = {name: lines[-1][name] for name in REPORTED if name in lines[-1]}

@@ -51,3 +51,10 @@ def test_a_run_that_begins_with_nothing_tells_of_no_origin(tmp_path: Path) -> No
     step = evaluated(tmp_path / "run")
     note_initial(tmp_path / "run", origin_of(write_checkpoint(tmp_path / "source", random_vit(SMALL), preprocess=SQUASHED), "weight"))
     assert "initial" not in origin_of(describe(step), "average")
+
+
+def test_records_that_cannot_be_read_hinder_nobody_who_begins_with_the_weights(tmp_path: Path) -> None:
+    step = evaluated(tmp_path / "run")
+    told = origin_of(describe(step), "average")
+    (tmp_path / "run" / "metrics.jsonl").write_text("no JSON\nno more\n")
+    assert origin_of(describe(step), "average") == {name: told[name] for name in ("step", "samples_seen", "weights")}
