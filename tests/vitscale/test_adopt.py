@@ -298,9 +298,18 @@ def fused(w: dict[str, Tensor], at: str, names: tuple[str, str, str]) -> dict[st
     return {leaf: torch.cat([w[f"{at}.{name}.{leaf}"] for name in names]) for leaf in ("weight", "bias")}
 
 
+def by_names_of_5(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv2's weights in transformers 4, which the loaders that timm is tested beside need, under version 5's names."""
+    renamed = {f"attention.attention.{name}": f"attention.{name[0]}_proj" for name in ("query", "key", "value")}
+    renamed["attention.output.dense"] = "attention.o_proj"
+    for old, new in renamed.items():
+        weights = {name.replace(old, new): weight for name, weight in weights.items()}
+    return weights
+
+
 def as_dinov2(theirs: nn.Module) -> dict[str, Tensor]:
     """facebookresearch/dinov2, dinov2/models/vision_transformer.py, with `SwiGLUFFNFused` where theirs has SwiGLU."""
-    w = theirs.state_dict()
+    w = by_names_of_5(theirs.state_dict())
     for i in range(2):  # transformers 5 keeps the gate and what it gates apart
         if f"encoder.layer.{i}.mlp.gate_proj.weight" in w:
             for leaf in ("weight", "bias"):
