@@ -23,10 +23,7 @@ def origin_of(description: Description, kind: str) -> dict[str, Any]:
     run = description.path.parent.parent
     try:
         config, record, metrics = read_config(run), read_record(run), read_metrics(run)
-    except (
-        UserError,
-        OSError,
-    ):  # a step's folder that was copied out of its run; or its records are damaged, and nobody needs them to go on
+    except (UserError, OSError):  # a step's folder that was copied out of its run, or damaged records, which hinder no use of the weights
         return origin
     start: dict[str, Any] = next(reversed(record.get("starts", [])), {})
     origin |= {
