@@ -15,15 +15,18 @@ from vitscale.run import read_config, read_metrics, read_record, trained_dataset
 REPORTED = ("eval_top1", "eval_top5", "eval_loss", "eval_samples")  # of a line of metrics.jsonl
 
 
-def origin_of(description: Description, kind: str) -> dict[str, Any]:
-    """What is known of a checkpoint's making, as JSON holds it."""
+def origin_of(description: Description, kind: str, *, results: bool = True) -> dict[str, Any]:
+    """What is known of a checkpoint's making, as JSON holds it.
+
+    With `results` also what its run measured of it; raises RunError where metrics.jsonl, which tells, is damaged.
+    """
     if description.exported:
         return description.origin
     origin: dict[str, Any] = {"step": description.step, "samples_seen": description.samples_seen, "weights": kind}
     run = description.path.parent.parent
     try:
-        config, record, metrics = read_config(run), read_record(run), read_metrics(run)
-    except (UserError, OSError):  # a step's folder that was copied out of its run, or damaged records, which hinder no use of the weights
+        config, record = read_config(run), read_record(run)
+    except (UserError, OSError):  # a step's folder that was copied out of its run
         return origin
     start: dict[str, Any] = next(reversed(record.get("starts", [])), {})
     origin |= {
@@ -37,6 +40,7 @@ def origin_of(description: Description, kind: str) -> dict[str, Any]:
     if config.init:
         origin["initialised_from"] = _name_of(config.init.checkpoint)
         origin["initial"] = record.get("initial", {})  # which runs of before did not note
+    metrics = read_metrics(run) if results else []
     lines = [line for line in metrics if line.get("step") == description.step and "eval_top1" in line]
     evaluated = AVERAGE if config.optimizer.average_decay else WEIGHT
     if lines and (kind, description.preprocess) == (evaluated, config.preprocess):  # else they are another model's

@@ -64,7 +64,7 @@ def take_up(config: TrainConfig) -> TakenUp:
             )
         if not description and config.init:
             source = checkpoint.describe(find_checkpoint(config.init.folder))
-            note_initial(run, origin_of(source, config.init.weights))
+            note_initial(run, origin_of(source, config.init.weights, results=False))
         note_begin(run, description.step if description else 0)
         cut_back(run, description.step if description else 0, description.samples_seen if description else 0)
         evaluated = bool(description and was_evaluated(run, description.step))

@@ -5,13 +5,15 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.vitscale.exports import SMALL, SQUASHED, evaluated
 from tests.vitscale.models import random_vit, write_checkpoint
 from vitscale.checkpoint import describe
 from vitscale.config import InitConfig, to_dict
 from vitscale.export import export
 from vitscale.origin import origin_of
-from vitscale.run import note_initial, read_config
+from vitscale.run import RunError, note_initial, read_config
 
 
 def test_results_are_told_of_the_weights_and_views_that_had_them(tmp_path: Path) -> None:
@@ -53,8 +55,12 @@ def test_a_run_that_begins_with_nothing_tells_of_no_origin(tmp_path: Path) -> No
     assert "initial" not in origin_of(describe(step), "average")
 
 
-def test_records_that_cannot_be_read_hinder_nobody_who_begins_with_the_weights(tmp_path: Path) -> None:
+def test_who_begins_with_the_weights_asks_for_no_results(tmp_path: Path) -> None:
+    """A line of metrics that is none is told to who exports, and hinders no run that begins with the weights."""
     step = evaluated(tmp_path / "run")
     told = origin_of(describe(step), "average")
     (tmp_path / "run" / "metrics.jsonl").write_text("no JSON\nno more\n")
-    assert origin_of(describe(step), "average") == {name: told[name] for name in ("step", "samples_seen", "weights")}
+    with pytest.raises(RunError, match=r"metrics\.jsonl"):
+        origin_of(describe(step), "average")
+    measured = ("results", "evaluated_on")
+    assert origin_of(describe(step), "average", results=False) == {name: of for name, of in told.items() if name not in measured}
